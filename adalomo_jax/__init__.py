@@ -1,0 +1,16 @@
+"""AdaLomo for Optax, and training steps in which the gradients of the whole model never exist."""
+
+from adalomo_jax.fused import FusedState as FusedState
+from adalomo_jax.fused import FusedStep as FusedStep
+from adalomo_jax.fused import Plan as Plan
+from adalomo_jax.fused import StepResult as StepResult
+from adalomo_jax.fused import fuse as fuse
+from adalomo_jax.optimizers import FactoredMoment as FactoredMoment
+from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
+from adalomo_jax.optimizers import adalomo as adalomo
+from adalomo_jax.optimizers import apply_updates as apply_updates
+from adalomo_jax.optimizers import lomo as lomo
+from adalomo_jax.optimizers import per_layer as per_layer
+from adalomo_jax.optimizers import scale_by_adalomo as scale_by_adalomo
+from adalomo_jax.optimizers import scale_by_param_rms as scale_by_param_rms
+from adalomo_jax.optimizers import stochastic_round as stochastic_round

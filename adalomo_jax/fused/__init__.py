@@ -1,0 +1,8 @@
+"""When parameters are updated: layer by layer, while the gradients flow back."""
+
+from adalomo_jax.fused.plan import LeafPlan as LeafPlan
+from adalomo_jax.fused.plan import Plan as Plan
+from adalomo_jax.fused.step import FusedState as FusedState
+from adalomo_jax.fused.step import FusedStep as FusedStep
+from adalomo_jax.fused.step import StepResult as StepResult
+from adalomo_jax.fused.step import fuse as fuse

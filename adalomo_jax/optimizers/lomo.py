@@ -1,0 +1,56 @@
+"""LOMO, AdaLomo's predecessor, as an Optax gradient transformation."""
+
+from typing import Any
+
+import jax
+import optax
+
+from adalomo_jax.optimizers.precision import in_float32
+
+
+def lomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    clip_value: jax.typing.ArrayLike | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LOMO: plain SGD, made for the fused step. It has no state but a schedule's step count.
+
+    Equals, for each tensor ``theta`` with gradient ``g``, in float32::
+
+        g = clip(g, -clip_value, clip_value)
+        theta = theta - learning_rate(t) * (g + weight_decay * theta)
+
+    Args:
+      learning_rate: a float or a schedule of the step count, which starts at 0.
+      clip_value: the largest magnitude of a gradient's entry; None clips nothing.
+      weight_decay: decoupled, multiplied with the learning rate.
+      weight_decay_mask: as in ``optax.add_decayed_weights``.
+
+    Returns:
+      A transformation whose updates have the gradients' dtypes.
+
+    Raises:
+      ValueError: where ``clip_value`` is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from adalomo_jax import lomo
+      >>> tx = lomo(0.1, clip_value=1.0)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> updates, _ = tx.update(jnp.array([0.5, 30.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.05 -0.1 ]
+
+    Source: Lv et al., https://arxiv.org/abs/2306.09782, algorithm 1.
+    """
+    if isinstance(clip_value, (int, float)) and clip_value <= 0:
+        raise ValueError(f"clip_value must be above 0, got {clip_value}; pass None to clip nothing.")
+    return in_float32(
+        optax.chain(
+            optax.identity() if clip_value is None else optax.clip(clip_value),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )

@@ -1,0 +1,252 @@
+"""Optax transformations on stacked layers: each layer of a stack is a tensor of its own.
+
+A leaf of shape ``[layers, ...]`` that a scan runs over is many tensors. :class:`PerLayer` applies a transformation that
+treats leaves separately to some of them at a time, so that a program may update the layers one by one or all at once.
+The state is that of the transformation itself, but for a leading layer axis on what it keeps for a stacked leaf: a step
+count or an injected hyperparameter stays the scalar that it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+LayerAxes = Any | Callable[[optax.Params], Any] | None
+"""A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or what makes it."""
+
+
+class Group(NamedTuple):
+    """Leaves that are updated together: all whole, or all stacks of the same number of layers."""
+
+    leaves: tuple[int, ...]
+    """Positions in the flattened parameters."""
+    layers: int | None
+    """The length of the leaves' layer axis; None where they are updated whole."""
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A transformation, applied to groups of the leaves of one tree; the leaves outside of a group are masked out.
+
+    Stacks have their layer axis in front, here and in the state.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    treedef: Any
+    """Of the parameters."""
+    tensors: tuple[jax.ShapeDtypeStruct, ...]
+    """Of each leaf the shape and dtype of one tensor: of a stack, those of one layer."""
+    groups: tuple[Group, ...]
+    """Each leaf is in one."""
+
+    def init(self, leaves: Sequence[Any]) -> optax.OptState:
+        """``tx.init`` of each tensor, those of a stack stacked."""
+        kept = {}
+        for group in sorted(self.groups, key=lambda group: 0 not in group.leaves, reverse=True):
+            state = self._init_group(group, leaves)
+            # What belongs to no leaf is taken from the group of the first leaf, whose dtype Optax goes by.
+            kept |= {
+                path: x[0] if group.layers is not None and path in self._shared_paths else x
+                for path, x in jax.tree_util.tree_leaves_with_path(state)
+            }
+        if not self.groups:
+            return self.tx.init(self.treedef.unflatten(leaves))
+        return jax.tree.unflatten(self._state_treedef, [kept[path] for path in self._state_paths])
+
+    def update(
+        self, group: Group, grads: Sequence[Any], own: Sequence[Any], shared: Sequence[Any], leaves: Any, **extra_args
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """``tx.update`` of one tensor of each of the group's leaves.
+
+        Args:
+          group: whose leaves are updated.
+          grads: of each leaf the gradient: of a stack, one layer's.
+          own: the state that is kept for these tensors, as `own` gives it, of a stack one layer of it.
+          shared: the state that is kept for no leaf, as `shared` gives it.
+          leaves: of each leaf the parameter: of a stack, one layer of it. None where ``tx`` needs no parameters.
+
+        Returns:
+          The updates, and the new own and shared state.
+        """
+        paths, treedef = self._group_layout(group)
+        by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self._shared_paths, shared))
+        state = jax.tree.unflatten(treedef, [by_path[path] for path in paths])
+        params = None if leaves is None else self._select(group, leaves)
+        updates, state = self.tx.update(self._select(group, grads), state, params, **extra_args)
+        after = dict(jax.tree_util.tree_leaves_with_path(state))
+        new_own = [after[path] for path in self._own_paths(group)]
+        return jax.tree.leaves(updates), new_own, [after[path] for path in self._shared_paths]
+
+    def own(self, state: optax.OptState, group: Group) -> list[Any]:
+        """The leaves of the state that are kept for the group's leaves; of a stack with a leading layer axis."""
+        by_path = dict(jax.tree_util.tree_leaves_with_path(state))
+        return [by_path[path] for path in self._own_paths(group)]
+
+    def shared(self, state: optax.OptState) -> list[Any]:
+        """The leaves of the state that belong to no parameter: step counts, hyperparameters."""
+        by_path = dict(jax.tree_util.tree_leaves_with_path(state))
+        return [by_path[path] for path in self._shared_paths]
+
+    def next_shared(self, state: optax.OptState, **extra_args) -> list[Any]:
+        """The shared state after a step. It depends on no gradient, so it is asked for with zeros."""
+        group = next((group for group in self.groups if 0 in group.leaves), None)
+        if group is None:
+            return self.shared(state)
+        zeros = [jnp.zeros(self.tensors[i].shape, self.tensors[i].dtype) for i in group.leaves]
+        own = self.own(state, group)
+        if group.layers is not None:
+            own = [jnp.zeros(x.shape[1:], x.dtype) for x in own]
+        return self.update(group, zeros, own, self.shared(state), zeros, **extra_args)[2]
+
+    def assemble(self, shared: Sequence[Any], owns: Sequence[Sequence[Any]]) -> optax.OptState:
+        """The state of these parts: the shared one, and one for each of `groups`."""
+        by_path = dict(zip(self._shared_paths, shared))
+        for group, own in zip(self.groups, owns, strict=True):
+            by_path |= zip(self._own_paths(group), own)
+        return jax.tree.unflatten(self._state_treedef, [by_path[path] for path in self._state_paths])
+
+    def update_all(
+        self, grads: Sequence[Any], state: optax.OptState, leaves: Sequence[Any] | None, **extra_args
+    ) -> tuple[list[Any], optax.OptState]:
+        """``tx.update`` of every tensor at once, that is mapped over the layers of each stack."""
+        shared, owns = self.shared(state), []
+        updates: list[Any] = [None] * len(grads)
+        for group in self.groups:
+            of_tensors = lambda g, own, p, group=group: self.update(group, g, own, shared, p, **extra_args)[:2]
+            of_leaves = of_tensors if group.layers is None else jax.vmap(of_tensors)
+            params = None if leaves is None else [leaves[i] for i in group.leaves]
+            group_updates, own = of_leaves([grads[i] for i in group.leaves], self.own(state, group), params)
+            owns.append(own)
+            for i, u in zip(group.leaves, group_updates):
+                updates[i] = u
+        return updates, self.assemble(self.next_shared(state, **extra_args), owns)
+
+    def _select(self, group: Group, of_group: Sequence[Any]) -> Any:
+        chosen = dict(zip(group.leaves, of_group, strict=True))
+        return self.treedef.unflatten([chosen.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)])
+
+    def _init_group(self, group: Group, leaves: Sequence[Any]) -> optax.OptState:
+        of_group = [leaves[i] for i in group.leaves]
+        if group.layers is None:
+            return self.tx.init(self._select(group, of_group))
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in of_group):
+            return jax.vmap(lambda tensors: self.tx.init(self._select(group, tensors)))(of_group)
+        one = self.tx.init(self._select(group, [self.tensors[i] for i in group.leaves]))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (group.layers, *jnp.shape(x))), one)
+
+    def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
+        paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(self.tx.init, params))
+        return [path for path, _ in paths_and_leaves], treedef
+
+    @cached_property
+    def _state_layout(self) -> tuple[list[Any], Any]:
+        return self._abstract_init(self.treedef.unflatten(self.tensors))
+
+    @property
+    def _state_paths(self) -> list[Any]:
+        return self._state_layout[0]
+
+    @property
+    def _state_treedef(self) -> Any:
+        return self._state_layout[1]
+
+    @cached_property
+    def _shared_paths(self) -> list[Any]:
+        return self._abstract_init(self._select(Group((), None), []))[0]
+
+    @cached_property
+    def _group_layouts(self) -> dict[Group, tuple[list[Any], Any]]:
+        return {
+            group: self._abstract_init(self._select(group, [self.tensors[i] for i in group.leaves]))
+            for group in self.groups
+        }
+
+    def _group_layout(self, group: Group) -> tuple[list[Any], Any]:
+        return self._group_layouts[group]
+
+    def _own_paths(self, group: Group) -> list[Any]:
+        return [path for path in self._group_layout(group)[0] if path not in self._shared_paths]
+
+
+def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.GradientTransformationExtraArgs:
+    """``tx``, applied to each layer of each stacked leaf as to a tensor of its own.
+
+    Equals ``tx`` on the unstacked layers, with one state for all: what ``tx`` keeps for a stacked leaf has a leading
+    layer axis, what it keeps for no leaf (a step count) is kept once. ``tx`` must treat leaves separately.
+
+    Args:
+      tx: any transformation that treats leaves separately, such as ``optax.adafactor(1e-3)``.
+      layer_axes: of each leaf the axis along which layers are stacked, or None where it is one tensor: a tree, a prefix
+        of one, or a callable that makes it from the parameters. None leaves ``tx`` as it is.
+
+    Returns:
+      A transformation.
+
+    Raises:
+      ValueError: in ``init`` and ``update``, where an axis is missing or is not one of the leaf's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from adalomo_jax import per_layer
+      >>> params = {"layers": jnp.ones((12, 4, 4)), "head": jnp.ones((4, 2))}
+      >>> tx = per_layer(optax.adafactor(1e-3), {"layers": 0, "head": None})
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> updates["layers"].shape
+      (12, 4, 4)
+    """
+    inner = optax.with_extra_args_support(tx)
+    if layer_axes is None:
+        return inner
+
+    def lift(params: optax.Params) -> tuple[PerLayer, list[int | None], list[Any]]:
+        axes = _axes_of_leaves(params, layer_axes(params) if callable(layer_axes) else layer_axes)
+        leaves, treedef = jax.tree.flatten(params)
+        stacks = [_layers_first(leaf, axis) for leaf, axis in zip(leaves, axes)]
+        layers = [None if axis is None else stack.shape[0] for stack, axis in zip(stacks, axes)]
+        tensors = [
+            jax.ShapeDtypeStruct(s.shape if n is None else s.shape[1:], s.dtype) for s, n in zip(stacks, layers)
+        ]
+        groups = [Group(tuple(i for i, m in enumerate(layers) if m == n), n) for n in dict.fromkeys(layers)]
+        return PerLayer(inner, treedef, tuple(tensors), tuple(groups)), axes, stacks
+
+    def init(params: optax.Params) -> optax.OptState:
+        lifted, _, stacks = lift(params)
+        return lifted.init(stacks)
+
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args):
+        lifted, axes, grads = lift(updates)
+        leaves = None if params is None else [_layers_first(p, axis) for p, axis in zip(jax.tree.leaves(params), axes)]
+        stacked, state = lifted.update_all(grads, state, leaves, **extra_args)
+        moved = [u if axis is None else jnp.moveaxis(u, 0, axis) for u, axis in zip(stacked, axes)]
+        return lifted.treedef.unflatten(moved), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _layers_first(leaf: Any, axis: int | None) -> Any:
+    if axis is None:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(lambda x: jnp.moveaxis(x, axis, 0), leaf)
+    return jnp.moveaxis(leaf, axis, 0)
+
+
+def _axes_of_leaves(params: optax.Params, axes: Any) -> list[int | None]:
+    """The layer axis of each leaf, found by the longest part of its path that ``axes`` has."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda axis: axis is None))
+
+    def axis_of(path: tuple[Any, ...], leaf: Any) -> int | None:
+        name = jax.tree_util.keystr(path)
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
+        if prefix is None:
+            raise ValueError(f"layer_axes has no entry for {name}; give it the axis of its layers, or None.")
+        axis, rank = by_path[prefix], len(leaf.shape)
+        if axis is not None and not -rank <= axis < rank:
+            raise ValueError(f"layer_axes of {name} must be an axis of its shape {tuple(leaf.shape)}, got {axis}.")
+        return axis
+
+    return [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]

@@ -1,0 +1,31 @@
+"""Optimizers whose arithmetic is float32, whatever the parameters are."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, given float32 gradients and parameters; the updates come back in the gradients' dtypes.
+
+    So the state of ``tx`` is float32, and ``learning_rate``, the decay rates and the update itself are rounded to a
+    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(jax.tree.map(_as_float32, params))
+
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args):
+        dtypes = jax.tree.map(lambda g: g.dtype, updates)
+        updates, params = jax.tree.map(_as_float32, (updates, params))
+        updates, state = inner.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_float32(x):
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(dtype=jnp.float32)
+    return jnp.asarray(x, jnp.float32)

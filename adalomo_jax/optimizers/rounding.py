@@ -1,0 +1,88 @@
+"""Writing updates to weights, with stochastic rounding where they are narrower than float32.
+
+Most of AdaLomo's steps are smaller than half a unit in the last place of a bfloat16 weight: rounded to nearest, they
+vanish. Rounded up or down at random, in proportion to the distances, they are right on average.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+_FLOAT32_MANTISSA = 23
+
+
+def rounds_stochastically(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether weights of this dtype are rounded stochastically when a key is given: bfloat16 and float16."""
+    return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
+    """Rounds float32 ``x`` to one of its two neighbours in ``dtype``, so that the mean over keys is ``x``.
+
+    The mean is exact for bfloat16 and for float16 in its normal range (from 2**-14); among float16's subnormals it is
+    within 2**-16 of their spacing. Values of ``dtype`` stay as they are; what is not finite stays so.
+
+    Args:
+      x: float32, any shape.
+      dtype: bfloat16 or float16.
+      key: a typed PRNG key; 16 random bits are drawn for each entry.
+
+    Returns:
+      An array like ``x`` of ``dtype``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.full(10_000, 1.001)                        # bfloat16 has 1.0 and 1.0078125 there
+      >>> y = stochastic_round(x, jnp.bfloat16, jax.random.key(0))
+      >>> print(sorted(set(y.tolist())), round(float(y.astype(jnp.float32).mean()), 3))
+      [1.0, 1.0078125] 1.001
+    """
+    random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    dropped = _FLOAT32_MANTISSA - jnp.finfo(dtype).nmant
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    # Adding to the bits adds to the magnitude; the carry out of the dropped bits has the probability of what they hold.
+    rounded = (bits + (random >> (16 - dropped))) & jnp.uint32(2**32 - 2**dropped)
+    y = lax.bitcast_convert_type(rounded, jnp.float32)
+    if jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp:
+        tiny, spacing = jnp.finfo(dtype).smallest_normal, jnp.finfo(dtype).smallest_subnormal
+        units = jnp.floor(jnp.abs(x) / spacing.astype(jnp.float32) + random.astype(jnp.float32) * 2.0**-16)
+        subnormal = jnp.sign(x) * units * spacing.astype(jnp.float32)
+        y = jnp.where(jnp.abs(x) < tiny.astype(jnp.float32), subnormal, y)
+    return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
+
+
+def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """``p + u`` in ``p``'s dtype: to nearest, or stochastically where a key is given and the dtype is narrow."""
+    if key is None or not rounds_stochastically(p.dtype):
+        return optax.apply_updates(p, u)
+    return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, key)
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Array | None = None) -> optax.Params:
+    """``optax.apply_updates``, with stochastic rounding of bfloat16 and float16 weights when a key is given.
+
+    Args:
+      params: a tree of arrays.
+      updates: a tree like ``params``.
+      key: a typed PRNG key, a new one for each step; None equals ``optax.apply_updates``. The default generator,
+        threefry, costs more than the update; ``jax.random.key(seed, impl="rbg")`` is cheap.
+
+    Returns:
+      A tree like ``params``, with the same dtypes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from adalomo_jax import apply_updates
+      >>> params, updates = jnp.ones(4, jnp.bfloat16), jnp.full(4, -1e-3, jnp.bfloat16)
+      >>> print(apply_updates(params, updates))              # to nearest, the step is lost
+      [1 1 1 1]
+      >>> steps = [apply_updates(params, updates, key=jax.random.key(i)).mean() for i in range(200)]
+      >>> bool(0.998 < jnp.mean(jnp.stack(steps).astype(jnp.float32)) < 0.9995)
+      True
+    """
+    if key is None:
+        return optax.apply_updates(params, updates)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    return treedef.unflatten(map(apply_update, leaves, treedef.flatten_up_to(updates), keys))
