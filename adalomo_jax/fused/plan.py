@@ -59,7 +59,7 @@ class LeafPlan:
     shape: tuple[int, ...]
     dtype: str
     layers: int | None
-    """The length of its layer axis where a layer scan updates it, one layer at a time; None where it is updated whole."""
+    """The length of its layer axis where it is updated layer by layer in a scan; None where it is updated whole."""
     stage: int
     """The stage of the backward pass after which its last cotangent is there."""
     read_by: tuple[int, ...]
@@ -96,8 +96,8 @@ class Plan:
 
     def whole_group(self, stage: int) -> Group | None:
         """The whole leaves that are updated after a stage has been pulled back."""
-        groups = [group for group in self.groups if group.layers is None and self.leaves[group.leaves[0]].stage == stage]
-        return groups[0] if groups else None
+        whole = [group for group in self.groups if group.layers is None]
+        return next((group for group in whole if self.leaves[group.leaves[0]].stage == stage), None)
 
     @property
     def gradient_bytes(self) -> int:

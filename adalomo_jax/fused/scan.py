@@ -109,7 +109,7 @@ def backward(
     }
 
     def iteration(state, x):
-        d_carry, d_consts, stacks, own, statistics = state
+        d_carry, d_consts, stacks, own, own_layer, statistics = state
         i, xs, saved, d_ys = x
         layers = _layers(stage, stacks, i)
         pullback = _put_together(tape, consts | xs | layers, saved)
@@ -117,22 +117,28 @@ def backward(
         (d,) = pullback({p: d_outputs[p] if p in d_outputs else _zeros(body, body.outputs[p]) for p in active_outputs})
         gradients = [_sum(d[v] for v in stack.body_inputs) for stack in stage.stacks]
         weights = [layers[stack.body_inputs[0]] for stack in stage.stacks]
-        weights, new_own, new_statistics = update_layer(i, weights, gradients, [_at(o, i) for o in own])
+        weights, own_layer, new_statistics = update_layer(i, weights, gradients, own_layer)
+        own = [_write(o, layer, i) for o, layer in zip(own, own_layer)]
+        i_when_read = _after(i, d)
         state = (
             {v: d[v] for v in d_carry},
             {v: d_consts[v] + d[v] for v in d_consts},
-            [_write(stack, layer, i) for stack, layer in zip(stacks, weights)],
-            [_write(o, layer, i) for o, layer in zip(own, new_own)],
+            [_write(stack, layer, i_when_read) for stack, layer in zip(stacks, weights)],
+            own,
+            [_at(o, jnp.clip(i + stride, 0, scan.length - 1)) for o in own],
             jax.tree.map(jnp.add, statistics, new_statistics),
         )
         return state, {v: d[v] for v in xs if v in stage.active}
 
     d_consts = {v: _zeros(body, v) for v in consts if v in stage.active}
-    of_layers = jax.eval_shape(lambda o: [_at(x, 0) for x in o], own)
-    statistics = _zero_statistics(stage, update_layer, of_layers)
-    (d_carry, d_consts, stacks, own, statistics), d_xs = lax.scan(
+    # The state of the next layer is read after this one's is written, and carried: an update that reads the stack while
+    # it is written costs a copy of the stack.
+    first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
+    own_layer = [_at(o, first) for o in own]
+    statistics = _zero_statistics(stage, update_layer, own_layer)
+    (d_carry, d_consts, stacks, own, _, statistics), d_xs = lax.scan(
         iteration,
-        (d_carry, d_consts, tape.stacks, own, statistics),
+        (d_carry, d_consts, tape.stacks, own, own_layer, statistics),
         (jnp.arange(scan.length), xs, tape.saved, d_ys),
         reverse=not scan.reverse,
         unroll=scan.unroll,
@@ -163,9 +169,8 @@ def _body_vjp(body: Program, inputs: Mapping[int, Any], active: frozenset[int]) 
     def run(active_inputs: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
         values = dict(body.constants) | dict(inputs) | active_inputs
         evaluate(body.equations, values)
-        outputs = {p: values[v] for p, v in enumerate(body.outputs)}
-        is_active = {p: v in active for p, v in enumerate(body.outputs)}
-        return {p: x for p, x in outputs.items() if is_active[p]}, {p: x for p, x in outputs.items() if not is_active[p]}
+        outputs = list(enumerate(body.outputs))
+        return {p: values[v] for p, v in outputs if v in active}, {p: values[v] for p, v in outputs if v not in active}
 
     differentiated = {v: x for v, x in inputs.items() if v in active}
     outputs, pullback, passive = jax.vjp(run, differentiated, has_aux=True)
@@ -213,6 +218,14 @@ def _zeros(program: Program, v: int) -> jax.Array:
 def _sum(terms: Iterable[Any]) -> Any:
     first, *rest = terms
     return sum(rest, start=first)
+
+
+def _after(i: Any, computed: Any) -> Any:
+    """``i``, in a way that XLA cannot have before all of ``computed``."""
+    for x in jax.tree.leaves(computed):
+        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.int32)
+        i = i + jnp.sum(lax.shift_right_logical(lax.shift_right_logical(bits, 31), 1))
+    return i
 
 
 def _at(stack: Any, i: Any) -> Any:

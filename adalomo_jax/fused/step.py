@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.jaxpr import is_differentiable, trace
+from adalomo_jax.fused.jaxpr import trace
 from adalomo_jax.fused.plan import Plan, make_plan
 from adalomo_jax.optimizers.per_layer import PerLayer
 from adalomo_jax.optimizers.rounding import rounds_stochastically
@@ -57,7 +57,7 @@ class FusedStep:
     loss_fn: Callable[..., Any]
     tx: optax.GradientTransformationExtraArgs
     has_aux: bool
-    stochastic_rounding: bool
+    stochastic_rounding: bool | None
     seed: int
 
     def init(self, params: Any, *args: Any) -> FusedState:
@@ -115,13 +115,13 @@ class FusedStep:
                 "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among params. "
                 "Leave it at None to round where there are such."
             )
-        key = jax.random.fold_in(jax.random.key(self.seed, impl="rbg"), state.count) if any(rounded) else None
+        key = jax.random.fold_in(jax.random.key(self.seed, impl="rbg"), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
         return backward.Updater(traced.optimizer, traced.optimizer.shared(state.inner), tuple(keys))
 
     def _result(self, result: Any, params: Any, state: FusedState, inner: Any, squares: jax.Array) -> StepResult:
         loss, aux = result if self.has_aux else (result, None)
-        state = FusedState(optax.safe_increment(state.count), inner)
+        state = FusedState(jnp.asarray(optax.safe_increment(state.count)), inner)
         return StepResult(params, state, loss, aux, {"grad_norm": jnp.sqrt(squares)})
 
 
@@ -209,7 +209,7 @@ def _check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> Non
             "If it returns (loss, aux), say fuse(..., has_aux=True)."
         )
     if avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        raise ValueError(f"The loss must be a scalar of floats, but it is {avals[0].str_short()}. Take its mean or sum.")
+        raise ValueError(f"The loss must be a float scalar, but it is {avals[0].str_short()}. Take its mean or sum.")
 
 
 def _check_state(state: FusedState, expected: Any) -> None:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.optimizers.moments import (
-    FactoredMoment,
     Moment,
     accumulate,
     clip_rms,
@@ -33,10 +32,10 @@ class ScaleByAdalomoState(NamedTuple):
 
 def scale_by_adalomo(
     *,
-    decay_rate: jax.typing.ArrayLike = 0.8,
-    b2: jax.typing.ArrayLike | None = None,
-    clipping_threshold: jax.typing.ArrayLike = 1.0,
-    eps: jax.typing.ArrayLike = 1e-30,
+    decay_rate: float | jax.Array = 0.8,
+    b2: float | jax.Array | None = None,
+    clipping_threshold: float | jax.Array = 1.0,
+    eps: float | jax.Array = 1e-30,
     layer_axes: LayerAxes = None,
 ) -> optax.GradientTransformation:
     """Divides gradients by the root of AdaLomo's factored second moment and normalizes each tensor's update.
@@ -62,9 +61,9 @@ def scale_by_adalomo(
     def init(params: optax.Params) -> ScaleByAdalomoState:
         return ScaleByAdalomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(_init_moment, params))
 
-    def update(updates: optax.Updates, state: ScaleByAdalomoState, params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         beta = decay_at(count, decay_rate) if b2 is None else jnp.asarray(b2, jnp.float32)
         gradients, treedef = jax.tree.flatten(updates)
         moments = [
@@ -80,13 +79,13 @@ def scale_by_adalomo(
     return per_layer(optax.GradientTransformation(init, update), layer_axes)
 
 
-def scale_by_param_rms(min_param_rms: jax.typing.ArrayLike = 1e-3) -> optax.GradientTransformation:
+def scale_by_param_rms(min_param_rms: float | jax.Array = 1e-3) -> optax.GradientTransformation:
     """Multiplies each tensor's update by ``max(min_param_rms, RMS(parameter))``.
 
     Equals ``optax.scale_by_param_block_rms``, but reads the parameter once.
     """
 
-    def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None):
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         if params is None:
             raise ValueError("AdaLomo's step is relative to the parameters: call tx.update(grads, state, params).")
         scaled = jax.tree.map(lambda u, p: (u * jnp.maximum(min_param_rms, rms(p))).astype(u.dtype), updates, params)
@@ -98,12 +97,12 @@ def scale_by_param_rms(min_param_rms: jax.typing.ArrayLike = 1e-3) -> optax.Grad
 def adalomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    decay_rate: jax.typing.ArrayLike = 0.8,
-    b2: jax.typing.ArrayLike | None = None,
-    clipping_threshold: jax.typing.ArrayLike = 1.0,
-    eps: jax.typing.ArrayLike = 1e-30,
-    min_param_rms: jax.typing.ArrayLike = 1e-3,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    decay_rate: float | jax.Array = 0.8,
+    b2: float | jax.Array | None = None,
+    clipping_threshold: float | jax.Array = 1.0,
+    eps: float | jax.Array = 1e-30,
+    min_param_rms: float | jax.Array = 1e-3,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     layer_axes: LayerAxes = None,
 ) -> optax.GradientTransformationExtraArgs:

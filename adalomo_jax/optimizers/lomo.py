@@ -11,8 +11,8 @@ from adalomo_jax.optimizers.precision import in_float32
 def lomo(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    clip_value: jax.typing.ArrayLike | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    clip_value: float | jax.Array | None = None,
+    weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LOMO: plain SGD, made for the fused step. It has no state but a schedule's step count.

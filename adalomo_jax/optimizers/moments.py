@@ -36,7 +36,7 @@ def is_factored(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and math.prod(shape) > 0
 
 
-def decay_at(t: jax.typing.ArrayLike, decay_rate: jax.typing.ArrayLike) -> jax.Array:
+def decay_at(t: jax.typing.ArrayLike, decay_rate: float | jax.Array) -> jax.Array:
     """``beta_t = 1 - t**-decay_rate`` of the ``t``-th step, ``t = 1, 2, ...``: the first step keeps nothing."""
     return 1.0 - jnp.asarray(t, jnp.float32) ** -jnp.asarray(decay_rate, jnp.float32)
 
@@ -51,7 +51,7 @@ def row_and_col_means(s: jax.Array) -> FactoredMoment:
     return FactoredMoment(row=jnp.mean(s, axis=-1), col=jnp.mean(s, axis=-2))
 
 
-def accumulate(moment: Moment, g: jax.Array, beta: jax.Array, eps: jax.typing.ArrayLike) -> Moment:
+def accumulate(moment: Moment, g: jax.Array, beta: jax.Array, eps: float | jax.Array) -> Moment:
     """The moment after a step with gradient ``g``: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``."""
     s = jnp.square(g) + eps
     statistics = row_and_col_means(s) if isinstance(moment, FactoredMoment) else s
@@ -67,6 +67,6 @@ def precondition(moment: Moment, g: jax.Array) -> jax.Array:
     return g * row_factor[..., :, None] * lax.rsqrt(c)[..., None, :]
 
 
-def clip_rms(u: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
+def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """``u``, scaled down to ``RMS(u) = threshold`` where it is above: the grouped update normalization."""
     return u / jnp.maximum(1.0, rms(u) / threshold)

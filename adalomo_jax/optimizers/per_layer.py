@@ -47,12 +47,9 @@ class PerLayer:
         """``tx.init`` of each tensor, those of a stack stacked."""
         kept = {}
         for group in sorted(self.groups, key=lambda group: 0 not in group.leaves, reverse=True):
-            state = self._init_group(group, leaves)
             # What belongs to no leaf is taken from the group of the first leaf, whose dtype Optax goes by.
-            kept |= {
-                path: x[0] if group.layers is not None and path in self._shared_paths else x
-                for path, x in jax.tree_util.tree_leaves_with_path(state)
-            }
+            own, shared = self._init_group(group, leaves)
+            kept |= dict(zip(self._own_paths(group), own)) | dict(zip(self._shared_paths, shared))
         if not self.groups:
             return self.tx.init(self.treedef.unflatten(leaves))
         return jax.tree.unflatten(self._state_treedef, [kept[path] for path in self._state_paths])
@@ -129,14 +126,20 @@ class PerLayer:
         chosen = dict(zip(group.leaves, of_group, strict=True))
         return self.treedef.unflatten([chosen.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)])
 
-    def _init_group(self, group: Group, leaves: Sequence[Any]) -> optax.OptState:
+    def _init_group(self, group: Group, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The own and the shared state."""
         of_group = [leaves[i] for i in group.leaves]
+
+        def init(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self._select(group, tensors))))
+            return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self._shared_paths]
+
         if group.layers is None:
-            return self.tx.init(self._select(group, of_group))
+            return init(of_group)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in of_group):
-            return jax.vmap(lambda tensors: self.tx.init(self._select(group, tensors)))(of_group)
-        one = self.tx.init(self._select(group, [self.tensors[i] for i in group.leaves]))
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (group.layers, *jnp.shape(x))), one)
+            return jax.vmap(init, out_axes=(0, None))(of_group)
+        own, shared = init([self.tensors[i] for i in group.leaves])
+        return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own], shared
 
     def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(self.tx.init, params))
@@ -207,10 +210,10 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
         leaves, treedef = jax.tree.flatten(params)
         stacks = [_layers_first(leaf, axis) for leaf, axis in zip(leaves, axes)]
         layers = [None if axis is None else stack.shape[0] for stack, axis in zip(stacks, axes)]
-        tensors = [
-            jax.ShapeDtypeStruct(s.shape if n is None else s.shape[1:], s.dtype) for s, n in zip(stacks, layers)
-        ]
-        groups = [Group(tuple(i for i, m in enumerate(layers) if m == n), n) for n in dict.fromkeys(layers)]
+        tensors = [jax.ShapeDtypeStruct(s.shape if n is None else s.shape[1:], s.dtype) for s, n in zip(stacks, layers)]
+        # One vmap runs over stacks of one length, and on an explicit mesh of one sharding of the layer axis.
+        kinds = [(n, None if n is None else _layer_sharding(stack)) for n, stack in zip(layers, stacks)]
+        groups = [Group(tuple(i for i, k in enumerate(kinds) if k == kind), kind[0]) for kind in dict.fromkeys(kinds)]
         return PerLayer(inner, treedef, tuple(tensors), tuple(groups)), axes, stacks
 
     def init(params: optax.Params) -> optax.OptState:
@@ -233,6 +236,11 @@ def _layers_first(leaf: Any, axis: int | None) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda x: jnp.moveaxis(x, axis, 0), leaf)
     return jnp.moveaxis(leaf, axis, 0)
+
+
+def _layer_sharding(stack: Any) -> Any:
+    """The mesh axes over which the layers are spread, on an explicit mesh."""
+    return None if isinstance(stack, jax.ShapeDtypeStruct) else jax.typeof(stack).sharding.spec[0]
 
 
 def _axes_of_leaves(params: optax.Params, axes: Any) -> list[int | None]:

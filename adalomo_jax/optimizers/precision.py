@@ -9,7 +9,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     """``tx``, given float32 gradients and parameters; the updates come back in the gradients' dtypes.
 
     So the state of ``tx`` is float32, and ``learning_rate``, the decay rates and the update itself are rounded to a
-    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too.
+    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too. ``tx`` must need
+    the parameters: ``update`` raises a ValueError without them.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -17,6 +18,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return inner.init(jax.tree.map(_as_float32, params))
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args):
+        if params is None:
+            raise ValueError("The step depends on the parameters: call tx.update(grads, state, params).")
         dtypes = jax.tree.map(lambda g: g.dtype, updates)
         updates, params = jax.tree.map(_as_float32, (updates, params))
         updates, state = inner.update(updates, state, params, **extra_args)

@@ -55,7 +55,10 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
 def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """``p + u`` in ``p``'s dtype: to nearest, or stochastically where a key is given and the dtype is narrow."""
     if key is None or not rounds_stochastically(p.dtype):
-        return optax.apply_updates(p, u)
+        return jnp.asarray(optax.apply_updates(p, u))
+    if rounds_stochastically(u.dtype):
+        # XLA may leave out the rounding of u to its dtype in one program and not in another; their weights must agree.
+        u = lax.reduce_precision(u.astype(jnp.float32), jnp.finfo(u.dtype).nexp, jnp.finfo(u.dtype).nmant)
     return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, key)
 
 
@@ -77,9 +80,9 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
       >>> params, updates = jnp.ones(4, jnp.bfloat16), jnp.full(4, -1e-3, jnp.bfloat16)
       >>> print(apply_updates(params, updates))              # to nearest, the step is lost
       [1 1 1 1]
-      >>> steps = [apply_updates(params, updates, key=jax.random.key(i)).mean() for i in range(200)]
-      >>> bool(0.998 < jnp.mean(jnp.stack(steps).astype(jnp.float32)) < 0.9995)
-      True
+      >>> written = [apply_updates(params, updates, key=jax.random.key(i)) for i in range(200)]
+      >>> print(round(float(jnp.stack(written).astype(jnp.float32).mean()), 3))
+      0.999
     """
     if key is None:
         return optax.apply_updates(params, updates)

@@ -1,5 +1,7 @@
 """A small language model in plain JAX, in the forms that the engine must handle."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,7 @@ def init_params(layers=4, *, dim=DIM, hidden=HIDDEN, vocab=VOCAB, tied=False, dt
     def normal(*shape):
         return (0.3 * jax.random.normal(next(keys), shape)).astype(dtype)
 
-    params = {"embed": normal(vocab, dim), "norm": jnp.ones(dim, dtype)}
+    params: dict[str, Any] = {"embed": normal(vocab, dim), "norm": jnp.ones(dim, dtype)}
     if not tied:
         params["head"] = normal(dim, vocab)
     for s, n in enumerate(counts):

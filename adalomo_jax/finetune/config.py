@@ -1,0 +1,120 @@
+"""The options of a training run, and what makes them invalid."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from adalomo_jax.models import LlamaConfig
+
+Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
+
+RUN_FILES = ("metrics.jsonl", "loss.png", "model.safetensors", "config.json")
+"""What a run leaves in its output folder."""
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message is one line and says what to give instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Train all weights of a Llama on text, read byte by byte.
+
+    Without options: the tiny model on the source code of Python's standard library, for two or three minutes on two
+    CPU cores."""
+
+    # tyro keeps the line breaks of these texts: a line is a sentence.
+    model: str = "tiny"
+    """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
+    It gives the sizes; the weights start random."""
+    data: tuple[Path, ...] = ()
+    """Text files, and folders whose text files are read, recursively; hidden ones and those with zero bytes are not.
+    A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file.
+    Default: the *.py files of the running Python's standard library."""
+    steps: int = 600
+    """Number of training steps."""
+    batch_size: int = 8
+    """Sequences a step."""
+    seq_len: int = 256
+    """Length of a sequence, in tokens (bytes)."""
+    learning_rate: float | None = None
+    """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights.
+    Default: suited to the tiny model from random weights, by optimizer."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warmup: constant, or falling to 0 at the last step."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises to its peak. Default: 10, at most a tenth of the steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay.
+    It is multiplied with the learning rate, but not by adafactor: there it is the share of the weights a step."""
+    optimizer: Optimizer = "adalomo"
+    """Update rule."""
+    fused: bool = True
+    """Update each layer during the backward pass, so that the gradients of the whole model never exist.
+    Without: all gradients first, then the same update, with more memory."""
+    seed: int = 0
+    """Seed of the initial weights, the batches, the rounding and the sample."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; bfloat16 weights are rounded stochastically."""
+    output: Path | None = None
+    """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet.
+    Default: runs/<model>-<time> under the current folder."""
+
+
+def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) -> None:
+    """Raise InputError for the first option that cannot be used, before anything is read, compiled or written."""
+    _check_preset(config.model, list(presets))
+    longest, rate, warmup = presets[config.model].max_position_embeddings, config.learning_rate, config.warmup_steps
+    checks = {
+        f"--steps must be at least 1, got {config.steps}": config.steps >= 1,
+        f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
+        f"--seq-len must be at least 2 tokens, one to read and one to predict, got {config.seq_len}": (
+            config.seq_len >= 2
+        ),
+        f"--seq-len {config.seq_len} is longer than the {longest} positions of {config.model}": (
+            config.seq_len <= longest
+        ),
+        f"--learning-rate must be above 0, got {rate}": rate is None or (math.isfinite(rate) and rate > 0),
+        f"--warmup-steps must be from 0 to the {config.steps} of --steps, got {warmup}": (
+            warmup is None or 0 <= warmup <= config.steps
+        ),
+        f"--weight-decay must be 0 or more, got {config.weight_decay}": (
+            math.isfinite(config.weight_decay) and config.weight_decay >= 0
+        ),
+        f"--seed must be from 0 to 2**32 - 1, got {config.seed}": 0 <= config.seed < 2**32,
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise InputError(message)
+
+
+def output_folder(config: FinetuneConfig) -> Path:
+    """The folder of this run, checked but not created."""
+    folder = config.output
+    if folder is None:
+        folder = Path("runs") / f"{config.model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file, not a folder")
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held:
+        raise InputError(f"--output {folder} holds a run already ({', '.join(held)}); name another folder")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")
+    return folder
+
+
+def _check_preset(name: str, presets: list[str]) -> None:
+    if name in presets:
+        return
+    close = difflib.get_close_matches(name, presets, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    raise InputError(f"unknown model {name!r}; {guess}presets: {', '.join(presets)}")

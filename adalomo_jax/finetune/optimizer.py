@@ -1,0 +1,40 @@
+"""The update rule and its learning rate, from the options."""
+
+from __future__ import annotations
+
+import optax
+
+from adalomo_jax import adalomo, lomo
+from adalomo_jax.finetune.config import FinetuneConfig
+
+LEARNING_RATES = {"adalomo": 3e-2, "lomo": 3e-1, "adamw": 3e-3, "adafactor": 3e-2}
+"""Peak learning rates that suit the tiny model from random weights; fine-tuning takes far smaller ones."""
+
+
+def make_schedule(config: FinetuneConfig) -> optax.Schedule:
+    """Learning rate by step, the first step being 0: a linear warmup, then the schedule, which ends at ``steps``."""
+    peak = peak_learning_rate(config)
+    warmup = min(10, config.steps // 10) if config.warmup_steps is None else config.warmup_steps
+    rest = max(1, config.steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The rule that the options name."""
+    if config.optimizer == "adafactor":
+        return optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None)
+    rule = {"adalomo": adalomo, "lomo": lomo, "adamw": optax.adamw}[config.optimizer]
+    return rule(schedule, weight_decay=config.weight_decay)
+
+
+def peak_learning_rate(config: FinetuneConfig) -> float:
+    """The option, or what suits the optimizer."""
+    return LEARNING_RATES[config.optimizer] if config.learning_rate is None else config.learning_rate

@@ -1,0 +1,82 @@
+"""The compiled programs of a run and the arrays they start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from adalomo_jax import fuse
+from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
+from adalomo_jax.models import PRESETS, Llama, next_token_loss
+
+
+class Program(NamedTuple):
+    """What a training loop needs. ``step`` donates the parameters and the optimizer state that it is given."""
+
+    graphdef: Any
+    params: Any
+    """A nested dictionary of arrays; ``nnx.merge(graphdef, params)`` is the model."""
+    state: Any
+    step: Callable[..., Any]
+    """``step(params, state, tokens_BT)``, compiled; the result has params, state, loss and metrics."""
+    evaluate: Callable[..., jax.Array]
+    """``evaluate(params, tokens_NBT)``: the mean loss in nats a token."""
+    learning_rates: np.ndarray
+    """Of each step."""
+    gradient_bytes: int
+    """Most bytes of gradients that are alive at once."""
+    compiled_bytes: int | None
+    """Arguments, outputs and temporaries of the compiled step; None where the backend does not say."""
+
+
+def build_program(config: FinetuneConfig) -> Program:
+    """Random weights, a fresh optimizer state, and the step, compiled once."""
+    graphdef, params = _initial_model(config)
+    schedule = make_schedule(config)
+
+    def loss_fn(params, tokens_BT):
+        return next_token_loss(nnx.merge(graphdef, params), tokens_BT)
+
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+    step = fuse(loss_fn, make_optimizer(config, schedule), seed=config.seed)
+    state = step.init(params, tokens)
+    jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
+    compiled = jitted.lower(params, state, tokens).compile()
+    gradient_bytes = step.plan(params, tokens).gradient_bytes if config.fused else tree_bytes(params)
+    return Program(
+        graphdef=graphdef,
+        params=params,
+        state=state,
+        step=compiled,
+        evaluate=jax.jit(lambda params, tokens: jnp.mean(jax.lax.map(lambda t: loss_fn(params, t), tokens))),
+        learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.steps))),
+        gradient_bytes=gradient_bytes,
+        compiled_bytes=_compiled_bytes(compiled),
+    )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _initial_model(config: FinetuneConfig) -> tuple[Any, Any]:
+    def model() -> Llama:
+        return Llama(PRESETS[config.model], rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(model))
+    return graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(model(), nnx.Param)))()
+
+
+def _compiled_bytes(compiled: Any) -> int | None:
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + new_outputs + sizes.temp_size_in_bytes

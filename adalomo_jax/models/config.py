@@ -1,0 +1,110 @@
+"""The sizes of a Llama, under Hugging Face's field names, and those of well-known models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; the field names are those of Hugging Face's ``config.json``."""
+
+    vocab_size: int
+    """Number of tokens."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width of the SwiGLU layer."""
+    num_hidden_layers: int
+    """Number of blocks."""
+    num_attention_heads: int
+    """Number of query heads."""
+    num_key_value_heads: int
+    """Number of key and value heads; each serves ``num_attention_heads / num_key_value_heads`` query heads."""
+    head_dim: int
+    """Width of one head, even."""
+    max_position_embeddings: int
+    """Longest sequence, in tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square before its root is taken."""
+    tie_word_embeddings: bool = False
+    """Whether the output head is the transposed embedding."""
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even: rotary positions turn pairs, got {self.head_dim}.")
+
+
+PRESETS: dict[str, LlamaConfig] = {
+    "tiny": LlamaConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+    "llama-2-7b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+    "llama-2-13b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        head_dim=128,
+        max_position_embeddings=4096,
+    ),
+    "llama-65b": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        head_dim=128,
+        max_position_embeddings=2048,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+    ),
+}
+"""Models by name. ``tiny`` reads bytes; the others have the sizes, not the weights, of the published models."""

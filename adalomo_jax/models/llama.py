@@ -1,0 +1,207 @@
+"""Llama in Flax NNX, its layers stacked on axis 0 and run by one scan.
+
+Letters in names of arrays: B batch, T position, D residual stream, F SwiGLU, N query heads, K key and value heads,
+H width of a head, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalomo_jax.models.config import PRESETS, LlamaConfig
+
+__all__ = ["PRESETS", "Llama", "LlamaConfig"]
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x**2) + eps) * weight``, computed in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype):
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.weight[...].astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines ``[T, H / 2]`` (float32) of ``position * theta**(-2 i / H)``."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pair ``(x[i], x[i + H/2])`` by its position's angle (Hugging Face's pairing of the coordinates)."""
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype) -> nnx.Linear:
+    return nnx.Linear(size_in, size_out, use_bias=False, param_dtype=dtype, kernel_init=_INIT, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Causal attention with rotary positions and grouped queries."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        D, H = config.hidden_size, config.head_dim
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = _linear(D, N * H, rngs=rngs, dtype=dtype)
+        self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
+        self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
+        self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype)
+        self.head_dim = H
+
+    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
+        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = _linear(D, F, rngs=rngs, dtype=dtype)
+        self.up_proj = _linear(D, F, rngs=rngs, dtype=dtype)
+        self.down_proj = _linear(F, D, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then SwiGLU, each on the normalized stream and added to it."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+def _stacked_blocks(config: LlamaConfig, *, rngs: nnx.Rngs, dtype) -> Block:
+    """A ``Block`` whose every leaf has a leading layer axis. A loop, not a vmap: one layer's random bits at a time."""
+
+    def block(key: jax.Array) -> Block:
+        return Block(config, rngs=nnx.Rngs(key), dtype=dtype)
+
+    keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+    graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))
+    return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.state(block(key)), keys))
+
+
+class Llama(nnx.Module):
+    """A Llama language model.
+
+    ``model.layers`` is one ``Block`` whose leaves are stacked on axis 0. One ``jax.lax.scan`` takes them as its ``xs``,
+    untransformed, so ``adalomo_jax.fuse`` updates them layer by layer.
+
+    Args:
+        config: the sizes.
+        rngs: the key of the initial weights (normal, standard deviation 0.02; norms start at 1).
+        dtype: type of the weights, and with it of the activations. Norms, softmax and logits are float32 all the same.
+        remat: ``True`` recomputes each layer in the backward pass and saves its input only, ``False`` saves all
+            residuals; a policy of ``jax.checkpoint_policies`` chooses.
+
+    Example:
+        >>> from flax import nnx
+        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 16), jnp.int32)).shape
+        (2, 16, 256)
+
+    Source: Touvron et al., LLaMA (2023), arXiv:2302.13971; grouped queries: Llama 2, arXiv:2307.09288.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: bool | Callable[..., bool] = True,
+    ):
+        self.config, self.remat = config, remat
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=dtype, embedding_init=_INIT, rngs=rngs
+        )
+        self.layers = _stacked_blocks(config, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs=rngs, dtype=dtype)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Logits ``[B, T, V]`` (float32) of the token after each position."""
+        return self.logits(self.hidden(tokens_BT))
+
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """The residual stream ``[B, T, D]`` after all layers and the last norm."""
+        config = self.config
+        if tokens_BT.shape[1] > config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence has at most max_position_embeddings={config.max_position_embeddings} tokens, "
+                f"got {tokens_BT.shape[1]}. Shorten it or raise max_position_embeddings."
+            )
+        cos, sin = rotary_angles(tokens_BT.shape[1], config.head_dim, config.rope_theta)
+        graphdef, layers = nnx.split(self.layers)
+
+        def run_layer(x_BTD, layer):
+            return nnx.merge(graphdef, layer)(x_BTD, cos, sin), None
+
+        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), self.embed_tokens(tokens_BT), layers)
+        return self.norm(x_BTD)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """The head alone: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
+        if self.config.tie_word_embeddings:
+            head_DV = self.embed_tokens.embedding[...].T
+        else:
+            head_DV = self.lm_head.kernel[...]
+        return project(x_BTD, head_DV)
+
+
+@jax.custom_vjp
+def project(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """``x @ head``, accumulated in float32, also where both are bfloat16.
+
+    The cotangent is rounded to the type of ``x`` before it is multiplied. Without, the two products of the backward
+    pass would be float32 ones, at half the speed of a GPU or less.
+    """
+    return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def _project_forward(x_BTD, head_DV):
+    return project(x_BTD, head_DV), (x_BTD, head_DV)
+
+
+def _project_backward(saved, d_logits_BTV):
+    x_BTD, head_DV = saved
+    d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
+    return d_logits_BTV @ head_DV.T, jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def _checkpoint(body: Callable, remat: bool | Callable[..., bool]) -> Callable:
+    if remat is False:
+        return body
+    return jax.checkpoint(body, prevent_cse=False, policy=None if remat is True else remat)

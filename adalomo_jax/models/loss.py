@@ -1,0 +1,69 @@
+"""Next-token cross-entropy that never holds the logits of a whole sequence."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from adalomo_jax.models.llama import Llama
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """``-log softmax(logits)[target]`` in nats, ``[B, T]``."""
+    # A sum over a comparison, not a gather: its gradient is fused into the softmax's, where a scatter is a buffer more.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+
+
+def next_token_loss(
+    model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array | None = None, *, chunk_size: int = 256
+) -> jax.Array:
+    """Mean of ``cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])`` over the targets that the mask keeps.
+
+    Chunks of the sequence pass through the head one after the other, under ``jax.checkpoint``: one chunk of logits,
+    ``[B, chunk_size, V]`` in float32, exists at a time, forward and backward.
+
+    Args:
+        model: the model.
+        tokens_BT: token ids ``[B, T]``, integers.
+        mask_BT: ``[B, T]``; where it is false (or 0) the token is read but not predicted. ``mask_BT[:, 0]`` has no
+            effect: nothing predicts the first token. ``None`` predicts all others.
+        chunk_size: positions whose logits exist at once. It need not divide ``T``.
+
+    Returns:
+        The mean loss in nats a token, float32; 0 when the mask keeps no target.
+
+    Example:
+        >>> from flax import nnx
+        >>> from adalomo_jax.models import PRESETS
+        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> print(f"{next_token_loss(model, jnp.arange(64)[None]):.0f}")  # at random log(256) = 5.5, and rounded 6
+        6
+    """
+    B, T = tokens_BT.shape
+    if T < 2:
+        raise ValueError(f"a sequence needs at least 2 tokens to have a next one, got {T}.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}.")
+    chunk_size = min(chunk_size, T)
+    x_BTD = model.hidden(tokens_BT)
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
+    weights_BT = jnp.ones((B, T), jnp.float32) if mask_BT is None else jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32)
+    weights_BT = weights_BT.at[:, -1].set(0.0)
+
+    @jax.checkpoint
+    def chunk_loss(total, chunk):
+        x_BCD, targets_BC, weights_BC = chunk
+        return total + jnp.sum(cross_entropy(model.logits(x_BCD), targets_BC) * weights_BC), None
+
+    chunks = tuple(_chunked(a, chunk_size) for a in (x_BTD, targets_BT, weights_BT))
+    total, _ = jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)
+    return total / jnp.maximum(jnp.sum(weights_BT), 1.0)
+
+
+def _chunked(x_BT: jax.Array, chunk_size: int) -> jax.Array:
+    """``[B, T, ...]`` to ``[chunks, B, chunk_size, ...]``, the end padded with zeros."""
+    B, T = x_BT.shape[:2]
+    padding = [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, padding).reshape(B, -1, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)

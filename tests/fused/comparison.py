@@ -1,0 +1,34 @@
+"""Runs a fused step and its unfused twin side by side."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adalomo_jax import fuse
+
+RELATIVE_ERROR = 1e-5
+"""Allowed between fused and unfused float32 parameters, state and loss after ten steps."""
+
+
+def relative_error(actual, expected):
+    """The largest over the leaves of ``|actual - expected| / |expected|``, norms taken over a leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    errors = [0.0]
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        assert a.shape == e.shape and a.dtype == e.dtype
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        errors.append(float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)))
+    return max(errors)
+
+
+def run_both(loss_fn, tx, params, batches, **options):
+    """The results of the last of some steps, fused and unfused, each from its own results."""
+    step = fuse(loss_fn, tx, **options)
+    state = step.init(params, *batches[0])
+    run_unfused = jax.jit(step.unfused)
+    fused, unfused = (jax.tree.map(jnp.copy, (params, state)) for _ in range(2))
+    results = None
+    for args in batches:
+        results = step.jit(*fused, *args), run_unfused(*unfused, *args)
+        fused, unfused = ((result.params, result.state) for result in results)
+    return results

@@ -1,0 +1,24 @@
+"""Counts a program's matrix-multiplication FLOPs by walking its jaxpr: XLA counts a loop's body once."""
+
+import math
+
+import jax
+from jax.extend import core
+
+
+def count(fn, *args):
+    """FLOPs of all ``dot_general`` of ``fn(*args)``, each as often as its scans run it."""
+    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr):
+    return sum(map(_of_equation, jaxpr.eqns))
+
+
+def _of_equation(eqn):
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    return times * sum(_of_jaxpr(getattr(inner, "jaxpr", inner)) for inner in core.jaxprs_in_params(eqn.params))

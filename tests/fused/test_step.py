@@ -1,0 +1,245 @@
+"""The fused step equals the unfused one."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import RELATIVE_ERROR, relative_error, run_both
+from language_model import REMATS, batch, init_params, make_loss
+
+from adalomo_jax import FusedState, adalomo, fuse, lomo
+
+BATCHES = [(batch(i),) for i in range(10)]
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10)
+
+
+def is_matrix(params):
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def labels(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "layer" if "layers" in str(path[0]) else "other", params)
+
+
+RULES = {
+    "adalomo": adalomo(1e-2),
+    "lomo": lomo(1e-2),
+    "adamw": optax.adamw(1e-3),
+    "sgd with momentum": optax.sgd(1e-2, momentum=0.9),
+}
+OTHER_RULES = {
+    "adalomo with decay and schedule": adalomo(SCHEDULE, weight_decay=0.1, weight_decay_mask=is_matrix),
+    "adalomo with b2": adalomo(1e-2, b2=0.99),
+    "lomo with clipping": lomo(SCHEDULE, clip_value=1e-3, weight_decay=0.1),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
+    "lion": optax.lion(1e-3),
+    "chain": optax.chain(optax.clip(1e-2), optax.scale_by_adam(), optax.add_decayed_weights(0.1), optax.scale(-1e-3)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
+    "masked": optax.chain(optax.masked(optax.add_decayed_weights(0.1), is_matrix), adalomo(1e-2)),
+    "multi_transform": optax.multi_transform({"layer": adalomo(1e-2), "other": optax.adamw(1e-3)}, labels),
+}
+
+
+def assert_equal(loss_fn, tx, params, **options):
+    fused, unfused = run_both(loss_fn, tx, params, BATCHES, **options)
+    assert relative_error(fused, unfused) < RELATIVE_ERROR
+    assert relative_error(fused.params, params) > 100 * RELATIVE_ERROR  # it has moved
+    return fused
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_unfused_step(rule, remat):
+    assert_equal(make_loss(remat), RULES[rule], init_params(4))
+
+
+@pytest.mark.parametrize("rule", OTHER_RULES)
+def test_equals_the_unfused_step_for_any_leafwise_transformation(rule):
+    assert_equal(make_loss(), OTHER_RULES[rule], init_params(4))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tied_embeddings(rule):
+    assert_equal(make_loss(), RULES[rule], init_params(4, tied=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_stacks(tied):
+    assert_equal(make_loss(), adalomo(1e-2), init_params([4, 1, 3], tied=tied))
+
+
+def test_loss_inside_jit():
+    assert_equal(make_loss(in_jit=True), adalomo(1e-2), init_params(4))
+
+
+def test_unrolled_scan():
+    assert_equal(make_loss(unroll=2), adalomo(1e-2), init_params(4))
+
+
+def test_checkpoint_around_the_scan():
+    assert_equal(jax.checkpoint(make_loss("no remat")), adalomo(1e-2), init_params(4))
+
+
+def test_aux():
+    loss_fn = make_loss(aux=True)
+    fused = assert_equal(loss_fn, adalomo(1e-2), init_params(4), has_aux=True)
+    assert set(fused.aux) == {"logits", "mean"}
+
+
+def test_aux_and_loss_are_those_before_the_update():
+    params, tokens = init_params(4), batch()
+    loss, aux = make_loss(aux=True)(params, tokens)
+    step = fuse(make_loss(aux=True), adalomo(1e-2), has_aux=True)
+    result = jax.jit(step)(params, step.init(params, tokens), tokens)
+    assert relative_error((result.loss, result.aux), (loss, aux)) < RELATIVE_ERROR
+
+
+def test_metrics_hold_the_gradient_norm():
+    params, tokens = init_params(4), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    result = step(params, step.init(params, tokens), tokens)
+    expected = optax.tree.norm(jax.grad(make_loss())(params, tokens))
+    np.testing.assert_allclose(result.metrics["grad_norm"], expected, rtol=1e-5)
+
+
+def test_equals_optax_by_hand():
+    """Not only its own twin: the gradients and updates written out, layer by layer."""
+    params, tokens = init_params(3), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    result = step(params, step.init(params, tokens), tokens)
+
+    grads = jax.grad(make_loss())(params, tokens)
+    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    apart = lambda tree: tree | {"layers0": [pick(tree["layers0"], i) for i in range(3)]}
+    tx = adalomo(1e-2)
+    updates, _ = tx.update(apart(grads), tx.init(apart(params)), apart(params))
+    assert relative_error(apart(result.params), optax.apply_updates(apart(params), updates)) < RELATIVE_ERROR
+
+
+def test_a_stack_is_not_one_tensor():
+    """The comparison above fails for statistics over the whole stack: what `tx` alone would do."""
+    params, tokens = init_params(3), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    result = step(params, step.init(params, tokens), tokens)
+    tx = adalomo(1e-2)
+    updates, _ = tx.update(jax.grad(make_loss())(params, tokens), tx.init(params), params)
+    assert relative_error(result.params, optax.apply_updates(params, updates)) > 10 * RELATIVE_ERROR
+
+
+def test_the_comparison_sees_one_layer_that_is_not_updated():
+    params, tokens = init_params(4), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    result = step(params, step.init(params, tokens), tokens)
+    stale = jax.tree.map(lambda new, old: new.at[2].set(old[2]), result.params["layers0"], params["layers0"])
+    assert relative_error(result.params | {"layers0": stale}, result.params) > 10 * RELATIVE_ERROR
+
+
+def test_the_state_moves_between_fused_and_unfused():
+    params = init_params(4)
+    step = fuse(make_loss(), adalomo(1e-2))
+    state = step.init(params, *BATCHES[0])
+    kinds = [jax.jit(step), jax.jit(step.unfused)]
+    ends = []
+    for order in ([0, 1, 0, 1], [1, 1, 0, 0]):
+        now = params, state
+        for kind, args in zip(order, BATCHES):
+            result = kinds[kind](*now, *args)
+            now = result.params, result.state
+        ends.append(now)
+    assert relative_error(*ends) < RELATIVE_ERROR
+
+
+def test_counts_and_hyperparameters_stay_scalars():
+    params = init_params(4)
+    step = fuse(make_loss(), OTHER_RULES["inject_hyperparams"])
+    state = step.init(params, *BATCHES[0])
+    result = step(params, state, *BATCHES[0])
+    assert result.state.inner.hyperparams["learning_rate"].shape == ()
+    counts = [count for _, count in optax.tree.get_all_with_path(result.state.inner, "count")]
+    assert len(counts) >= 2 and all(count.shape == () and int(count) == 1 for count in counts)
+    assert int(result.state.count) == 1
+
+
+def test_one_trace_however_many_steps():
+    params = init_params(4)
+    traces = []
+
+    def loss_fn(params, tokens):
+        traces.append(None)
+        return make_loss()(params, tokens)
+
+    step = fuse(loss_fn, adalomo(1e-2))
+    state = step.init(params, *BATCHES[0])
+    assert len(traces) == 1
+    for args in BATCHES:
+        result = step.jit(params, state, *args)
+        params, state = result.params, result.state
+    assert len(traces) == 2 and step.jit._cache_size() == 1
+
+
+def test_init_takes_shapes():
+    params, tokens = init_params(4), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    expected = step.init(params, tokens)
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    chex.assert_trees_all_equal(step.init(params, shapes(tokens)), expected)
+    chex.assert_trees_all_equal(step.init(shapes(params), shapes(tokens)), expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(step.init, params, tokens), expected)
+
+
+def test_jit_donates_and_call_does_not():
+    params, tokens = init_params(2), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    state = step.init(params, tokens)
+    step(params, state, tokens)
+    assert not params["embed"].is_deleted()
+    step.jit(params, state, tokens)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+
+
+def test_parameters_that_the_loss_does_not_read_decay():
+    params = init_params(2) | {"unread": jnp.ones((3, 4))}
+    fused, unfused = run_both(make_loss(), adalomo(1e-2, weight_decay=0.5), params, BATCHES[:2])
+    assert relative_error(fused, unfused) < RELATIVE_ERROR
+    assert float(jnp.max(fused.params["unread"])) < 1.0
+
+
+@pytest.mark.parametrize("params", [jnp.float32(3.0), jnp.ones(())], ids=["numpy", "jax"])
+def test_a_loss_that_is_its_parameter(params):
+    fused, unfused = run_both(lambda p: p, lomo(1.0), jnp.asarray(params), [()])
+    assert relative_error(fused, unfused) == 0.0 and float(fused.params) == float(params) - 1.0
+
+
+def test_a_loss_without_arguments_or_layers():
+    fused, unfused = run_both(lambda p: jnp.sum(p["w"] ** 2), adalomo(1e-2), {"w": jnp.ones((3, 2))}, [()] * 3)
+    assert relative_error(fused, unfused) < RELATIVE_ERROR
+
+
+ERRORS = {
+    "vector loss": (lambda p, x: p["w"] * x, {"w": jnp.ones(3)}, {}, "float scalar, but it is float32\\[3\\]"),
+    "integer loss": (lambda p, x: jnp.int32(p["w"][0]), {"w": jnp.ones(3)}, {}, "float scalar, but it is int32"),
+    "aux unsaid": (lambda p, x: (jnp.sum(p["w"]), x), {"w": jnp.ones(3)}, {}, "has_aux=True"),
+    "no aux": (lambda p, x: jnp.sum(p["w"]), {"w": jnp.ones(3)}, {"has_aux": True}, "must return \\(loss, aux\\)"),
+    "integers": (lambda p, x: jnp.sum(p["w"] * p["n"]), {"w": jnp.ones(3), "n": jnp.arange(3)}, {}, "'n' is of int32"),
+    "no array": (lambda p, x: jnp.sum(p["w"]), {"w": jnp.ones(3), "n": 1.0}, {}, "'n' is of the type float"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_refuses_before_compiling(case):
+    loss_fn, params, options, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        fuse(loss_fn, adalomo(1e-2), **options).init(params, 1.0)
+
+
+def test_refuses_a_state_of_other_parameters():
+    step = fuse(make_loss(), adalomo(1e-2))
+    params, tokens = init_params(4), batch()
+    with pytest.raises(ValueError, match="not that of these parameters"):
+        step(params, step.init(init_params(4, tied=True), tokens), tokens)
+    with pytest.raises(ValueError, match=r"has the shape \(3, .*\), but \(4, .*\) is due"):
+        step(params, step.init(init_params(3), tokens), tokens)
+    with pytest.raises(ValueError, match="not that of these parameters"):
+        step(params, FusedState(jnp.int32(0), adalomo(1e-2).init({})), tokens)

@@ -1,0 +1,106 @@
+"""The arithmetic on one tensor, against the paper's equations with `v` formed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import assert_apart, assert_close
+
+from adalomo_jax.optimizers import moments
+from adalomo_jax.optimizers.moments import FactoredMoment
+
+SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 1, 3, 5), (3, 3, 2, 2)]
+
+
+def gaussian(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def zero_moment(shape: tuple[int, ...]) -> moments.Moment:
+    s = jnp.zeros(shape)
+    return moments.row_and_col_means(s) if moments.is_factored(shape) else s
+
+
+def variance(moment: moments.Moment) -> np.ndarray:
+    if not isinstance(moment, FactoredMoment):
+        return np.asarray(moment, np.float64)
+    row, col = (np.asarray(x, np.float64) for x in moment)
+    return np.einsum("...m,...n->...mn", row, col) / row.mean(-1)[..., None, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accumulates_the_papers_moments(shape: tuple[int, ...]):
+    ours, papers, theta = zero_moment(shape), reference.init(np.zeros(shape)), np.ones(shape)
+    for t in (1, 2, 3):
+        g = gaussian(shape, t)
+        ours = moments.accumulate(ours, g, moments.decay_at(t, 0.8), 1e-30)
+        _, papers = reference.adalomo_step(theta, g, papers, t, 0.0)
+        assert_close(tuple(ours) if len(shape) > 1 else ours, reference.means(papers, shape))
+    for without_decay in [gaussian(shape, 3)]:
+        last = moments.accumulate(zero_moment(shape), without_decay, jnp.float32(0.0), 1e-30)
+        assert_apart(tuple(last) if len(shape) > 1 else last, reference.means(papers, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_preconditions_by_the_root_of_v(shape: tuple[int, ...]):
+    g = gaussian(shape)
+    moment = moments.accumulate(zero_moment(shape), gaussian(shape, 1), jnp.float32(0.0), 1e-30)
+    assert_close(moments.precondition(moment, g), np.asarray(g, np.float64) / np.sqrt(variance(moment)))
+    assert_apart(moments.precondition(moment, g), np.asarray(g, np.float64) / variance(moment))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_and_columns_are_the_last_two_axes_and_the_rest_are_batch_axes(shape: tuple[int, ...]):
+    moment = zero_moment(shape)
+    if len(shape) < 2:
+        assert isinstance(moment, jax.Array) and moment.shape == shape
+        return
+    assert isinstance(moment, FactoredMoment)
+    assert (moment.row.shape, moment.col.shape) == (shape[:-1], shape[:-2] + shape[-1:])
+    g = gaussian(shape).reshape(-1, *shape[-2:])
+    apart = [moments.row_and_col_means(g_i) for g_i in g]
+    together = moments.row_and_col_means(g.reshape(shape))
+    assert_close(together.row.reshape(len(g), -1), np.stack([m.row for m in apart]))
+    assert_close(together.col.reshape(len(g), -1), np.stack([m.col for m in apart]))
+
+
+@pytest.mark.parametrize(
+    "shape, factored", [((), False), ((3,), False), ((1, 1), True), ((2, 0), False), ((2, 3, 4), True)]
+)
+def test_any_matrix_that_is_not_empty_is_factored(shape: tuple[int, ...], factored: bool):
+    assert moments.is_factored(shape) == factored
+
+
+def test_decay_at_keeps_nothing_at_first_then_more_and_more():
+    steps = np.array([1, 2, 10, 1000])
+    assert moments.decay_at(1, 0.8) == 0.0
+    assert_close(moments.decay_at(steps, 0.8), 1 - steps**-0.8)
+    assert_apart(moments.decay_at(steps, 0.8), 1 - (steps + 1) ** -0.8)
+
+
+def test_decay_at_is_float32_whatever_the_step_and_rate_are():
+    assert moments.decay_at(jnp.int32(5), jnp.bfloat16(0.8)).dtype == jnp.float32
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-8, 8), st.floats(0.1, 10.0))
+def test_clip_rms_scales_down_and_never_up(seed: int, log2_scale: float, threshold: float):
+    u = gaussian((6, 5), seed) * 2**log2_scale
+    clipped, size = moments.clip_rms(u, threshold), reference.root_mean_square(np.asarray(u, np.float64))
+    assert_close(clipped, np.asarray(u, np.float64) * min(1.0, threshold / size))
+    assert float(moments.rms(clipped)) <= threshold * (1 + 1e-6)
+
+
+def test_clip_rms_is_over_the_whole_tensor_not_over_its_matrices():
+    u = jnp.stack([gaussian((4, 5)), 10 * gaussian((4, 5), 1)])
+    per_matrix = jnp.stack([moments.clip_rms(matrix, 1.0) for matrix in u])
+    assert_apart(moments.clip_rms(u, 1.0), per_matrix)
+    assert_close(moments.rms(moments.clip_rms(u, 1.0)), np.float64(1))
+
+
+def test_rms_of_a_narrow_dtype_is_float32():
+    x = jnp.full(4096, 1.0 + 2**-7, jnp.bfloat16)
+    assert moments.rms(x).dtype == jnp.float32
+    assert_close(moments.rms(x), np.float64(1 + 2**-7))

@@ -1,0 +1,100 @@
+"""Arrows point down only: a lower layer imports no higher one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "adalomo_jax"
+LAYERS = [
+    {"optimizers"},
+    {"fused"},
+    {"models"},
+    {"linen", "nnx"},
+    {"memory"},
+    {"finetune"},
+    {"cli"},
+    {"__main__"},
+]
+"""From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
+MODULES = {
+    "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
+    "fused": ["jaxpr", "plan", "segment", "scan", "backward", "step"],
+}
+"""Within a layer, from the bottom to the top."""
+
+
+def level(part):
+    return next(i for i, layer in enumerate(LAYERS) if (part or "fused") in layer)
+
+
+def imported(path):
+    """The names in the package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module else [])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def violations(path, package=PACKAGE):
+    parts = path.relative_to(package).with_suffix("").parts
+    layer, module = parts[0], parts[-1]
+    if layer == "__init__":
+        layer = ""
+    for name in imported(path):
+        if not name.startswith("adalomo_jax"):
+            continue
+        _, target, *rest = [*name.split("."), ""]
+        target = target if any(target in names for names in LAYERS) else ""
+        if level(target) > level(layer):
+            yield name
+        order = MODULES.get(layer, [])
+        if target == layer and rest[0] in order and module in order and order.index(rest[0]) >= order.index(module):
+            yield name
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    assert list(violations(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("optimizers/moments.py", "from adalomo_jax.fused import fuse"),
+        ("optimizers/moments.py", "import adalomo_jax.models.llama"),
+        ("optimizers/moments.py", "from adalomo_jax import fuse"),
+        ("optimizers/rounding.py", "from adalomo_jax.optimizers.adalomo import adalomo"),
+        ("fused/plan.py", "def f():\n    from adalomo_jax.finetune.run import run"),
+        ("fused/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
+        ("models/llama.py", "from adalomo_jax.cli import main"),
+    ],
+)
+def test_an_import_that_points_up_is_found(tmp_path, file, line):
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_text(line)
+    assert list(violations(path, tmp_path)) != []
+
+
+def test_every_module_of_the_ordered_layers_has_its_place():
+    for layer, order in MODULES.items():
+        assert sorted(path.stem for path in (PACKAGE / layer).glob("*.py") if path.stem != "__init__") == sorted(order)
+
+
+def test_only_one_file_depends_on_the_version_of_jax():
+    private = {path for path in FILES for name in imported(path) if name.startswith(("jax._src", "jax.extend"))}
+    assert private == {PACKAGE / "fused" / "jaxpr.py"}
+
+
+def test_the_core_imports_without_flax():
+    code = "import sys; import adalomo_jax; print(sorted({'flax', 'tyro', 'rich', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
