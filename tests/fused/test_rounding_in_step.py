@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from comparison import RELATIVE_ERROR, relative_error
-from language_model import REMATS, batch, init_params, make_loss
+from language_model import batch, init_params, make_loss
 
 from adalomo_jax import adalomo, fuse, lomo
 
@@ -34,7 +34,7 @@ def unit_distance(a, b):
 
 @functools.cache
 def one_step(rule, *, dtype=jnp.bfloat16, remat="remat", unfused=False, count=0, **options):
-    params, tokens = init_params([4, 3], dim=32, hidden=48, tied=True, dtype=dtype), batch(length=32)
+    params, tokens = init_params(4, dim=32, hidden=48, tied=True, dtype=dtype), batch(length=32)
     step = fuse(make_loss(remat), rule, **options)
     state = step.init(params, tokens)._replace(count=jnp.int32(count))
     return jax.jit(step.unfused if unfused else step)(params, state, tokens).params
@@ -42,8 +42,9 @@ def one_step(rule, *, dtype=jnp.bfloat16, remat="remat", unfused=False, count=0,
 
 @pytest.mark.parametrize(
     ("rule", "remat", "dtype"),
-    [(rule, "remat", dtype) for rule in RULES for dtype in (jnp.bfloat16, jnp.float16)]
-    + [("adalomo", remat, jnp.bfloat16) for remat in REMATS if remat != "remat"],
+    [(rule, "remat", jnp.bfloat16) for rule in RULES]
+    + [("adalomo", "remat", jnp.float16)]
+    + [("adalomo", remat, jnp.bfloat16) for remat in ("no remat", "dots saved")],
 )
 def test_equals_the_unfused_step(rule, remat, dtype):
     fused, unfused = (one_step(RULES[rule], remat=remat, unfused=u, dtype=dtype) for u in (False, True))

@@ -1,5 +1,7 @@
 """The fused step equals the unfused one."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -49,8 +51,17 @@ def assert_equal(loss_fn, tx, params, **options):
     return fused
 
 
-@pytest.mark.parametrize("remat", REMATS)
-@pytest.mark.parametrize("rule", RULES)
+@functools.cache
+def one_step():
+    params, tokens = init_params(3), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    return jax.jit(step)(params, step.init(params, tokens), tokens)
+
+
+@pytest.mark.parametrize(
+    ("rule", "remat"),
+    [(rule, "remat") for rule in RULES] + [("adalomo", remat) for remat in REMATS if remat != "remat"],
+)
 def test_equals_the_unfused_step(rule, remat):
     assert_equal(make_loss(remat), RULES[rule], init_params(4))
 
@@ -60,14 +71,13 @@ def test_equals_the_unfused_step_for_any_leafwise_transformation(rule):
     assert_equal(make_loss(), OTHER_RULES[rule], init_params(4))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["adalomo", "adamw"])
 def test_tied_embeddings(rule):
     assert_equal(make_loss(), RULES[rule], init_params(4, tied=True))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_several_stacks(tied):
-    assert_equal(make_loss(), adalomo(1e-2), init_params([4, 1, 3], tied=tied))
+def test_several_stacks():
+    assert_equal(make_loss(), adalomo(1e-2), init_params([4, 1, 3], tied=True))
 
 
 def test_loss_inside_jit():
@@ -97,9 +107,8 @@ def test_aux_and_loss_are_those_before_the_update():
 
 
 def test_metrics_hold_the_gradient_norm():
-    params, tokens = init_params(4), batch()
-    step = fuse(make_loss(), adalomo(1e-2))
-    result = step(params, step.init(params, tokens), tokens)
+    params, tokens = init_params(3), batch()
+    result = one_step()
     expected = optax.tree.norm(jax.grad(make_loss())(params, tokens))
     np.testing.assert_allclose(result.metrics["grad_norm"], expected, rtol=1e-5)
 
@@ -107,9 +116,7 @@ def test_metrics_hold_the_gradient_norm():
 def test_equals_optax_by_hand():
     """Not only its own twin: the gradients and updates written out, layer by layer."""
     params, tokens = init_params(3), batch()
-    step = fuse(make_loss(), adalomo(1e-2))
-    result = step(params, step.init(params, tokens), tokens)
-
+    result = one_step()
     grads = jax.grad(make_loss())(params, tokens)
     pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     apart = lambda tree: tree | {"layers0": [pick(tree["layers0"], i) for i in range(3)]}
@@ -121,18 +128,15 @@ def test_equals_optax_by_hand():
 def test_a_stack_is_not_one_tensor():
     """The comparison above fails for statistics over the whole stack: what `tx` alone would do."""
     params, tokens = init_params(3), batch()
-    step = fuse(make_loss(), adalomo(1e-2))
-    result = step(params, step.init(params, tokens), tokens)
+    result = one_step()
     tx = adalomo(1e-2)
     updates, _ = tx.update(jax.grad(make_loss())(params, tokens), tx.init(params), params)
     assert relative_error(result.params, optax.apply_updates(params, updates)) > 10 * RELATIVE_ERROR
 
 
 def test_the_comparison_sees_one_layer_that_is_not_updated():
-    params, tokens = init_params(4), batch()
-    step = fuse(make_loss(), adalomo(1e-2))
-    result = step(params, step.init(params, tokens), tokens)
-    stale = jax.tree.map(lambda new, old: new.at[2].set(old[2]), result.params["layers0"], params["layers0"])
+    params, result = init_params(3), one_step()
+    stale = jax.tree.map(lambda new, old: new.at[1].set(old[1]), result.params["layers0"], params["layers0"])
     assert relative_error(result.params | {"layers0": stale}, result.params) > 10 * RELATIVE_ERROR
 
 
@@ -155,7 +159,7 @@ def test_counts_and_hyperparameters_stay_scalars():
     params = init_params(4)
     step = fuse(make_loss(), OTHER_RULES["inject_hyperparams"])
     state = step.init(params, *BATCHES[0])
-    result = step(params, state, *BATCHES[0])
+    result = jax.jit(step)(params, state, *BATCHES[0])
     assert result.state.inner.hyperparams["learning_rate"].shape == ()
     counts = [count for _, count in optax.tree.get_all_with_path(result.state.inner, "count")]
     assert len(counts) >= 2 and all(count.shape == () and int(count) == 1 for count in counts)
@@ -193,7 +197,7 @@ def test_jit_donates_and_call_does_not():
     params, tokens = init_params(2), batch()
     step = fuse(make_loss(), adalomo(1e-2))
     state = step.init(params, tokens)
-    step(params, state, tokens)
+    jax.jit(step)(params, state, tokens)
     assert not params["embed"].is_deleted()
     step.jit(params, state, tokens)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
@@ -206,10 +210,17 @@ def test_parameters_that_the_loss_does_not_read_decay():
     assert float(jnp.max(fused.params["unread"])) < 1.0
 
 
-@pytest.mark.parametrize("params", [jnp.float32(3.0), jnp.ones(())], ids=["numpy", "jax"])
-def test_a_loss_that_is_its_parameter(params):
-    fused, unfused = run_both(lambda p: p, lomo(1.0), jnp.asarray(params), [()])
-    assert relative_error(fused, unfused) == 0.0 and float(fused.params) == float(params) - 1.0
+def test_runs_without_jit():
+    loss_fn = lambda params, x: jnp.sum(jax.lax.scan(lambda c, w: (jnp.sin(c * w), None), x, params)[0])
+    params, x = jnp.ones((3, 2)), jnp.ones(2)
+    step = fuse(loss_fn, lomo(1e-2))
+    eager, jitted = (f(params, step.init(params, x), x) for f in (step, jax.jit(step)))
+    assert relative_error(eager, jitted) < RELATIVE_ERROR
+
+
+def test_a_loss_that_is_its_parameter():
+    fused, unfused = run_both(lambda p: p, lomo(1.0), jnp.float32(3.0), [()])
+    assert relative_error(fused, unfused) == 0.0 and float(fused.params) == 2.0
 
 
 def test_a_loss_without_arguments_or_layers():
