@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adalomo_jax import fuse
+from adalomo_jax import StepResult, fuse
 
 RELATIVE_ERROR = 1e-5
 """Allowed between fused and unfused float32 parameters, state and loss after ten steps."""
@@ -27,8 +27,8 @@ def run_both(loss_fn, tx, params, batches, **options):
     state = step.init(params, *batches[0])
     run_unfused = jax.jit(step.unfused)
     fused, unfused = (jax.tree.map(jnp.copy, (params, state)) for _ in range(2))
-    results = None
+    results: list[StepResult] = []
     for args in batches:
-        results = step.jit(*fused, *args), run_unfused(*unfused, *args)
+        results = [step.jit(*fused, *args), run_unfused(*unfused, *args)]
         fused, unfused = ((result.params, result.state) for result in results)
     return results

@@ -15,7 +15,9 @@ REMATS = {
 }
 
 
-def init_params(layers=4, *, dim=DIM, hidden=HIDDEN, vocab=VOCAB, tied=False, dtype=jnp.float32, seed=0):
+def init_params(
+    layers: int | list[int] = 4, *, dim=DIM, hidden=HIDDEN, vocab=VOCAB, tied=False, dtype=jnp.float32, seed=0
+):
     """Parameters; ``layers`` is a number, or one for each of several stacks."""
     counts = [layers] if isinstance(layers, int) else layers
     keys = iter(jax.random.split(jax.random.key(seed), 2 + 4 * len(counts)))

@@ -1,0 +1,68 @@
+"""A Flax Linen model whose layers are scanned, trained with the fused step.
+
+    python examples/flax_linen.py
+
+The model and its loss are as they would be for Optax alone; `fuse` takes the place of `jax.value_and_grad`,
+`tx.update` and `optax.apply_updates`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from adalomo_jax import adalomo, fuse
+
+VOCAB, WIDTH, LAYERS, LENGTH, STEPS = 32, 64, 4, 32, 150
+
+
+class Block(nn.Module):
+    """One residual layer, in the form that `nn.scan` wants."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.LayerNorm()(x)
+        x = x + nn.SelfAttention(num_heads=4)(h, mask=nn.make_causal_mask(x[..., 0]))
+        h = nn.LayerNorm()(x)
+        return x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(h))), None
+
+
+class LanguageModel(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(VOCAB, WIDTH)(tokens) + self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))
+        layers = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = layers()(x, None)
+        return nn.Dense(VOCAB)(nn.LayerNorm()(x))
+
+
+model = LanguageModel()
+
+
+def loss_fn(params, tokens):
+    logits = model.apply({"params": params}, tokens)[:, :-1]
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
+
+
+def batch(seed):
+    """Sequences that count up from a random start: the next token is predictable."""
+    starts = jax.random.randint(jax.random.key(seed), (16, 1), 0, VOCAB)
+    return (starts + jnp.arange(LENGTH)) % VOCAB
+
+
+def main():
+    params = model.init(jax.random.key(0), batch(0))["params"]
+    step = fuse(loss_fn, adalomo(5e-3))
+    print(step.plan(params, batch(0)))
+    state = step.init(params, batch(0))
+
+    first = None
+    for i in range(STEPS):
+        params, state, loss, _, metrics = step.jit(params, state, batch(i))
+        first = loss if first is None else first
+        if i % 25 == 0 or i == STEPS - 1:
+            print(f"step {i:>3}  loss {loss:.4f}  gradient norm {metrics['grad_norm']:.3f}")
+    assert loss < first / 10
+
+
+if __name__ == "__main__":
+    main()

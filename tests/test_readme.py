@@ -1,0 +1,48 @@
+"""What README shows runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_blocks_to_run():
+    assert len(blocks("python")) == 2 and len(blocks("bash")) == 2
+
+
+def test_the_loop_is_short():
+    lines = [line for line in blocks("python")[0].splitlines() if line]
+    assert len(lines) <= 15
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_bash_block_names_what_there_is(block):
+    """Not run here: it makes an environment, and the second runs these tests. Its last command is asked for help."""
+    make, install, command = (shlex.split(part) for part in block.split("&&"))
+    assert make == ["python3", "-m", "venv", ".venv"]
+    assert install[:3] == [".venv/bin/pip", "install", "-q"]
+    module = {"adalomo-jax": ["adalomo_jax"], "python": command[2:3]}[Path(command[0]).name]
+    help_text = subprocess.run(
+        [sys.executable, "-m", *module, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert all(word in help_text for word in command[1:] if word not in ("-m", "pytest"))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
