@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import LayerScan
@@ -190,7 +191,7 @@ def _take_apart(pullback: Any, again: Mapping[int, Any]) -> tuple[list[Any], Any
     for x in residuals:
         if id(x) in inputs:
             sources.append(Source("input", inputs[id(x)]))
-        elif isinstance(x, jax.core.Tracer):
+        elif isinstance(x, Tracer):
             saved.setdefault(id(x), x)
             sources.append(Source("saved", list(saved).index(id(x))))
         else:

@@ -33,6 +33,12 @@ def compile_step(layers, rule, remat="remat", dtype=jnp.float32, unfused=False):
     return jitted.lower(params, state, tokens).compile(), params, state
 
 
+def memory_of(compiled):
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    return sizes
+
+
 def compiled_flops(fn, args):
     costs = jax.jit(fn).lower(*args).compile().cost_analysis()
     assert costs is not None
@@ -53,7 +59,7 @@ def copies_of_stacks(compiled, stacks):
 )
 def test_parameters_and_state_are_updated_in_place(rule, remat, dtype):
     compiled, params, state = compile_step(5, rule, remat, dtype)
-    assert compiled.memory_analysis().alias_size_in_bytes >= tree_bytes((params, state))
+    assert memory_of(compiled).alias_size_in_bytes >= tree_bytes((params, state))
     matrices = [x for x in jax.tree.leaves(params["layers0"]) if x.ndim == 3]
     assert copies_of_stacks(compiled, matrices) == []
 
@@ -67,13 +73,13 @@ def test_the_search_for_copies_finds_one():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_temporaries_grow_by_the_saved_layer_inputs(rule):
-    shallow, deep = (compile_step(layers, rule)[0].memory_analysis().temp_size_in_bytes for layers in (4, 16))
+    shallow, deep = (memory_of(compile_step(layers, rule)[0]).temp_size_in_bytes for layers in (4, 16))
     saved = (16 - 4) * BATCH * LENGTH * DIM * 4
     assert deep - shallow <= 1.1 * saved
 
 
 def test_temporaries_of_the_unfused_step_grow_by_the_gradients_too():
-    shallow, deep = (compile_step(n, "adalomo", unfused=True)[0].memory_analysis().temp_size_in_bytes for n in (4, 16))
+    shallow, deep = (memory_of(compile_step(n, "adalomo", unfused=True)[0]).temp_size_in_bytes for n in (4, 16))
     params = init_params(16 - 4, dim=DIM, hidden=HIDDEN, vocab=64)
     assert deep - shallow > tree_bytes(params["layers0"])
 
