@@ -11,6 +11,7 @@ import optax
 
 from adalomo_jax.fused import backward
 from adalomo_jax.fused.jaxpr import trace
+from adalomo_jax.fused.leafwise import check_leafwise
 from adalomo_jax.fused.plan import Plan, make_plan
 from adalomo_jax.optimizers.per_layer import PerLayer
 from adalomo_jax.optimizers.rounding import rounds_stochastically
@@ -63,6 +64,7 @@ class FusedStep:
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
         traced = self._trace(params, args)
+        check_leafwise(traced.optimizer, [leaf.path for leaf in traced.plan.leaves])
         return FusedState(jnp.zeros([], jnp.int32), traced.optimizer.init(traced.leaves))
 
     def plan(self, params: Any, *args: Any) -> Plan:
@@ -159,8 +161,8 @@ def fuse(
       A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``.
 
     Raises:
-      ValueError: while tracing, for a loss that is no scalar, a parameter that has no gradient, or a state of other
-        parameters.
+      ValueError: while tracing, for a loss that is no scalar, a parameter that has no gradient, a ``tx`` that mixes
+        leaves, or a state of other parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp

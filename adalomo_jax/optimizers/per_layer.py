@@ -49,7 +49,7 @@ class PerLayer:
         for group in sorted(self.groups, key=lambda group: 0 not in group.leaves, reverse=True):
             # What belongs to no leaf is taken from the group of the first leaf, whose dtype Optax goes by.
             own, shared = self._init_group(group, leaves)
-            kept |= dict(zip(self._own_paths(group), own)) | dict(zip(self._shared_paths, shared))
+            kept |= dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
         if not self.groups:
             return self.tx.init(self.treedef.unflatten(leaves))
         return jax.tree.unflatten(self._state_treedef, [kept[path] for path in self._state_paths])
@@ -69,14 +69,14 @@ class PerLayer:
         Returns:
           The updates, and the new own and shared state.
         """
-        paths, treedef = self._group_layout(group)
-        by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self._shared_paths, shared))
+        paths, treedef = self._group_layouts[group]
+        by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
         state = jax.tree.unflatten(treedef, [by_path[path] for path in paths])
         params = None if leaves is None else self._select(group, leaves)
         updates, state = self.tx.update(self._select(group, grads), state, params, **extra_args)
         after = dict(jax.tree_util.tree_leaves_with_path(state))
         new_own = [after[path] for path in self._own_paths(group)]
-        return jax.tree.leaves(updates), new_own, [after[path] for path in self._shared_paths]
+        return jax.tree.leaves(updates), new_own, [after[path] for path in self.shared_paths]
 
     def own(self, state: optax.OptState, group: Group) -> list[Any]:
         """The leaves of the state that are kept for the group's leaves; of a stack with a leading layer axis."""
@@ -86,7 +86,7 @@ class PerLayer:
     def shared(self, state: optax.OptState) -> list[Any]:
         """The leaves of the state that belong to no parameter: step counts, hyperparameters."""
         by_path = dict(jax.tree_util.tree_leaves_with_path(state))
-        return [by_path[path] for path in self._shared_paths]
+        return [by_path[path] for path in self.shared_paths]
 
     def next_shared(self, state: optax.OptState, **extra_args) -> list[Any]:
         """The shared state after a step. It depends on no gradient, so it is asked for with zeros."""
@@ -101,7 +101,7 @@ class PerLayer:
 
     def assemble(self, shared: Sequence[Any], owns: Sequence[Sequence[Any]]) -> optax.OptState:
         """The state of these parts: the shared one, and one for each of `groups`."""
-        by_path = dict(zip(self._shared_paths, shared))
+        by_path = dict(zip(self.shared_paths, shared))
         for group, own in zip(self.groups, owns, strict=True):
             by_path |= zip(self._own_paths(group), own)
         return jax.tree.unflatten(self._state_treedef, [by_path[path] for path in self._state_paths])
@@ -132,7 +132,7 @@ class PerLayer:
 
         def init(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self._select(group, tensors))))
-            return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self._shared_paths]
+            return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
 
         if group.layers is None:
             return init(of_group)
@@ -158,7 +158,8 @@ class PerLayer:
         return self._state_layout[1]
 
     @cached_property
-    def _shared_paths(self) -> list[Any]:
+    def shared_paths(self) -> list[Any]:
+        """The paths of the state's leaves that belong to no parameter."""
         return self._abstract_init(self._select(Group((), None), []))[0]
 
     @cached_property
@@ -168,11 +169,8 @@ class PerLayer:
             for group in self.groups
         }
 
-    def _group_layout(self, group: Group) -> tuple[list[Any], Any]:
-        return self._group_layouts[group]
-
     def _own_paths(self, group: Group) -> list[Any]:
-        return [path for path in self._group_layout(group)[0] if path not in self._shared_paths]
+        return [path for path in self._group_layouts[group][0] if path not in self.shared_paths]
 
 
 def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.GradientTransformationExtraArgs:
