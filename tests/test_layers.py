@@ -21,7 +21,7 @@ LAYERS = [
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
-    "fused": ["jaxpr", "leafwise", "plan", "segment", "scan", "backward", "step"],
+    "fused": ["jaxpr", "leafwise", "plan", "segment", "stacks", "scan", "backward", "step"],
 }
 """Within a layer, from the bottom to the top."""
 

@@ -1,6 +1,6 @@
 """One forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from jax import lax
 
 from adalomo_jax.fused import scan, segment
 from adalomo_jax.fused.plan import LayerScan, Plan, Stage
+from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.rounding import apply_update
 
@@ -46,17 +47,24 @@ class Updater:
         updates, own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
         return self._write(group, layer, weights, updates), own, sum_of_squares(gradients)
 
-    def write_all(self, leaves: Sequence[Any], updates: Sequence[Any]) -> list[Any]:
-        """All leaves and their updates added, with the same keys as when each layer is written by itself."""
-        written = list(leaves)
+    def update_all(
+        self, inner: optax.OptState, leaves: Sequence[Any], gradients: Sequence[Any]
+    ) -> tuple[list[Any], optax.OptState]:
+        """All leaves after the step, and the new state, given all gradients at once."""
+        written, owns = list(leaves), {}
         for group in self.optimizer.groups:
-            weights, of_group = [leaves[i] for i in group.leaves], [updates[i] for i in group.leaves]
-            if group.layers is None or all(self.keys[i] is None for i in group.leaves):
-                _assign(written, group, self._write(group, None, weights, of_group))
-            else:  # not vmap: under it, rbg keys give other bits
-                over = (jnp.arange(group.layers), weights, of_group)
-                _assign(written, group, lax.map(lambda x, group=group: self._write(group, *x), over))
-        return written
+            weights, of_group = [leaves[i] for i in group.leaves], [gradients[i] for i in group.leaves]
+            own = self.optimizer.own(inner, group)
+            if group.layers is None:
+                weights, owns[group], _ = self(group, None, weights, of_group, own)
+            else:
+                weights, owns[group] = _update_stacks(partial(self, group), weights, of_group, own)
+            _assign(written, group, weights)
+        return written, self.next_state(inner, owns)
+
+    def next_state(self, inner: optax.OptState, owns: Mapping[Group, list[Any]]) -> optax.OptState:
+        """The state after the step, given what is kept for each group."""
+        return self.optimizer.assemble(self.optimizer.next_shared(inner), [owns[g] for g in self.optimizer.groups])
 
     def _write(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]
@@ -65,6 +73,21 @@ class Updater:
         if layer is not None:
             keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
         return list(map(apply_update, weights, updates, keys))
+
+
+def _update_stacks(
+    update_layer: UpdateLayer, weights: list[Any], gradients: list[Any], own: list[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Stacks and their state after the step: a loop, in place, for under vmap rbg keys would give other bits."""
+
+    def iteration(carry, i_and_gradients):
+        i, gradients = i_and_gradients
+        layers = [layer_at(stack, i) for stack in carry.weights]
+        return update(carry, i, i + 1, layers, gradients, update_layer), None
+
+    length = weights[0].shape[0]
+    stacks, _ = lax.scan(iteration, start(weights, own, 0, update_layer), (jnp.arange(length), gradients))
+    return stacks.weights, stacks.own
 
 
 def run(plan: Plan, updater: Updater, inner: optax.OptState, leaves: Sequence[Any], args: Sequence[Any]) -> PassResult:
@@ -79,13 +102,13 @@ def run(plan: Plan, updater: Updater, inner: optax.OptState, leaves: Sequence[An
     for index, stage in reversed(list(enumerate(plan.stages))):
         if isinstance(stage, LayerScan):
             group = next(group for group in optimizer.groups if group.leaves[0] == stage.stacks[0].leaf)
-            done = scan.backward(
+            stacks, d_inputs = scan.backward(
                 stage, tapes[index], values, cotangents, optimizer.own(inner, group), partial(updater, group)
             )
-            owns[group] = done.own
-            _assign(written, group, done.stacks)
-            squares += done.statistics
-            _accumulate(cotangents, done.cotangents)
+            owns[group] = stacks.own
+            _assign(written, group, stacks.weights)
+            squares += stacks.statistics
+            _accumulate(cotangents, d_inputs)
         else:
             _accumulate(cotangents, segment.backward(tapes[index], program, cotangents))
         if (group := plan.whole_group(index)) is not None:
@@ -94,8 +117,7 @@ def run(plan: Plan, updater: Updater, inner: optax.OptState, leaves: Sequence[An
             weights, owns[group], group_squares = updater(group, None, weights, gradients, own)
             _assign(written, group, weights)
             squares += group_squares
-    inner = optimizer.assemble(optimizer.next_shared(inner), [owns[group] for group in optimizer.groups])
-    return PassResult([values[v] for v in program.outputs], written, inner, squares)
+    return PassResult([values[v] for v in program.outputs], written, updater.next_state(inner, owns), squares)
 
 
 def sum_of_squares(gradients: Iterable[Any]) -> jax.Array:

@@ -1,11 +1,10 @@
 """A scan over layers, run forward, and backward with each layer updated as soon as its gradient is there.
 
-The stacks of parameters and optimizer state are in the carry of the backward loop, read and written at one layer's
-index: only so does XLA update them in place. In the forward loop they are in the carry behind a barrier, or XLA hoists
-a cast of them out of the loop, for a copy of all the weights in the narrower dtype.
+In the forward loop, too, the stacks are in the carry, behind a barrier: else XLA hoists a cast of them out of the loop,
+for a copy of all the weights in the narrower dtype.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +14,7 @@ from jax.core import Tracer
 
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import LayerScan
-
-UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
-"""``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
+from adalomo_jax.fused.stacks import Stacks, UpdateLayer, layer_at, start, update
 
 
 class Source(NamedTuple):
@@ -38,18 +35,6 @@ class Tape(NamedTuple):
     treedef: Any
     """Of the pullback of one iteration, whose leaves are its residuals."""
     sources: list[Source]
-
-
-class LayerScanResult(NamedTuple):
-    """What a scan's backward loop leaves."""
-
-    stacks: list[Any]
-    own: list[Any]
-    """The optimizer state of the stacks."""
-    statistics: Any
-    """The sum over the layers."""
-    cotangents: list[tuple[int, Any]]
-    """Pairs of a value that the scan reads and a cotangent of it; a value may be there more than once."""
 
 
 def forward(stage: LayerScan, values: dict[int, Any]) -> Tape:
@@ -83,7 +68,7 @@ def backward(
     cotangents: Mapping[int, Any],
     own: list[Any],
     update_layer: UpdateLayer,
-) -> LayerScanResult:
+) -> tuple[Stacks, list[tuple[int, Any]]]:
     """Pulls the scan back layer by layer, updating each layer with the gradient taken at its old weights.
 
     Args:
@@ -93,60 +78,42 @@ def backward(
       cotangents: of the scan's outputs, where there are any.
       own: the optimizer state of the stacks, with a leading layer axis.
       update_layer: the optimizer's step on one layer.
+
+    Returns:
+      The updated stacks, and pairs of a value that the scan reads and a cotangent of it.
     """
     scan, body = stage.scan, stage.scan.body
     consts, carry, xs = _operands(stage, values)
-    carry_inputs = list(carry)
-    active_outputs = [p for p, v in enumerate(body.outputs) if v in stage.active]
-    d_carry = {
-        v: cotangents[outer] if outer in cotangents else _zeros(body, v)
-        for v, outer in zip(carry, stage.outputs)
-        if v in stage.active
-    }
-    d_ys = {
-        p: cotangents[stage.outputs[p]]
-        for p in active_outputs
-        if p >= scan.num_carry and stage.outputs[p] in cotangents
-    }
+    d_outputs = {p: cotangents[v] for p, v in enumerate(stage.outputs) if v in cotangents}
+    d_carry = {v: d_outputs.get(p, _zeros(body, v)) for p, v in enumerate(carry) if v in stage.active}
+    d_consts = {v: _zeros(body, v) for v in consts if v in stage.active}
+    d_ys = {p: d for p, d in d_outputs.items() if p >= scan.num_carry}
+    first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
     def iteration(state, x):
-        d_carry, d_consts, stacks, own, own_layer, statistics = state
+        d_carry, d_consts, stacks = state
         i, xs, saved, d_ys = x
-        layers = _layers(stage, stacks, i)
+        layers = _layers(stage, stacks.weights, i)
         pullback = _put_together(tape, consts | xs | layers, saved)
-        d_outputs = {p: d_carry[carry_inputs[p]] for p in active_outputs if p < scan.num_carry} | d_ys
-        (d,) = pullback({p: d_outputs[p] if p in d_outputs else _zeros(body, body.outputs[p]) for p in active_outputs})
-        gradients = [_sum(d[v] for v in stack.body_inputs) for stack in stage.stacks]
-        weights = [layers[stack.body_inputs[0]] for stack in stage.stacks]
-        weights, own_layer, new_statistics = update_layer(i, weights, gradients, own_layer)
-        own = [_write(o, layer, i) for o, layer in zip(own, own_layer)]
-        i_when_read = _after(i, d)
-        state = (
-            {v: d[v] for v in d_carry},
-            {v: d_consts[v] + d[v] for v in d_consts},
-            [_write(stack, layer, i_when_read) for stack, layer in zip(stacks, weights)],
-            own,
-            [_at(o, jnp.clip(i + stride, 0, scan.length - 1)) for o in own],
-            jax.tree.map(jnp.add, statistics, new_statistics),
+        d_of_outputs = {p: d_carry[v] for p, v in enumerate(carry) if v in d_carry} | d_ys
+        (d,) = pullback(
+            {p: d_of_outputs.get(p, _zeros(body, v)) for p, v in enumerate(body.outputs) if v in stage.active}
         )
-        return state, {v: d[v] for v in xs if v in stage.active}
+        weights = [layers[stack.body_inputs[0]] for stack in stage.stacks]
+        gradients = [_sum(d[v] for v in stack.body_inputs) for stack in stage.stacks]
+        stacks = update(stacks, i, i + stride, weights, gradients, update_layer, read_by=d)
+        d_consts = {v: d_consts[v] + d[v] for v in d_consts}
+        return ({v: d[v] for v in d_carry}, d_consts, stacks), {v: d[v] for v in xs if v in stage.active}
 
-    d_consts = {v: _zeros(body, v) for v in consts if v in stage.active}
-    # The state of the next layer is read after this one's is written, and carried: an update that reads the stack while
-    # it is written costs a copy of the stack.
-    first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
-    own_layer = [_at(o, first) for o in own]
-    statistics = _zero_statistics(stage, update_layer, own_layer)
-    (d_carry, d_consts, stacks, own, _, statistics), d_xs = lax.scan(
+    (d_carry, d_consts, stacks), d_xs = lax.scan(
         iteration,
-        (d_carry, d_consts, tape.stacks, own, own_layer, statistics),
+        (d_carry, d_consts, start(tape.stacks, own, first, update_layer)),
         (jnp.arange(scan.length), xs, tape.saved, d_ys),
         reverse=not scan.reverse,
         unroll=scan.unroll,
     )
     d_inputs = d_carry | d_consts | d_xs
-    pairs = [(outer, d_inputs[v]) for v, outer in zip(body.inputs, stage.inputs) if v in d_inputs]
-    return LayerScanResult(stacks, own, statistics, pairs)
+    return stacks, [(outer, d_inputs[v]) for v, outer in zip(body.inputs, stage.inputs) if v in d_inputs]
 
 
 def _operands(stage: LayerScan, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
@@ -160,7 +127,7 @@ def _operands(stage: LayerScan, values: Mapping[int, Any]) -> tuple[dict[int, An
 
 def _layers(stage: LayerScan, stacks: Sequence[Any], i: Any) -> dict[int, Any]:
     """Layer ``i`` of each stack, by the number in the body."""
-    layers = [(stack, _at(x, i)) for stack, x in zip(stage.stacks, stacks)]
+    layers = [(stack, layer_at(x, i)) for stack, x in zip(stage.stacks, stacks)]
     return {v: layer for stack, layer in layers for v in stack.body_inputs}
 
 
@@ -205,13 +172,6 @@ def _put_together(tape: Tape, again: Mapping[int, Any], saved: Sequence[Any]) ->
     return jax.tree.unflatten(tape.treedef, [find[kind](key) for kind, key in tape.sources])
 
 
-def _zero_statistics(stage: LayerScan, update_layer: UpdateLayer, own: list[Any]) -> Any:
-    """Zeros like what `update_layer` returns last."""
-    layers = [_zeros(stage.scan.body, stack.body_inputs[0]) for stack in stage.stacks]
-    shapes = jax.eval_shape(lambda o: update_layer(jnp.zeros([], jnp.int32), layers, layers, o)[2], own)
-    return jax.tree.map(jnp.zeros_like, shapes)
-
-
 def _zeros(program: Program, v: int) -> jax.Array:
     return jnp.zeros(program.avals[v].shape, program.avals[v].dtype)
 
@@ -219,19 +179,3 @@ def _zeros(program: Program, v: int) -> jax.Array:
 def _sum(terms: Iterable[Any]) -> Any:
     first, *rest = terms
     return sum(rest, start=first)
-
-
-def _after(i: Any, computed: Any) -> Any:
-    """``i``, in a way that XLA cannot have before all of ``computed``."""
-    for x in jax.tree.leaves(computed):
-        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.int32)
-        i = i + jnp.sum(lax.shift_right_logical(lax.shift_right_logical(bits, 31), 1))
-    return i
-
-
-def _at(stack: Any, i: Any) -> Any:
-    return lax.dynamic_index_in_dim(stack, i, keepdims=False)
-
-
-def _write(stack: Any, layer: Any, i: Any) -> Any:
-    return lax.dynamic_update_index_in_dim(stack, layer, i, 0)

@@ -90,9 +90,8 @@ class FusedStep:
         updater = self._updater(traced, state)
         result, gradients = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(params, *args)
         gradients = jax.tree.leaves(gradients)
-        updates, inner = traced.optimizer.update_all(gradients, state.inner, traced.leaves)
-        params = traced.treedef.unflatten(updater.write_all(traced.leaves, updates))
-        return self._result(result, params, state, inner, backward.sum_of_squares(gradients))
+        leaves, inner = updater.update_all(state.inner, traced.leaves, gradients)
+        return self._result(result, traced.treedef.unflatten(leaves), state, inner, backward.sum_of_squares(gradients))
 
     def _trace(self, params: Any, args: Sequence[Any]) -> _Traced:
         """Traces and plans the loss, and lifts ``tx`` to the plan."""

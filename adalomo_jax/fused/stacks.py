@@ -1,0 +1,85 @@
+"""Stacks of layers in the carry of a loop, updated in place, one layer an iteration.
+
+XLA updates a stack in place only where it is read and written at one layer's index, in the carry of a loop, and where
+no read of it can come after the write. A backend that orders them otherwise, or cannot tell, copies the whole stack in
+each iteration. So the state of the next layer is read after this layer's is written, and carried; and weights are
+written at an index that depends on what is computed from them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
+"""``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
+
+
+class Stacks(NamedTuple):
+    """What a loop carries to update stacks."""
+
+    weights: list[Any]
+    own: list[Any]
+    """The optimizer state that is kept for them, with a leading layer axis."""
+    own_layer: list[Any]
+    """That of the layer that is next."""
+    statistics: Any
+    """Summed over the layers so far."""
+
+
+def start(weights: list[Any], own: list[Any], first: int, update_layer: UpdateLayer) -> Stacks:
+    """The carry before the first iteration, which updates layer ``first``."""
+    own_layer = [layer_at(x, first) for x in own]
+    layers = jax.eval_shape(lambda: [layer_at(x, 0) for x in weights])
+    shapes = jax.eval_shape(lambda w, o: update_layer(jnp.zeros([], jnp.int32), w, w, o)[2], layers, own_layer)
+    return Stacks(weights, own, own_layer, jax.tree.map(jnp.zeros_like, shapes))
+
+
+def update(
+    stacks: Stacks,
+    i: jax.Array,
+    following: jax.Array,
+    weights: list[Any],
+    gradients: list[Any],
+    update_layer: UpdateLayer,
+    read_by: Any = (),
+) -> Stacks:
+    """The carry with layer ``i`` updated.
+
+    Args:
+      stacks: the carry.
+      i: the layer.
+      following: the layer that the next iteration updates; beyond the stack where there is none.
+      weights: layer ``i`` of the stacks, as it was read.
+      gradients: of those weights.
+      update_layer: the optimizer's step on one layer.
+      read_by: all else that is computed from the weights in this iteration.
+    """
+    weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
+    own = [_write(x, layer, i) for x, layer in zip(stacks.own, own_layer)]
+    i_when_read = _after(i, read_by)
+    return Stacks(
+        weights=[_write(x, layer, i_when_read) for x, layer in zip(stacks.weights, weights)],
+        own=own,
+        own_layer=[layer_at(x, jnp.clip(following, 0, x.shape[0] - 1)) for x in own],
+        statistics=jax.tree.map(jnp.add, stacks.statistics, statistics),
+    )
+
+
+def layer_at(stack: Any, i: Any) -> Any:
+    """Layer ``i`` of a stack."""
+    return lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
+def _write(stack: Any, layer: Any, i: Any) -> Any:
+    return lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+
+def _after(i: Any, computed: Any) -> Any:
+    """``i``, in a way that XLA cannot have before all of ``computed``."""
+    for x in jax.tree.leaves(computed):
+        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.int32)
+        i = i + jnp.sum(lax.shift_right_logical(lax.shift_right_logical(bits, 31), 1))
+    return i
