@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax._src import source_info_util
 from jax.extend import core
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_CHECKPOINTS = ("checkpoint", "remat", "remat2")
+_CALLS = ("jit", "closed_call")
+_CHECKPOINT = "remat2"
 
 
 class Equation(NamedTuple):
@@ -99,10 +99,8 @@ def evaluate(equations: Iterable[Equation], values: dict[int, Any]) -> None:
         values.update(zip(equation.outputs, results if source.primitive.multiple_results else [results]))
 
 
-def scan_of(equation: Equation) -> Scan | None:
-    """The parts of a scan; None for another equation."""
-    if equation.name != "scan":
-        return None
+def scan_of(equation: Equation) -> Scan:
+    """The parts of a scan equation."""
     params = equation.source.params
     num_consts, num_carry = _scan_counts(equation.source)
     body = program_of(params["jaxpr"])
@@ -136,7 +134,8 @@ def active_in_scan(scan: Scan, active_operands: Sequence[bool]) -> set[int]:
 
 
 def _active_outputs(equation: Equation, active_inputs: Sequence[bool]) -> list[bool]:
-    if any(active_inputs) and (scan := scan_of(equation)) is not None:
+    if any(active_inputs) and equation.name == "scan":
+        scan = scan_of(equation)
         active = active_in_scan(scan, active_inputs)
         carry = scan.body.inputs[scan.num_consts : scan.first_xs]
         outputs = scan.body.outputs
@@ -192,7 +191,7 @@ def _called(eqn: core.JaxprEqn) -> Any:
 
 def _only_groups(eqn: core.JaxprEqn, are_leaves: Sequence[bool]) -> bool:
     name = eqn.primitive.name
-    return name in _CALLS or (name in _CHECKPOINTS and _scans_over(_open(_called(eqn)), are_leaves))
+    return name in _CALLS or (name == _CHECKPOINT and _scans_over(_open(_called(eqn)), are_leaves))
 
 
 def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
@@ -202,7 +201,7 @@ def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
         flags = [not isinstance(atom, core.Literal) and atom in leaves for atom in eqn.invars]
         if eqn.primitive.name == "scan" and any(flags[sum(_scan_counts(eqn)) :]):
             return True
-        if eqn.primitive.name in _CALLS + _CHECKPOINTS and _scans_over(_open(_called(eqn)), flags):
+        if eqn.primitive.name in (*_CALLS, _CHECKPOINT) and _scans_over(_open(_called(eqn)), flags):
             return True
     return False
 

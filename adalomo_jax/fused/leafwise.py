@@ -17,9 +17,13 @@ _WAY_OUT = (
     "optax.MultiSteps or optax.apply_if_finite."
 )
 
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator")
+
 
 def check_leafwise(optimizer: PerLayer, paths: Sequence[str]) -> None:
     """Raises ValueError where the update of one leaf, or what is kept for none, depends on another leaf's gradient.
+
+    And where random numbers are drawn: keys are kept for no leaf, so they would be the same for each layer.
 
     Nothing is computed. What a loop or a branch returns is taken to depend on all that goes into it.
     """
@@ -32,6 +36,11 @@ def check_leafwise(optimizer: PerLayer, paths: Sequence[str]) -> None:
         return jax.tree.leaves(updates), jax.tree.leaves(state)
 
     program, _ = trace(update, optimizer.tensors, list(optimizer.tensors), state)
+    if any(equation.name in _RANDOM for equation in program.equations):
+        raise ValueError(
+            "tx draws random numbers, and asked layer by layer it would draw the same for each layer. "
+            "Leave out what does, such as optax.add_noise."
+        )
     n = len(paths)
     of_updates, of_state = _leaves_behind(program, n)
     for i, leaves in enumerate(of_updates):

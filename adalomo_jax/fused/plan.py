@@ -46,6 +46,10 @@ class LayerScan:
     stacks: tuple[Stack, ...]
     active: frozenset[int]
     """The values of the body that depend on a parameter."""
+    invariant: tuple[Equation, ...]
+    """The body's equations that are the same in each iteration: what they make is not saved for each layer."""
+    varying: tuple[Equation, ...]
+    """The others."""
 
 
 Stage = Segment | LayerScan
@@ -144,19 +148,28 @@ def _home(program: Program, leaf: int) -> tuple[Equation | None, str]:
     if not readers:
         return None, "the loss does not read it"
     if not scans:
-        return None, "no scan reads it"
+        return None, _reason_without_scan(program, readers)
     if len(readers) > len(scans):
         others = sorted({equation.name for equation in readers} - {"scan"})
         return None, f"a scan reads it, but so does {', '.join(others)}"
     if len(scans) > 1:
         return None, f"{len(scans)} scans read it"
     scan = scan_of(scans[0])
-    assert scan is not None
     if leaf in scans[0].inputs[: scan.first_xs]:
         return None, "each iteration of a scan reads all of it"
     if scan.length == 0:
         return None, "its scan has no iterations"
     return scans[0], f"a scan runs over its {scan.length} layers"
+
+
+def _reason_without_scan(program: Program, readers: Sequence[Equation]) -> str:
+    made = {v: reader.name for reader in readers for v in reader.outputs}
+    for equation in program.equations:
+        if equation.name == "scan":
+            between = sorted({made[v] for v in equation.inputs[scan_of(equation).first_xs :] if v in made})
+            if between:
+                return f"a scan runs over it only after {', '.join(between)}"
+    return "no scan reads it"
 
 
 def _stages(program: Program, homes: Sequence[Equation | None], active: Collection[int]) -> tuple[Stage, ...]:
@@ -189,15 +202,29 @@ def _layer_scan(
     equation: Equation, leaves: Mapping[int, int], active: Collection[int], read_later: Collection[int]
 ) -> LayerScan:
     scan = scan_of(equation)
-    assert scan is not None
     body_inputs: dict[int, list[int]] = {value: [] for value in leaves.values()}
     for inner, value in zip(scan.body.inputs, equation.inputs):
         body_inputs.get(value, []).append(inner)
+    body_active = frozenset(active_in_scan(scan, [v in active for v in equation.inputs]))
+    invariant = _invariant(scan, body_active)
     return LayerScan(
         scan=scan,
         inputs=equation.inputs,
         outputs=equation.outputs,
         read_ys=tuple(p for p, v in enumerate(equation.outputs) if p >= scan.num_carry and v in read_later),
         stacks=tuple(Stack(leaf, value, tuple(body_inputs[value])) for leaf, value in leaves.items()),
-        active=frozenset(active_in_scan(scan, [v in active for v in equation.inputs])),
+        active=body_active,
+        invariant=tuple(invariant),
+        varying=tuple(inner for inner in scan.body.equations if inner not in invariant),
     )
+
+
+def _invariant(scan: Scan, active: Collection[int]) -> list[Equation]:
+    """The body's equations without effects that read only constants, and no parameter."""
+    known = {*scan.body.constants, *scan.body.inputs[: scan.num_consts]}.difference(active)
+    found = []
+    for equation in scan.body.equations:
+        if known.issuperset(equation.inputs) and not equation.source.effects:
+            known.update(equation.outputs)
+            found.append(equation)
+    return found

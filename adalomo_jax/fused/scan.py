@@ -46,8 +46,8 @@ def forward(stage: LayerScan, values: dict[int, Any]) -> Tape:
 
     def iteration(carry_and_stacks, i_and_xs):
         (carry, stacks), (i, xs) = carry_and_stacks, i_and_xs
-        again = consts | xs | _layers(stage, stacks, i)
-        outputs, pullback = _body_vjp(scan.body, again | carry, stage.active)
+        again = _invariant(stage, consts) | xs | _layers(stage, stacks, i)
+        outputs, pullback = _body_vjp(stage, again | carry)
         saved, treedef, sources = _take_apart(pullback, again)
         layout.append((treedef, sources))
         new_carry = dict(zip(carry, outputs))
@@ -87,6 +87,7 @@ def backward(
     d_outputs = {p: cotangents[v] for p, v in enumerate(stage.outputs) if v in cotangents}
     d_carry = {v: d_outputs.get(p, _zeros(body, v)) for p, v in enumerate(carry) if v in stage.active}
     d_consts = {v: _zeros(body, v) for v in consts if v in stage.active}
+    constants = _invariant(stage, consts)
     d_ys = {p: d for p, d in d_outputs.items() if p >= scan.num_carry}
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
@@ -94,7 +95,7 @@ def backward(
         d_carry, d_consts, stacks = state
         i, xs, saved, d_ys = x
         layers = _layers(stage, stacks.weights, i)
-        pullback = _put_together(tape, consts | xs | layers, saved)
+        pullback = _put_together(tape, constants | xs | layers, saved)
         d_of_outputs = {p: d_carry[v] for p, v in enumerate(carry) if v in d_carry} | d_ys
         (d,) = pullback(
             {p: d_of_outputs.get(p, _zeros(body, v)) for p, v in enumerate(body.outputs) if v in stage.active}
@@ -125,25 +126,35 @@ def _operands(stage: LayerScan, values: Mapping[int, Any]) -> tuple[dict[int, An
     return dict(operands[: scan.num_consts]), dict(operands[scan.num_consts : scan.first_xs]), dict(xs)
 
 
+def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
+    """All values of the body that are the same in each iteration, by number."""
+    values = {**stage.scan.body.constants, **consts}
+    evaluate(stage.invariant, values)
+    return values
+
+
 def _layers(stage: LayerScan, stacks: Sequence[Any], i: Any) -> dict[int, Any]:
     """Layer ``i`` of each stack, by the number in the body."""
     layers = [(stack, layer_at(x, i)) for stack, x in zip(stage.stacks, stacks)]
     return {v: layer for stack, layer in layers for v in stack.body_inputs}
 
 
-def _body_vjp(body: Program, inputs: Mapping[int, Any], active: frozenset[int]) -> tuple[list[Any], Any]:
-    """The body's outputs, and its pullback: cotangents of active outputs by position, to those of inputs by number."""
+def _body_vjp(stage: LayerScan, inputs: Mapping[int, Any]) -> tuple[list[Any], Any]:
+    """The body's outputs, and its pullback: cotangents of active outputs by position, to those of inputs by number.
+
+    ``inputs`` are the invariant values too.
+    """
+    outputs = list(enumerate(stage.scan.body.outputs))
 
     def run(active_inputs: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        values = dict(body.constants) | dict(inputs) | active_inputs
-        evaluate(body.equations, values)
-        outputs = list(enumerate(body.outputs))
-        return {p: values[v] for p, v in outputs if v in active}, {p: values[v] for p, v in outputs if v not in active}
+        values = dict(inputs) | active_inputs
+        evaluate(stage.varying, values)
+        active = {p: values[v] for p, v in outputs if v in stage.active}
+        return active, {p: values[v] for p, v in outputs if p not in active}
 
-    differentiated = {v: x for v, x in inputs.items() if v in active}
-    outputs, pullback, passive = jax.vjp(run, differentiated, has_aux=True)
-    outputs = outputs | passive
-    return [outputs[p] for p in range(len(body.outputs))], pullback
+    active_inputs = {v: inputs[v] for v in stage.scan.body.inputs if v in stage.active}
+    active, pullback, passive = jax.vjp(run, active_inputs, has_aux=True)
+    return [active[p] if p in active else passive[p] for p, _ in outputs], pullback
 
 
 def _take_apart(pullback: Any, again: Mapping[int, Any]) -> tuple[list[Any], Any, list[Source]]:

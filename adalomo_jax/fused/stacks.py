@@ -78,8 +78,13 @@ def _write(stack: Any, layer: Any, i: Any) -> Any:
 
 
 def _after(i: Any, computed: Any) -> Any:
-    """``i``, in a way that XLA cannot have before all of ``computed``."""
+    """``i`` itself, but so that XLA must have computed each of the arrays before it is known.
+
+    What is added is always 0, the sign bit shifted out; XLA does not fold that. An `optimization_barrier` would say it
+    better, but the CPU compiler drops those before it orders reads and writes. tests/fused/test_memory.py sees copies
+    of stacks where this fails.
+    """
     for x in jax.tree.leaves(computed):
-        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.int32)
-        i = i + jnp.sum(lax.shift_right_logical(lax.shift_right_logical(bits, 31), 1))
+        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.uint32)
+        i = i + jnp.sum((bits >> 31) >> 1).astype(i.dtype)
     return i

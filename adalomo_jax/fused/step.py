@@ -64,7 +64,6 @@ class FusedStep:
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
         traced = self._trace(params, args)
-        check_leafwise(traced.optimizer, [leaf.path for leaf in traced.plan.leaves])
         return FusedState(jnp.zeros([], jnp.int32), traced.optimizer.init(traced.leaves))
 
     def plan(self, params: Any, *args: Any) -> Plan:
@@ -106,7 +105,9 @@ class FusedStep:
             jax.ShapeDtypeStruct(leaf.shape if leaf.layers is None else leaf.shape[1:], leaf.dtype)
             for leaf in plan.leaves
         )
-        return _Traced(plan, PerLayer(self.tx, treedef, tensors, plan.groups), leaves, treedef, result_treedef)
+        optimizer = PerLayer(self.tx, treedef, tensors, plan.groups)
+        check_leafwise(optimizer, paths)
+        return _Traced(plan, optimizer, leaves, treedef, result_treedef)
 
     def _updater(self, traced: _Traced, state: FusedState) -> backward.Updater:
         _check_state(state, jax.eval_shape(traced.optimizer.init, traced.leaves))
@@ -149,7 +150,8 @@ def fuse(
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. Any JAX function.
       tx: a transformation that treats leaves separately: adalomo, lomo, optax.adamw, chains, schedules, masks. Not one
-        that mixes them, such as ``optax.clip_by_global_norm``. It must not be given ``layer_axes``.
+        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. Of a stack it sees a layer, with
+        one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       stochastic_rounding: None rounds bfloat16 and float16 parameters stochastically and others to nearest; False
         rounds all to nearest; True is None, and an error where no parameter is of those types.
@@ -161,7 +163,7 @@ def fuse(
 
     Raises:
       ValueError: while tracing, for a loss that is no scalar, a parameter that has no gradient, a ``tx`` that mixes
-        leaves, or a state of other parameters.
+        leaves, draws random numbers or has ``layer_axes``, or a state of other parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp

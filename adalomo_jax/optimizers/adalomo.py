@@ -10,8 +10,8 @@ from adalomo_jax.optimizers.moments import (
     Moment,
     accumulate,
     clip_rms,
-    decay_at,
     is_factored,
+    new_share_at,
     precondition,
     rms,
     row_and_col_means,
@@ -56,7 +56,7 @@ def scale_by_adalomo(
     _check_constant("b2", b2, lambda x: 0 <= x < 1, "at least 0 and less than 1")
     _check_constant("decay_rate", decay_rate, lambda x: x > 0, "above 0")
     _check_constant("clipping_threshold", clipping_threshold, lambda x: x > 0, "above 0")
-    _check_constant("eps", eps, lambda x: x >= 0, "at least 0")
+    _check_constant("eps", eps, lambda x: x > 0, "above 0")
 
     def init(params: optax.Params) -> ScaleByAdalomoState:
         return ScaleByAdalomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(_init_moment, params))
@@ -64,10 +64,10 @@ def scale_by_adalomo(
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
-        beta = decay_at(count, decay_rate) if b2 is None else jnp.asarray(b2, jnp.float32)
+        new_share = new_share_at(count, decay_rate) if b2 is None else jnp.asarray(1.0 - b2, jnp.float32)
         gradients, treedef = jax.tree.flatten(updates)
         moments = [
-            accumulate(moment, g.astype(jnp.float32), beta, eps)
+            accumulate(moment, g.astype(jnp.float32), new_share, eps)
             for g, moment in zip(gradients, treedef.flatten_up_to(state.moments))
         ]
         scaled = [
@@ -87,7 +87,7 @@ def scale_by_param_rms(min_param_rms: float | jax.Array = 1e-3) -> optax.Gradien
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         if params is None:
-            raise ValueError("AdaLomo's step is relative to the parameters: call tx.update(grads, state, params).")
+            raise ValueError("The step depends on the parameters: call tx.update(grads, state, params).")
         scaled = jax.tree.map(lambda u, p: (u * jnp.maximum(min_param_rms, rms(p))).astype(u.dtype), updates, params)
         return scaled, state
 
@@ -132,6 +132,9 @@ def adalomo(
         one, or a callable that makes it from the parameters. Each layer is then a tensor of its own. Not needed under
         ``fuse``, which finds the stacks by itself.
 
+    Under ``optax.inject_hyperparams``, give ``hyperparam_dtype=jnp.float32`` where parameters are narrower: its default
+    is their dtype, and a ``b2`` of 0.999 is 1 in bfloat16.
+
     Returns:
       A transformation whose updates have the gradients' dtypes and whose moments are float32.
 
@@ -151,13 +154,14 @@ def adalomo(
 
     Source: Lv et al., https://arxiv.org/abs/2310.10195, algorithm 1.
     """
+    _check_constant("min_param_rms", min_param_rms, lambda x: x >= 0, "at least 0")
     rule = optax.chain(
         scale_by_adalomo(decay_rate=decay_rate, b2=b2, clipping_threshold=clipping_threshold, eps=eps),
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         scale_by_param_rms(min_param_rms),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return per_layer(in_float32(rule), layer_axes)
+    return per_layer(in_float32(rule, needs_params=True), layer_axes)
 
 
 def _init_moment(p: Any) -> Moment:

@@ -36,9 +36,12 @@ def is_factored(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and math.prod(shape) > 0
 
 
-def decay_at(t: jax.typing.ArrayLike, decay_rate: float | jax.Array) -> jax.Array:
-    """``beta_t = 1 - t**-decay_rate`` of the ``t``-th step, ``t = 1, 2, ...``: the first step keeps nothing."""
-    return 1.0 - jnp.asarray(t, jnp.float32) ** -jnp.asarray(decay_rate, jnp.float32)
+def new_share_at(t: jax.typing.ArrayLike, decay_rate: float | jax.Array) -> jax.Array:
+    """``1 - beta_t = t**-decay_rate`` of the ``t``-th step, ``t = 1, 2, ...``: the first step keeps nothing old.
+
+    The share of the new, not beta itself: in float32, 1 - (1 - 0.005) has lost five digits.
+    """
+    return jnp.asarray(t, jnp.float32) ** -jnp.asarray(decay_rate, jnp.float32)
 
 
 def rms(x: jax.Array) -> jax.Array:
@@ -51,11 +54,12 @@ def row_and_col_means(s: jax.Array) -> FactoredMoment:
     return FactoredMoment(row=jnp.mean(s, axis=-1), col=jnp.mean(s, axis=-2))
 
 
-def accumulate(moment: Moment, g: jax.Array, beta: jax.Array, eps: float | jax.Array) -> Moment:
-    """The moment after a step with gradient ``g``: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``."""
-    s = jnp.square(g) + eps
+def accumulate(moment: Moment, g: jax.Array, new_share: jax.Array, eps: float | jax.Array) -> Moment:
+    """The moment after a step: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``; ``new_share`` is ``1 - beta``."""
+    # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
+    s = jnp.square(g) + jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     statistics = row_and_col_means(s) if isinstance(moment, FactoredMoment) else s
-    return jax.tree.map(lambda old, new: beta * old + (1.0 - beta) * new, moment, statistics)
+    return jax.tree.map(lambda old, new: (1.0 - new_share) * old + new_share * new, moment, statistics)
 
 
 def precondition(moment: Moment, g: jax.Array) -> jax.Array:
@@ -63,7 +67,8 @@ def precondition(moment: Moment, g: jax.Array) -> jax.Array:
     if not isinstance(moment, FactoredMoment):
         return g * lax.rsqrt(moment)
     r, c = moment
-    row_factor = lax.rsqrt(r / jnp.mean(r, axis=-1, keepdims=True))
+    # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
+    row_factor = lax.rsqrt(r) * jnp.sqrt(jnp.mean(r, axis=-1, keepdims=True))
     return g * row_factor[..., :, None] * lax.rsqrt(c)[..., None, :]
 
 

@@ -6,7 +6,9 @@ The state is that of the transformation itself, but for a leading layer axis on 
 count or an injected hyperparameter stays the scalar that it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +19,10 @@ import optax
 
 LayerAxes = Any | Callable[[optax.Params], Any] | None
 """A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or what makes it."""
+
+
+_in_a_stack = ContextVar("in_a_stack", default=False)
+"""Whether a transformation is being asked about one layer of a stack."""
 
 
 class Group(NamedTuple):
@@ -45,14 +51,10 @@ class PerLayer:
 
     def init(self, leaves: Sequence[Any]) -> optax.OptState:
         """``tx.init`` of each tensor, those of a stack stacked."""
-        kept = {}
-        for group in sorted(self.groups, key=lambda group: 0 not in group.leaves, reverse=True):
-            # What belongs to no leaf is taken from the group of the first leaf, whose dtype Optax goes by.
-            own, shared = self._init_group(group, leaves)
-            kept |= dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
-        if not self.groups:
+        if self._first_group is None:
             return self.tx.init(self.treedef.unflatten(leaves))
-        return jax.tree.unflatten(self._state_treedef, [kept[path] for path in self._state_paths])
+        states = {group: self._init_group(group, leaves) for group in self.groups}
+        return self.assemble(states[self._first_group][1], [own for own, _ in states.values()])
 
     def update(
         self, group: Group, grads: Sequence[Any], own: Sequence[Any], shared: Sequence[Any], leaves: Any, **extra_args
@@ -73,7 +75,8 @@ class PerLayer:
         by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
         state = jax.tree.unflatten(treedef, [by_path[path] for path in paths])
         params = None if leaves is None else self._select(group, leaves)
-        updates, state = self.tx.update(self._select(group, grads), state, params, **extra_args)
+        with _asking_for(group):
+            updates, state = self.tx.update(self._select(group, grads), state, params, **extra_args)
         after = dict(jax.tree_util.tree_leaves_with_path(state))
         new_own = [after[path] for path in self._own_paths(group)]
         return jax.tree.leaves(updates), new_own, [after[path] for path in self.shared_paths]
@@ -90,7 +93,7 @@ class PerLayer:
 
     def next_shared(self, state: optax.OptState, **extra_args) -> list[Any]:
         """The shared state after a step. It depends on no gradient, so it is asked for with zeros."""
-        group = next((group for group in self.groups if 0 in group.leaves), None)
+        group = self._first_group
         if group is None:
             return self.shared(state)
         zeros = [jnp.zeros(self.tensors[i].shape, self.tensors[i].dtype) for i in group.leaves]
@@ -131,7 +134,8 @@ class PerLayer:
         of_group = [leaves[i] for i in group.leaves]
 
         def init(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self._select(group, tensors))))
+            with _asking_for(group):
+                by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self._select(group, tensors))))
             return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
 
         if group.layers is None:
@@ -142,8 +146,15 @@ class PerLayer:
         return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own], shared
 
     def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
-        paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(jax.eval_shape(self.tx.init, params))
+        with _asking_for(None):
+            state = jax.eval_shape(self.tx.init, params)
+        paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
         return [path for path, _ in paths_and_leaves], treedef
+
+    @property
+    def _first_group(self) -> Group | None:
+        """The group of the first leaf: Optax goes by that leaf's dtype for what belongs to none."""
+        return next((group for group in self.groups if 0 in group.leaves), None)
 
     @cached_property
     def _state_layout(self) -> tuple[list[Any], Any]:
@@ -173,6 +184,24 @@ class PerLayer:
         return [path for path in self._group_layouts[group][0] if path not in self.shared_paths]
 
 
+@contextmanager
+def _asking_for(group: Group | None) -> Iterator[None]:
+    """Calls of ``tx`` for the leaves of a group; None where only shapes are asked for."""
+    token = _in_a_stack.set(group is not None and group.layers is not None)
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        if "MaskedNode" not in str(error):
+            raise
+        raise ValueError(
+            "tx is given some leaves at a time, and optax.MaskedNode() in the place of the others, which a mask or "
+            f"label function in tx took for a leaf ({error}). Write it with jax.tree.map or "
+            "jax.tree_util.tree_map_with_path, or give a tree instead of a function."
+        ) from error
+    finally:
+        _in_a_stack.reset(token)
+
+
 def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.GradientTransformationExtraArgs:
     """``tx``, applied to each layer of each stacked leaf as to a tensor of its own.
 
@@ -188,7 +217,8 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
       A transformation.
 
     Raises:
-      ValueError: in ``init`` and ``update``, where an axis is missing or is not one of the leaf's.
+      ValueError: in ``init`` and ``update``, where an axis is missing or is not one of the leaf's, or where ``tx`` has
+        ``layer_axes`` of its own for the same leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -205,6 +235,11 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
 
     def lift(params: optax.Params) -> tuple[PerLayer, list[int | None], list[Any]]:
         axes = _axes_of_leaves(params, layer_axes(params) if callable(layer_axes) else layer_axes)
+        if _in_a_stack.get() and any(axis is not None for axis in axes):
+            raise ValueError(
+                "layer_axes names layers within one layer of a stack. fuse, like an outer per_layer, gives tx one "
+                "layer at a time: leave layer_axes out of tx."
+            )
         leaves, treedef = jax.tree.flatten(params)
         stacks = [_layers_first(leaf, axis) for leaf, axis in zip(leaves, axes)]
         layers = [None if axis is None else stack.shape[0] for stack, axis in zip(stacks, axes)]

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import optax
 
 
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def in_float32(
+    tx: optax.GradientTransformation, *, needs_params: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """``tx``, given float32 gradients and parameters; the updates come back in the gradients' dtypes.
 
     So the state of ``tx`` is float32, and ``learning_rate``, the decay rates and the update itself are rounded to a
@@ -18,7 +20,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return inner.init(jax.tree.map(_as_float32, params))
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args):
-        if params is None:
+        if needs_params and params is None:
             raise ValueError("The step depends on the parameters: call tx.update(grads, state, params).")
         dtypes = jax.tree.map(lambda g: g.dtype, updates)
         updates, params = jax.tree.map(_as_float32, (updates, params))

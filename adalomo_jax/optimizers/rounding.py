@@ -54,7 +54,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
 
 def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """``p + u`` in ``p``'s dtype: to nearest, or stochastically where a key is given and the dtype is narrow."""
-    if key is None or not rounds_stochastically(p.dtype):
+    if key is None or not rounds_stochastically(jnp.result_type(p)):
         return jnp.asarray(optax.apply_updates(p, u))
     if rounds_stochastically(u.dtype):
         # XLA may leave out the rounding of u to its dtype in one program and not in another; their weights must agree.

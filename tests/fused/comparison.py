@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from adalomo_jax import StepResult, fuse
+from adalomo_jax import StepResult, adalomo, fuse, lomo
 
+RULES = {
+    "adalomo": adalomo(1e-2),
+    "lomo": lomo(1e-2),
+    "adamw": optax.adamw(1e-3),
+    "sgd with momentum": optax.sgd(1e-2, momentum=0.9),
+}
 RELATIVE_ERROR = 1e-5
 """Allowed between fused and unfused float32 parameters, state and loss after ten steps."""
 
@@ -17,6 +24,7 @@ def relative_error(actual, expected):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         assert a.shape == e.shape and a.dtype == e.dtype
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert np.isfinite(a).all() and np.isfinite(e).all()
         errors.append(float(np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)))
     return max(errors)
 

@@ -90,7 +90,7 @@ def test_a_checkpoint_inside_the_body_is_kept():
     program, _ = trace(lambda leaves: fn(*leaves), [X])
     equation = program.equations[-1]
     scan = scan_of(equation)
-    assert scan is not None and (scan.length, scan.num_carry, scan.reverse) == (3, 1, False)
+    assert (scan.length, scan.num_carry, scan.reverse) == (3, 1, False)
     assert [inner.name for inner in scan.body.equations] == names(jax.checkpoint(jnp.sin), X)
 
 

@@ -39,6 +39,8 @@ MIXING = {
     "accumulation": (optax.MultiSteps(adalomo(1e-2), 2).gradient_transformation(), "tx mixes leaves"),
     "finite check": (optax.apply_if_finite(adalomo(1e-2), 3), "tx mixes leaves"),
     "through the state": (share_momentum(), "tx mixes leaves"),
+    "random numbers": (optax.noisy_sgd(1e-3, key=0), "draws random numbers"),
+    "layer_axes": (adalomo(1e-2, layer_axes={"a": None, "layers": 0}), "leave layer_axes out of tx"),
     "in the state only": (record_norm(), "its state depends on the gradients of 'a', 'layers'"),
 }
 
@@ -56,13 +58,19 @@ SEPARATE = {
     "adafactor": optax.adafactor(1e-3),
     "nadamw": optax.nadamw(1e-3),
     "lamb": optax.lamb(1e-3),
-    "noisy sgd": optax.noisy_sgd(1e-3),
     "adaptive clipping": optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(1e-2)),
     "block clipping": optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(1e-2, momentum=0.9, nesterov=True)),
     "inject_hyperparams": optax.inject_hyperparams(optax.lion)(learning_rate=optax.constant_schedule(1e-3)),
     "multi_transform": optax.multi_transform({"x": adalomo(1e-2), "y": optax.adam(1e-3)}, {"a": "x", "layers": "y"}),
     "schedule-free": optax.contrib.schedule_free_adamw(1e-3),
 }
+
+
+def test_refuses_it_with_the_state_of_another():
+    plain, clipped = optax.identity(), optax.clip_by_global_norm(1e-3)
+    state = fuse(loss_fn, optax.chain(plain, optax.sgd(1.0))).init(PARAMS)
+    with pytest.raises(ValueError, match="tx mixes leaves"):
+        fuse(loss_fn, optax.chain(clipped, optax.sgd(1.0)))(PARAMS, state)
 
 
 @pytest.mark.parametrize("name", SEPARATE)

@@ -7,17 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from comparison import RULES
 from language_model import REMATS, batch, init_params, make_loss
 
-from adalomo_jax import adalomo, fuse, lomo
+from adalomo_jax import adalomo, fuse, per_layer
 
-DIM, HIDDEN, LENGTH, BATCH = 128, 256, 64, 2
-RULES = {
-    "adalomo": adalomo(1e-2),
-    "lomo": lomo(1e-2),
-    "adamw": optax.adamw(1e-3),
-    "sgd with momentum": optax.sgd(1e-2, momentum=0.9),
-}
+LAYERS, DIM, HIDDEN, LENGTH, BATCH = 5, 128, 256, 64, 2
 
 
 def tree_bytes(tree):
@@ -58,14 +53,16 @@ def copies_of_stacks(compiled, stacks):
     + [(rule, remat, jnp.bfloat16) for rule in ("adalomo", "adamw") for remat in ("no remat", "remat")],
 )
 def test_parameters_and_state_are_updated_in_place(rule, remat, dtype):
-    compiled, params, state = compile_step(5, rule, remat, dtype)
+    compiled, params, state = compile_step(LAYERS, rule, remat, dtype)
     assert memory_of(compiled).alias_size_in_bytes >= tree_bytes((params, state))
-    matrices = [x for x in jax.tree.leaves(params["layers0"]) if x.ndim == 3]
-    assert copies_of_stacks(compiled, matrices) == []
+    # In bfloat16, which the CPU computes in float32, its compiler does copy a stack of vectors (adamw, 1 kB).
+    least_rank = 2 if dtype == jnp.float32 else 3
+    stacks = [x for x in jax.tree.leaves((params, state)) if x.ndim >= least_rank and x.shape[0] == LAYERS]
+    assert len(stacks) >= 3 and copies_of_stacks(compiled, stacks) == []
 
 
 def test_the_search_for_copies_finds_one():
-    """The unfused step, or any that writes the new stack beside the old one, shows up."""
+    """As of a program that reads the old stack after it has written the new one in its place."""
     stack = jnp.ones((5, DIM, HIDDEN))
     compiled = jax.jit(lambda s: (s.at[0].add(1.0), s * 2.0), donate_argnums=0).lower(stack).compile()
     assert copies_of_stacks(compiled, [stack]) != []
@@ -76,6 +73,27 @@ def test_temporaries_grow_by_the_saved_layer_inputs(rule):
     shallow, deep = (memory_of(compile_step(layers, rule)[0]).temp_size_in_bytes for layers in (4, 16))
     saved = (16 - 4) * BATCH * LENGTH * DIM * 4
     assert deep - shallow <= 1.1 * saved
+
+
+def test_what_is_the_same_in_each_layer_is_not_saved_for_each():
+    """Without remat: a table made in the body of constants alone, and needed again on the way back."""
+    table_bytes = 4 * LENGTH * LENGTH
+
+    def loss_fn(params, x):
+        def body(x, w):
+            table = jnp.exp(-jnp.abs(jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH) * jnp.float32(0.5)))
+            return jnp.sin(table @ x) @ w, None
+
+        return jnp.sum(jax.lax.scan(body, x, params)[0])
+
+    temporaries = []
+    for layers in (4, 16):
+        params, x = jnp.ones((layers, 8, 8)), jnp.ones((LENGTH, 8))
+        step = fuse(loss_fn, adalomo(1e-2))
+        compiled = step.jit.lower(params, step.init(params, x), x).compile()
+        temporaries.append(memory_of(compiled).temp_size_in_bytes)
+    saved = 2 * 4 * LENGTH * 8  # the cosine, and the sine that is multiplied
+    assert temporaries[1] - temporaries[0] <= 1.1 * (16 - 4) * saved < (16 - 4) * table_bytes / 2
 
 
 def test_temporaries_of_the_unfused_step_grow_by_the_gradients_too():
@@ -107,6 +125,13 @@ def test_compiled_flops_are_those_of_the_unfused_step(remat):
     params = init_params([4, 3], dim=DIM, hidden=HIDDEN)
     tokens = batch(length=LENGTH)
     step = fuse(make_loss(remat, unroll=True), adalomo(1e-2))
-    args = params, step.init(params, tokens), tokens
-    fused, unfused = map(compiled_flops, (step, step.unfused), [args, args])
+    tx = per_layer(adalomo(1e-2), {name: 0 if name.startswith("layers") else None for name in params})
+
+    def unfused(params, state, tokens):  # not step.unfused, in which the loop of updates is not unrolled
+        loss, grads = jax.value_and_grad(make_loss(remat, unroll=True))(params, tokens)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, optax.tree.norm(grads)
+
+    fused = compiled_flops(step, (params, step.init(params, tokens), tokens))
+    unfused = compiled_flops(unfused, (params, tx.init(params), tokens))
     assert 0.99 < fused / unfused < 1.01

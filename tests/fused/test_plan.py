@@ -28,6 +28,11 @@ LEAF_LOSSES = {
     "inside jit": (jax.jit(lambda p: scan_sum(p["w"])), 5, "a scan runs over its 5 layers"),
     "inside checkpoint": (jax.checkpoint(lambda p: scan_sum(p["w"])), 5, "a scan runs over its 5 layers"),
     "not scanned": (lambda p: jnp.sum(p["w"]), None, "no scan reads it"),
+    "cast before": (
+        lambda p: scan_sum(p["w"].astype(jnp.bfloat16), jnp.zeros(3, jnp.bfloat16)).astype(jnp.float32),
+        None,
+        "a scan runs over it only after convert_element_type",
+    ),
     "unread": (lambda p: jnp.float32(0.0) * 2.0, None, "the loss does not read it"),
     "two scans": (lambda p: scan_sum(p["w"]) + scan_sum(p["w"]), None, "2 scans read it"),
     "also read beside": (lambda p: scan_sum(p["w"]) + jnp.sum(p["w"]), None, "a scan reads it, but so does reduce_sum"),

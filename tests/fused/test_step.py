@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from comparison import RELATIVE_ERROR, relative_error, run_both
+from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from language_model import REMATS, batch, init_params, make_loss
 
 from adalomo_jax import FusedState, adalomo, fuse, lomo
@@ -25,12 +25,6 @@ def labels(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: "layer" if "layers" in str(path[0]) else "other", params)
 
 
-RULES = {
-    "adalomo": adalomo(1e-2),
-    "lomo": lomo(1e-2),
-    "adamw": optax.adamw(1e-3),
-    "sgd with momentum": optax.sgd(1e-2, momentum=0.9),
-}
 OTHER_RULES = {
     "adalomo with decay and schedule": adalomo(SCHEDULE, weight_decay=0.1, weight_decay_mask=is_matrix),
     "adalomo with b2": adalomo(1e-2, b2=0.99),
@@ -113,16 +107,28 @@ def test_metrics_hold_the_gradient_norm():
     np.testing.assert_allclose(result.metrics["grad_norm"], expected, rtol=1e-5)
 
 
-def test_equals_optax_by_hand():
-    """Not only its own twin: the gradients and updates written out, layer by layer."""
-    params, tokens = init_params(3), batch()
-    result = one_step()
-    grads = jax.grad(make_loss())(params, tokens)
-    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    apart = lambda tree: tree | {"layers0": [pick(tree["layers0"], i) for i in range(3)]}
-    tx = adalomo(1e-2)
-    updates, _ = tx.update(apart(grads), tx.init(apart(params)), apart(params))
-    assert relative_error(apart(result.params), optax.apply_updates(apart(params), updates)) < RELATIVE_ERROR
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_optax_on_the_layers_apart(rule):
+    """Not only its own twin: gradients and updates written out, layer by layer, for three steps."""
+    tx, params = RULES[rule], init_params(3)
+    step = fuse(make_loss(), tx)
+    now, state = params, step.init(params, *BATCHES[0])
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers0"]) for i in range(3)]
+    apart = params | {"layers0": layers}
+    kept = tx.init(apart)
+
+    @jax.jit
+    def step_apart(apart, kept, tokens):
+        stacked = lambda p: p | {"layers0": jax.tree.map(lambda *x: jnp.stack(x), *p["layers0"])}
+        grads = jax.grad(lambda p: make_loss()(stacked(p), tokens))(apart)
+        updates, kept = tx.update(grads, kept, apart)
+        return optax.apply_updates(apart, updates), kept
+
+    for args in BATCHES[:3]:
+        now, state, *_ = step.jit(*jax.tree.map(jnp.copy, (now, state)), *args)
+        apart, kept = step_apart(apart, kept, *args)
+    layers = [jax.tree.map(lambda x, i=i: x[i], now["layers0"]) for i in range(3)]
+    assert relative_error(now | {"layers0": layers}, apart) < RELATIVE_ERROR
 
 
 def test_a_stack_is_not_one_tensor():
@@ -138,6 +144,11 @@ def test_the_comparison_sees_one_layer_that_is_not_updated():
     params, result = init_params(3), one_step()
     stale = jax.tree.map(lambda new, old: new.at[1].set(old[1]), result.params["layers0"], params["layers0"])
     assert relative_error(result.params | {"layers0": stale}, result.params) > 10 * RELATIVE_ERROR
+
+
+def test_the_comparison_sees_what_is_not_finite():
+    with pytest.raises(AssertionError):
+        relative_error({"a": jnp.array([jnp.nan])}, {"a": jnp.ones(1)})
 
 
 def test_the_state_moves_between_fused_and_unfused():
@@ -208,6 +219,15 @@ def test_parameters_that_the_loss_does_not_read_decay():
     fused, unfused = run_both(make_loss(), adalomo(1e-2, weight_decay=0.5), params, BATCHES[:2])
     assert relative_error(fused, unfused) < RELATIVE_ERROR
     assert float(jnp.max(fused.params["unread"])) < 1.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_with_64_bit_types(dtype):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: p.astype(dtype), init_params(2))
+        fused, unfused = run_both(make_loss(), adalomo(1e-2), params, [(batch().astype(jnp.int32),)])
+    assert fused.params["embed"].dtype == dtype
+    assert relative_error(fused, unfused) < RELATIVE_ERROR
 
 
 def test_runs_without_jit():

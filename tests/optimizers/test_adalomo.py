@@ -216,7 +216,7 @@ def test_zero_gradients_move_nothing_and_zero_weights_can_move():
     ({"decay_rate": 0}, r"decay_rate must be above 0, got 0"),
     ({"decay_rate": -0.8}, r"decay_rate must be above 0, got -0\.8"),
     ({"clipping_threshold": 0.0}, r"clipping_threshold must be above 0, got 0\.0"),
-    ({"eps": -1e-30}, r"eps must be at least 0, got -1e-30"),
+    ({"eps": 0.0}, r"eps must be above 0, got 0\.0"),
 ])  # fmt: skip
 def test_a_constant_out_of_its_range_is_refused(constants: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
@@ -234,3 +234,19 @@ def test_missing_parameters_are_refused(options: dict[str, Any]):
         tx.update(g, tx.init(g))
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
         scale_by_param_rms().update(g, optax.EmptyState())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5, 1e12])
+def test_a_row_without_gradients_does_not_spoil_the_others(scale: float):
+    """As of an embedding whose token is not in the batch: its statistics are 1e-30, the others' up to 1e24."""
+    p, g = jnp.ones((4, 3)), scale * jnp.ones((4, 3)).at[1].set(0.0)
+    updates = np.asarray(adalomo(1e-2).update(g, adalomo(1e-2).init(p), p)[0])
+    assert np.all(updates[1] == 0.0)
+    np.testing.assert_allclose(updates[[0, 2, 3]], -1e-2 * np.ones((3, 3)), rtol=1e-6)
+
+
+def test_zero_gradients_are_finite_whatever_eps_has_been_rounded_to():
+    p = jnp.ones((2, 3), jnp.float16)
+    tx = optax.inject_hyperparams(adalomo)(learning_rate=1e-2)
+    updates = np.asarray(tx.update(jnp.zeros_like(p), tx.init(p), p)[0])
+    assert np.all(updates == 0.0)

@@ -116,7 +116,9 @@ def test_a_clip_value_that_is_not_above_zero_is_refused(clip_value: float):
         lomo(0.1, clip_value=clip_value)
 
 
-def test_missing_parameters_are_refused():
-    tx, g = lomo(0.1), jnp.ones(3)
-    with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
-        tx.update(g, tx.init(g))
+def test_parameters_are_needed_for_weight_decay_only():
+    g = jnp.ones(3)
+    with_params, without = (lomo(0.1).update(g, lomo(0.1).init(g), params)[0] for params in (g, None))
+    assert_close(with_params, np.asarray(without, np.float64))
+    with pytest.raises(ValueError, match="params"):
+        lomo(0.1, weight_decay=0.1).update(g, lomo(0.1, weight_decay=0.1).init(g))

@@ -36,18 +36,18 @@ def test_accumulates_the_papers_moments(shape: tuple[int, ...]):
     ours, papers, theta = zero_moment(shape), reference.init(np.zeros(shape)), np.ones(shape)
     for t in (1, 2, 3):
         g = gaussian(shape, t)
-        ours = moments.accumulate(ours, g, moments.decay_at(t, 0.8), 1e-30)
+        ours = moments.accumulate(ours, g, moments.new_share_at(t, 0.8), 1e-30)
         _, papers = reference.adalomo_step(theta, g, papers, t, 0.0)
         assert_close(tuple(ours) if len(shape) > 1 else ours, reference.means(papers, shape))
     for without_decay in [gaussian(shape, 3)]:
-        last = moments.accumulate(zero_moment(shape), without_decay, jnp.float32(0.0), 1e-30)
+        last = moments.accumulate(zero_moment(shape), without_decay, jnp.float32(1.0), 1e-30)
         assert_apart(tuple(last) if len(shape) > 1 else last, reference.means(papers, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_preconditions_by_the_root_of_v(shape: tuple[int, ...]):
     g = gaussian(shape)
-    moment = moments.accumulate(zero_moment(shape), gaussian(shape, 1), jnp.float32(0.0), 1e-30)
+    moment = moments.accumulate(zero_moment(shape), gaussian(shape, 1), jnp.float32(1.0), 1e-30)
     assert_close(moments.precondition(moment, g), np.asarray(g, np.float64) / np.sqrt(variance(moment)))
     assert_apart(moments.precondition(moment, g), np.asarray(g, np.float64) / variance(moment))
 
@@ -74,15 +74,16 @@ def test_any_matrix_that_is_not_empty_is_factored(shape: tuple[int, ...], factor
     assert moments.is_factored(shape) == factored
 
 
-def test_decay_at_keeps_nothing_at_first_then_more_and_more():
+def test_the_first_step_is_all_new_and_later_ones_less_and_less():
     steps = np.array([1, 2, 10, 1000])
-    assert moments.decay_at(1, 0.8) == 0.0
-    assert_close(moments.decay_at(steps, 0.8), 1 - steps**-0.8)
-    assert_apart(moments.decay_at(steps, 0.8), 1 - (steps + 1) ** -0.8)
+    assert moments.new_share_at(1, 0.8) == 1.0
+    for t in steps:  # each by itself: of the last, the digits that 1 - beta would lose
+        assert_close(moments.new_share_at(t, 0.8), np.float64(t) ** -0.8)
+    assert_apart(moments.new_share_at(steps, 0.8), (steps + 1) ** -0.8)
 
 
-def test_decay_at_is_float32_whatever_the_step_and_rate_are():
-    assert moments.decay_at(jnp.int32(5), jnp.bfloat16(0.8)).dtype == jnp.float32
+def test_the_new_share_is_float32_whatever_the_step_and_rate_are():
+    assert moments.new_share_at(jnp.int32(5), jnp.bfloat16(0.8)).dtype == jnp.float32
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-8, 8), st.floats(0.1, 10.0))

@@ -192,3 +192,17 @@ def test_extra_arguments_reach_the_transformation():
     g = stacked(layers_apart(0))
     updates, _ = per_layer(tx, AXES).update(g, per_layer(tx, AXES).init(g), g, scale=3.0)
     assert_close(updates, jax.tree.map(lambda x: 3 * x, g))
+
+
+def test_layers_within_a_layer_are_refused():
+    params = {"w": jnp.ones((3, 4, 5))}
+    with pytest.raises(ValueError, match="leave layer_axes out of tx"):
+        per_layer(adalomo(1e-2, layer_axes={"w": 0}), {"w": 0}).init(params)
+
+
+def test_a_mask_function_that_asks_for_attributes_of_absent_leaves_is_explained():
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    mask: Any = lambda p: {"w": p["w"].ndim > 1, "b": p["b"].ndim > 1}
+    tx = optax.adamw(1e-3, mask=mask)
+    with pytest.raises(ValueError, match=r"Write it with jax\.tree\.map"):
+        per_layer(tx, {"w": 0, "b": None}).init(params)
