@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import itertools
+import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import tyro
+if TYPE_CHECKING:
+    from adalomo_jax.finetune.config import FinetuneConfig
 
-from adalomo_jax.finetune.config import FinetuneConfig, InputError
-
-COMMANDS = {"finetune": FinetuneConfig}
+EXTRA = ("flax", "matplotlib", "rich", "safetensors", "tyro")
+"""What the extra ``finetune`` installs: the script is there without it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """``adalomo-jax``: exits with 0, with 2 for unusable input (one line on stderr), or with 130 when interrupted."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS, prog="adalomo-jax", description="Full-parameter training in the memory of the weights.", args=args
-    )
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
+    from adalomo_jax.finetune.config import InputError
+
     try:
-        _run(command)
+        _run(_parse(args))
     except InputError as error:
-        print(f"adalomo-jax: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error), 2)
     except KeyboardInterrupt:
-        print("adalomo-jax: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _stop("interrupted", 130)
+
+
+def _parse(args: Sequence[str] | None) -> Any:
+    """The options of the command that ``args`` name."""
+    import tyro
+
+    from adalomo_jax.finetune.config import FinetuneConfig, InputError
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.extras.subcommand_cli_from_dict(
+                {"finetune": FinetuneConfig},
+                prog="adalomo-jax",
+                description="Full-parameter training in the memory of the weights.",
+                args=args,
+                config=(tyro.conf.DisallowNone,),
+            )
+    except SystemExit as stopped:
+        if stopped.code != 2:  # --help
+            raise
+    raise InputError(_first_paragraph(printed.getvalue()))
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro 1.0 says below the title and above the rule; its events for errors are private, so the text is read."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    below_title = [line.strip(" │") for line in plain.splitlines()[1:]]
+    says = lambda line: line.strip("-─") != ""  # the title has a rule below it where stdout is not UTF-8
+    first = itertools.takewhile(says, itertools.dropwhile(lambda line: not says(line), below_title))
+    return " ".join(first).rstrip(".") + "; see adalomo-jax finetune --help"
 
 
 def _run(command: FinetuneConfig) -> None:
@@ -32,3 +69,8 @@ def _run(command: FinetuneConfig) -> None:
     from adalomo_jax.finetune.run import run
 
     run(command)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"adalomo-jax: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -9,7 +9,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
@@ -24,6 +26,11 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
 
 
+def _default(meaning: str) -> object:
+    """What ``--help`` shows as the default, where its value would say nothing."""
+    return arg(help_behavior_hint=f"(default: {meaning})")
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """Train all weights of a Llama on text, read byte by byte.
@@ -35,23 +42,21 @@ class FinetuneConfig:
     model: str = "tiny"
     """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
     It gives the sizes; the weights start random."""
-    data: tuple[Path, ...] = ()
+    data: Annotated[tuple[Path, ...], _default("the *.py files of the running Python's standard library")] = ()
     """Text files, and folders whose text files are read, recursively; hidden ones and those with zero bytes are not.
-    A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file.
-    Default: the *.py files of the running Python's standard library."""
+    A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file."""
     steps: int = 600
     """Number of training steps."""
     batch_size: int = 8
     """Sequences a step."""
     seq_len: int = 256
     """Length of a sequence, in tokens (bytes)."""
-    learning_rate: float | None = None
-    """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights.
-    Default: suited to the tiny model from random weights, by optimizer."""
+    learning_rate: Annotated[float | None, _default("by optimizer, for the tiny model from random weights")] = None
+    """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warmup: constant, or falling to 0 at the last step."""
-    warmup_steps: int | None = None
-    """Steps in which the learning rate rises to its peak. Default: 10, at most a tenth of the steps."""
+    warmup_steps: Annotated[int | None, _default("10, at most a tenth of the steps")] = None
+    """Steps in which the learning rate rises to its peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay.
     It is multiplied with the learning rate, but not by adafactor: there it is the share of the weights a step."""
@@ -64,9 +69,8 @@ class FinetuneConfig:
     """Seed of the initial weights, the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; bfloat16 weights are rounded stochastically."""
-    output: Path | None = None
-    """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet.
-    Default: runs/<model>-<time> under the current folder."""
+    output: Annotated[Path | None, _default("runs/<model>-<time> under the current folder")] = None
+    """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet."""
 
 
 def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) -> None:

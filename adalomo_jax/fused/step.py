@@ -150,8 +150,8 @@ def fuse(
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. Any JAX function.
       tx: a transformation that treats leaves separately: adalomo, lomo, optax.adamw, chains, schedules, masks. Not one
-        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. Of a stack it sees a layer, with
-        one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
+        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. Of a stack it sees a layer,
+        with one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       stochastic_rounding: None rounds bfloat16 and float16 parameters stochastically and others to nearest; False
         rounds all to nearest; True is None, and an error where no parameter is of those types.

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from adalomo_jax.models.config import PRESETS, LlamaConfig
-
-__all__ = ["PRESETS", "Llama", "LlamaConfig"]
+from adalomo_jax.models.config import LlamaConfig
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -124,6 +122,7 @@ class Llama(nnx.Module):
 
     Example:
         >>> from flax import nnx
+        >>> from adalomo_jax.models import PRESETS
         >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((2, 16), jnp.int32)).shape
         (2, 16, 256)

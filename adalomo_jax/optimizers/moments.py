@@ -55,7 +55,11 @@ def row_and_col_means(s: jax.Array) -> FactoredMoment:
 
 
 def accumulate(moment: Moment, g: jax.Array, new_share: jax.Array, eps: float | jax.Array) -> Moment:
-    """The moment after a step: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``; ``new_share`` is ``1 - beta``."""
+    """The moment after a step: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``.
+
+    ``new_share`` is ``1 - beta``. The statistics are the means of rows and columns, or of an unfactored tensor the
+    squares themselves.
+    """
     # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
     s = jnp.square(g) + jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     statistics = row_and_col_means(s) if isinstance(moment, FactoredMoment) else s

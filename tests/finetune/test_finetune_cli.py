@@ -1,6 +1,14 @@
 """The command: what it leaves, and how it refuses."""
 
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -11,8 +19,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import adalomo_jax.finetune.run as run_module
-from adalomo_jax.cli import main
+from adalomo_jax.cli import EXTRA, main
+from adalomo_jax.finetune.config import RUN_FILES, FinetuneConfig
 from adalomo_jax.finetune.data import evaluation_batches, load_text
+from adalomo_jax.finetune.memory_use import format_bytes
+from adalomo_jax.finetune.optimizer import LEARNING_RATES
 from adalomo_jax.models import PRESETS, Llama, next_token_loss
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
@@ -27,10 +38,19 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
+def finished_run(corpus, tmp_path_factory):
+    """The folder of a run and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    main(["finetune", "--data", str(corpus), "--output", str(folder), *SMALL])
-    return folder
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "120")
+        main(["finetune", "--data", str(corpus), "--output", str(folder), *SMALL])
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(finished_run):
+    return finished_run[0]
 
 
 def read_metrics(folder):
@@ -80,6 +100,64 @@ def test_metrics_have_all_steps_and_a_falling_loss(finished):
     assert 5.3 < evaluations[0]["eval_loss"] < 5.8
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.3
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in steps)
+
+
+def test_a_run_prints_its_progress_a_sample_and_its_figures(finished_run, corpus):
+    folder, printed = finished_run
+    _, evaluations = read_metrics(folder)
+    for row in evaluations:
+        assert f"step {row['step']:>6}  evaluation loss {row['eval_loss']:.3f}\n" in printed
+    assert re.search(r"6/6 .*loss \d\.\d{3}  [\d,]+ tokens/s  \d+\.\d\d [MG]B", printed)
+
+    prompt = load_text([corpus], 32).evaluation[:8].tobytes().decode()
+    before, bar, after = printed.partition(f"\n{prompt}|")
+    title = "tiny, adalomo, fused, float32"
+    assert bar and title not in before and after.partition(title)[0].strip()
+
+    weights = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    figures = {
+        "evaluation loss (nats a byte)": f"{evaluations[0]['eval_loss']:.3f} to {evaluations[-1]['eval_loss']:.3f}",
+        "training tokens a second": r"[1-9][\d,]*",
+        "peak memory of this process": r"\d+\.\d\d [MG]B",
+        "compiled step: arguments, outputs, temporaries": r"\d+\.\d\d MB",
+        "parameters": format_bytes(weights),
+        "optimizer state": r"\d+\.\d\d kB",
+        "gradients alive at once": r"\d+\.\d\d kB",
+    }
+    for label, figure in figures.items():
+        assert re.search(rf"{re.escape(label)} +\S +{figure} ", after.partition(title)[2]), label
+    assert f"written to {folder}\n" in after
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "lomo", "schedule": "linear"},
+        {"optimizer": "adamw", "schedule": "constant", "dtype": "bfloat16"},
+        {"optimizer": "adafactor", "schedule": "cosine"},
+        {"optimizer": "adafactor", "schedule": "linear", "dtype": "bfloat16", "fused": False},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_options_reach_the_run(options, corpus, tmp_path, capsys, monkeypatch):
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **sizes))
+    flags = [f"--{name}={value}" for name, value in options.items() if name != "fused"]
+    flags += [] if options.get("fused", True) else ["--no-fused"]
+    small = ["--data", str(corpus), "--steps", "2", "--batch-size", "1", "--seq-len", "8"]
+    main(["finetune", *small, *flags, "--output", str(tmp_path / "run")])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(RUN_FILES)
+    steps, evaluations = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in steps] == [1, 2] and len(evaluations) == 3
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    assert all(math.isfinite(row["eval_loss"]) for row in evaluations)
+    second = 1 if options["schedule"] == "constant" else 0.5
+    peak = LEARNING_RATES[options["optimizer"]]
+    np.testing.assert_allclose([row["learning_rate"] for row in steps], [peak, second * peak], rtol=1e-5)
+    how = "fused" if options.get("fused", True) else "unfused"
+    dtype = options.get("dtype", "float32")
+    assert f"tiny, {options['optimizer']}, {how}, {dtype}" in capsys.readouterr().out
+    assert {str(t.dtype) for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {dtype}
 
 
 def test_exported_weights_are_the_trained_ones(finished, corpus):
@@ -179,8 +257,56 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_help_names_every_option_and_preset():
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("finetune --learning-rate abc", "Error parsing --learning-rate: no type matching FLOAT .* from ['abc']"),
+        ("finetune --learning-rate None", "Error parsing --learning-rate: .*['None']"),
+        ("finetune --steps x", "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
+        ("finetune --steps", "Missing value for argument '--steps'"),
+        ("finetune --schedule foo", "invalid choice 'foo' for argument '--schedule'. .*'constant', 'linear', 'cosine'"),
+        ("finetune --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. .*'adamw', 'adafactor'"),
+        ("finetune --foo", "Unrecognized options: --foo"),
+        ("pretrain", "Unrecognized options: pretrain"),
+        ("", "Expected one of {finetune}"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, encoding, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    pattern = ".*".join(map(re.escape, message.split(".*")))
+    assert stopped.value.code == 2
+    assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax finetune --help\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_without_the_extra_one_line_names_it(name):
+    code = f"import sys; sys.modules[{name!r}] = None; from adalomo_jax.cli import main; main(['finetune', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"adalomo-jax: the commands need {name}: pip install 'adalomo-jax[finetune]'\n"
+
+
+def documentation():
+    """The text below each field of FinetuneConfig."""
+    (definition,) = ast.parse(inspect.getsource(FinetuneConfig)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: ast.literal_eval(text.value)
+        for field, text in itertools.pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+
+
+def test_help_explains_every_option_and_names_every_preset():
     command = [sys.executable, "-m", "adalomo_jax", "finetune", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in (*PRESETS, "--data", "--steps", "--no-fused", "--dtype", "--output"):
-        assert name in text
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = " ".join(re.sub("[│|]", "", printed).split())
+    texts = documentation()
+    for field in dataclasses.fields(FinetuneConfig):
+        assert f" --{field.name.replace('_', '-')} " in text.replace(",", " ")
+        assert " ".join(texts[field.name].split()) in text
+    assert all(name in text for name in (*PRESETS, "--no-fused"))
+    assert "None" not in text and "(default: )" not in text and "Default:" not in text

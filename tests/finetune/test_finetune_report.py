@@ -1,0 +1,24 @@
+"""What a run shows on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+import adalomo_jax.finetune.report as report
+from adalomo_jax.finetune.metrics import EvaluationRow, StepRow
+from adalomo_jax.finetune.report import progress_bar
+
+
+@pytest.mark.parametrize(("peak", "memory"), [(2_500_000_000, "2.50 GB"), (None, "not known")])
+def test_progress_shows_loss_speed_and_memory(peak, memory, monkeypatch):
+    monkeypatch.setattr(report, "peak_bytes", lambda: peak)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=120)
+    with progress_bar(console, steps=6) as show:
+        show(EvaluationRow(0, 5.5))
+        show(StepRow(step=3, loss=1.25, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=12345.6))
+    printed = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    line = next(line for line in printed.splitlines() if "3/6" in line)
+    assert f"loss 1.250  12,346 tokens/s  {memory}" in line
+    assert "step      0  evaluation loss 5.500" in printed
