@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -129,18 +130,26 @@ def test_a_run_prints_its_progress_a_sample_and_its_figures(finished_run, corpus
     assert f"written to {folder}\n" in after
 
 
+@pytest.fixture
+def quick_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": "lomo", "schedule": "linear"},
-        {"optimizer": "adamw", "schedule": "constant", "dtype": "bfloat16"},
-        {"optimizer": "adafactor", "schedule": "cosine"},
-        {"optimizer": "adafactor", "schedule": "linear", "dtype": "bfloat16", "fused": False},
+        {"optimizer": "lomo", "schedule": "linear", "dtype": "bfloat16"},
+        {"optimizer": "adamw", "schedule": "constant", "fused": False},
+        {"optimizer": "adafactor", "schedule": "linear"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_options_reach_the_run(options, corpus, tmp_path, capsys, monkeypatch):
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4, tie_word_embeddings=True)
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **sizes))
     flags = [f"--{name}={value}" for name, value in options.items() if name != "fused"]
     flags += [] if options.get("fused", True) else ["--no-fused"]
