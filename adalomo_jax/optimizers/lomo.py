@@ -47,10 +47,11 @@ def lomo(
     """
     if isinstance(clip_value, (int, float)) and clip_value <= 0:
         raise ValueError(f"clip_value must be above 0, got {clip_value}; pass None to clip nothing.")
+    decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0.0
     return in_float32(
         optax.chain(
             optax.identity() if clip_value is None else optax.clip(clip_value),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
