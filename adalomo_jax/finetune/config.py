@@ -26,9 +26,9 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
 
 
-def _default(meaning: str) -> object:
-    """What ``--help`` shows as the default, where its value would say nothing."""
-    return arg(help_behavior_hint=f"(default: {meaning})")
+def _default(meaning: str, metavar: str | None = None) -> object:
+    """What ``--help`` shows as the default, where its value would say nothing, and as the option's value."""
+    return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ class FinetuneConfig:
     model: str = "tiny"
     """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
     It gives the sizes; the weights start random."""
-    data: Annotated[tuple[Path, ...], _default("the *.py files of the running Python's standard library")] = ()
+    data: Annotated[
+        tuple[Path, ...] | None,
+        _default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
+    ] = None
     """Text files, and folders whose text files are read, recursively; hidden ones and those with zero bytes are not.
     A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file."""
     steps: int = 600
@@ -78,6 +81,7 @@ def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) ->
     _check_preset(config.model, list(presets))
     longest, rate, warmup = presets[config.model].max_position_embeddings, config.learning_rate, config.warmup_steps
     checks = {
+        "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
         f"--steps must be at least 1, got {config.steps}": config.steps >= 1,
         f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
         f"--seq-len must be at least 2 tokens, one to read and one to predict, got {config.seq_len}": (

@@ -35,13 +35,13 @@ class Text(NamedTuple):
     evaluation: np.ndarray
 
 
-def load_text(paths: Sequence[Path], seq_len: int) -> Text:
-    """Read and split the files, or the standard library's sources where no path is given.
+def load_text(paths: Sequence[Path] | None, seq_len: int) -> Text:
+    """Read and split the files, or the standard library's sources where ``paths`` is None.
 
     Raises:
         InputError: a path that is missing, unreadable, empty or not text; a part shorter than one sequence.
     """
-    documents = read_documents(paths) if paths else standard_library()
+    documents = standard_library() if paths is None else read_documents(paths)
     train, evaluation = split_documents(documents)
     text = Text(_concatenate(train), _concatenate(evaluation))
     for part, tokens in text._asdict().items():

@@ -132,8 +132,7 @@ def _forward(stage: Stage, values: dict[int, Any], active: frozenset[int]) -> An
 def _gradient(plan: Plan, leaf: int, cotangents: dict[int, Any]) -> Any:
     """The sum of a leaf's cotangents; zeros where the loss does not depend on it."""
     value = plan.program.inputs[leaf]
-    aval = plan.program.avals[value]
-    return cotangents[value] if value in cotangents else jnp.zeros(aval.shape, aval.dtype)
+    return cotangents[value] if value in cotangents else plan.program.zeros(value)
 
 
 def _accumulate(cotangents: dict[int, Any], pairs: Iterable[tuple[int, Any]]) -> None:

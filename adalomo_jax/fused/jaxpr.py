@@ -41,10 +41,9 @@ class Program:
     avals: Sequence[Any]
     """Of each number the shape and dtype."""
 
-    def __call__(self, *args: Any) -> list[Any]:
-        values = dict(self.constants) | dict(zip(self.inputs, args, strict=True))
-        evaluate(self.equations, values)
-        return [values[v] for v in self.outputs]
+    def zeros(self, v: int) -> jax.Array:
+        """Zeros like a value."""
+        return jnp.zeros(self.avals[v].shape, self.avals[v].dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,7 +206,7 @@ def _layer_scan(
     for inner, value in zip(scan.body.inputs, equation.inputs):
         body_inputs.get(value, []).append(inner)
     body_active = frozenset(active_in_scan(scan, [v in active for v in equation.inputs]))
-    invariant = _invariant(scan, body_active)
+    invariant, varying = _split_invariant(scan, body_active)
     return LayerScan(
         scan=scan,
         inputs=equation.inputs,
@@ -215,16 +215,18 @@ def _layer_scan(
         stacks=tuple(Stack(leaf, value, tuple(body_inputs[value])) for leaf, value in leaves.items()),
         active=body_active,
         invariant=tuple(invariant),
-        varying=tuple(inner for inner in scan.body.equations if inner not in invariant),
+        varying=tuple(varying),
     )
 
 
-def _invariant(scan: Scan, active: Collection[int]) -> list[Equation]:
-    """The body's equations without effects that read only constants, and no parameter."""
+def _split_invariant(scan: Scan, active: Collection[int]) -> tuple[list[Equation], list[Equation]]:
+    """The body's equations without effects that read only constants and no parameter, and the others."""
     known = {*scan.body.constants, *scan.body.inputs[: scan.num_consts]}.difference(active)
-    found = []
+    invariant, varying = [], []
     for equation in scan.body.equations:
         if known.issuperset(equation.inputs) and not equation.source.effects:
             known.update(equation.outputs)
-            found.append(equation)
-    return found
+            invariant.append(equation)
+        else:
+            varying.append(equation)
+    return invariant, varying

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from adalomo_jax.fused.jaxpr import Program, evaluate
+from adalomo_jax.fused.jaxpr import evaluate
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.stacks import Stacks, UpdateLayer, layer_at, start, update
 
@@ -85,8 +85,8 @@ def backward(
     scan, body = stage.scan, stage.scan.body
     consts, carry, xs = _operands(stage, values)
     d_outputs = {p: cotangents[v] for p, v in enumerate(stage.outputs) if v in cotangents}
-    d_carry = {v: d_outputs.get(p, _zeros(body, v)) for p, v in enumerate(carry) if v in stage.active}
-    d_consts = {v: _zeros(body, v) for v in consts if v in stage.active}
+    d_carry = {v: d_outputs.get(p, body.zeros(v)) for p, v in enumerate(carry) if v in stage.active}
+    d_consts = {v: body.zeros(v) for v in consts if v in stage.active}
     constants = _invariant(stage, consts)
     d_ys = {p: d for p, d in d_outputs.items() if p >= scan.num_carry}
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
@@ -98,7 +98,7 @@ def backward(
         pullback = _put_together(tape, constants | xs | layers, saved)
         d_of_outputs = {p: d_carry[v] for p, v in enumerate(carry) if v in d_carry} | d_ys
         (d,) = pullback(
-            {p: d_of_outputs.get(p, _zeros(body, v)) for p, v in enumerate(body.outputs) if v in stage.active}
+            {p: d_of_outputs.get(p, body.zeros(v)) for p, v in enumerate(body.outputs) if v in stage.active}
         )
         weights = [layers[stack.body_inputs[0]] for stack in stage.stacks]
         gradients = [_sum(d[v] for v in stack.body_inputs) for stack in stage.stacks]
@@ -181,10 +181,6 @@ def _put_together(tape: Tape, again: Mapping[int, Any], saved: Sequence[Any]) ->
     """The pullback of one iteration."""
     find = {"input": again.__getitem__, "saved": saved.__getitem__, "constant": lambda x: x}
     return jax.tree.unflatten(tape.treedef, [find[kind](key) for kind, key in tape.sources])
-
-
-def _zeros(program: Program, v: int) -> jax.Array:
-    return jnp.zeros(program.avals[v].shape, program.avals[v].dtype)
 
 
 def _sum(terms: Iterable[Any]) -> Any:

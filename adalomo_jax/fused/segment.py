@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import Segment
@@ -38,6 +37,5 @@ def backward(tape: Tape, program: Program, cotangents: Mapping[int, Any]) -> lis
     """Pairs of a value that the segment reads and a cotangent of it."""
     if not any(v in cotangents for v in tape.outputs):
         return []
-    zeros = {v: jnp.zeros(program.avals[v].shape, program.avals[v].dtype) for v in tape.outputs if v not in cotangents}
-    (d_inputs,) = tape.pullback(zeros | {v: cotangents[v] for v in tape.outputs if v in cotangents})
+    (d_inputs,) = tape.pullback({v: cotangents[v] if v in cotangents else program.zeros(v) for v in tape.outputs})
     return list(d_inputs.items())

@@ -107,7 +107,8 @@ class PerLayer:
         by_path = dict(zip(self.shared_paths, shared))
         for group, own in zip(self.groups, owns, strict=True):
             by_path |= zip(self._own_paths(group), own)
-        return jax.tree.unflatten(self._state_treedef, [by_path[path] for path in self._state_paths])
+        paths, treedef = self._state_layout
+        return jax.tree.unflatten(treedef, [by_path[path] for path in paths])
 
     def update_all(
         self, grads: Sequence[Any], state: optax.OptState, leaves: Sequence[Any] | None, **extra_args
@@ -159,14 +160,6 @@ class PerLayer:
     @cached_property
     def _state_layout(self) -> tuple[list[Any], Any]:
         return self._abstract_init(self.treedef.unflatten(self.tensors))
-
-    @property
-    def _state_paths(self) -> list[Any]:
-        return self._state_layout[0]
-
-    @property
-    def _state_treedef(self) -> Any:
-        return self._state_layout[1]
 
     @cached_property
     def shared_paths(self) -> list[Any]:

@@ -11,8 +11,8 @@ def in_float32(
     """``tx``, given float32 gradients and parameters; the updates come back in the gradients' dtypes.
 
     So the state of ``tx`` is float32, and ``learning_rate``, the decay rates and the update itself are rounded to a
-    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too. ``tx`` must need
-    the parameters: ``update`` raises a ValueError without them.
+    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too. With
+    ``needs_params``, ``update`` raises a ValueError where it is called without parameters.
     """
     inner = optax.with_extra_args_support(tx)
 

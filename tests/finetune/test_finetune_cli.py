@@ -208,6 +208,7 @@ def places(tmp_path, corpus, finished):
         ("--model tinny", "unknown model 'tinny'; did you mean tiny? presets: tiny,"),
         ("--model llama-2-7", "did you mean llama-2-7b?"),
         ("--data {tmp}/missing.txt", "missing.txt: no such file or folder"),
+        ("--data", "--data must be followed by files or folders"),
         ("--data {tmp}/empty.txt", "empty.txt is empty"),
         ("--data {tmp}/folder", "folder holds no text files"),
         ("--data {tmp}/binary.bin", "binary.bin is not text"),

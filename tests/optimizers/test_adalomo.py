@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +102,10 @@ def test_a_schedule_starts_at_step_zero():
 def one_step(params, g, moment, t, constants, constant_decay: bool):
     decay = {} if constant_decay else {"b2": None}
     tx = adalomo(**(constants | decay))
-    state = tx.init(params)
-    state = (state[0]._replace(count=t - 1, moments=moment), *state[1:])  # type: ignore[index]
+    first, *others = cast(Any, tx.init(params))
+    state: Any = (first._replace(count=t - 1, moments=moment), *others)
     updates, state = tx.update(g, state, params)
-    return updates, state[0].moments  # type: ignore[index]
+    return updates, cast(Any, state)[0].moments
 
 
 @settings(max_examples=60)
