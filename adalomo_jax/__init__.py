@@ -1,5 +1,6 @@
 """AdaLomo for Optax, and training steps in which the gradients of the whole model never exist."""
 
+from adalomo_jax.fused import DynamicLossScale as DynamicLossScale
 from adalomo_jax.fused import FusedState as FusedState
 from adalomo_jax.fused import FusedStep as FusedStep
 from adalomo_jax.fused import Plan as Plan

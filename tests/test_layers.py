@@ -21,7 +21,10 @@ LAYERS = [
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
-    "fused": ["jaxpr", "leafwise", "plan", "segment", "stacks", "scan", "backward", "step"],
+    "fused": [
+        *("loss_scale", "options", "jaxpr", "chain", "homes", "leafwise", "plan", "stages", "checks", "tracing"),
+        *("segment", "stacks", "updater", "scan", "backward", "unfused", "step"),
+    ],
 }
 """Within a layer, from the bottom to the top."""
 

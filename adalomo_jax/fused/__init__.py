@@ -1,5 +1,7 @@
 """When parameters are updated: layer by layer, while the gradients flow back."""
 
+from adalomo_jax.fused.loss_scale import DynamicLossScale as DynamicLossScale
+from adalomo_jax.fused.loss_scale import LossScaleState as LossScaleState
 from adalomo_jax.fused.plan import LeafPlan as LeafPlan
 from adalomo_jax.fused.plan import Plan as Plan
 from adalomo_jax.fused.step import FusedState as FusedState

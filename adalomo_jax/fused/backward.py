@@ -1,145 +1,167 @@
-"""One forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
+"""The forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from adalomo_jax.fused import scan, segment
 from adalomo_jax.fused.plan import LayerScan, Plan, Stage
-from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
-from adalomo_jax.optimizers.per_layer import Group, PerLayer
-from adalomo_jax.optimizers.rounding import apply_update
+from adalomo_jax.fused.segment import Context, Cotangents, accumulate
+from adalomo_jax.fused.stacks import UpdateLayer, after
+from adalomo_jax.fused.updater import Statistics, Updater
+from adalomo_jax.optimizers.per_layer import Group
 
 
-class PassResult(NamedTuple):
-    """What a pass leaves."""
+class Forward(NamedTuple):
+    """What the forward pass leaves."""
 
     outputs: list[Any]
-    """The program's: the loss, then aux."""
+    """The program's: the loss, then aux. With a leading microbatch axis where there are microbatches."""
+    values: dict[int, Any]
+    tapes: list[Any]
+    """Of each stage; None where it has been pulled back already."""
+    cotangents: Cotangents
+    """What the backward pass begins with."""
+
+
+class Pass(NamedTuple):
+    """What a backward pass leaves."""
+
     leaves: list[Any]
-    """The updated parameters."""
+    """The parameters, updated."""
     inner: Any
     """The optimizer's new state."""
-    squares: jax.Array
-    """The sum of the squares of the whole gradient, float32."""
+    statistics: dict[Group, Statistics]
 
 
-@dataclass(frozen=True)
-class Updater:
-    """The optimizer's step on some tensors, and the write of its updates to their weights."""
+def forward(
+    plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None, d_loss: jax.Array
+) -> Forward:
+    """Runs the planned program, and pulls back the stage that comes last where that is not a layer scan.
 
-    optimizer: PerLayer
-    shared: list[Any]
-    """The optimizer's state that belongs to no parameter, before the step."""
-    keys: tuple[jax.Array | None, ...]
-    """Of each leaf the key that its weights are rounded with; None rounds to nearest."""
-
-    def __call__(
-        self, group: Group, layer: jax.Array | None, weights: Sequence[Any], gradients: Sequence[Any], own: list[Any]
-    ) -> tuple[list[Any], list[Any], jax.Array]:
-        """The weights and own state after the step, and the sum of squares of the gradients."""
-        updates, own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
-        return self._write(group, layer, weights, updates), own, sum_of_squares(gradients)
-
-    def update_all(
-        self, inner: optax.OptState, leaves: Sequence[Any], gradients: Sequence[Any]
-    ) -> tuple[list[Any], optax.OptState]:
-        """All leaves after the step, and the new state, given all gradients at once."""
-        written, owns = list(leaves), {}
-        for group in self.optimizer.groups:
-            weights, of_group = [leaves[i] for i in group.leaves], [gradients[i] for i in group.leaves]
-            own = self.optimizer.own(inner, group)
-            if group.layers is None:
-                weights, owns[group], _ = self(group, None, weights, of_group, own)
-            else:
-                weights, owns[group] = _update_stacks(partial(self, group), weights, of_group, own)
-            _assign(written, group, weights)
-        return written, self.next_state(inner, owns)
-
-    def next_state(self, inner: optax.OptState, owns: Mapping[Group, list[Any]]) -> optax.OptState:
-        """The state after the step, given what is kept for each group."""
-        return self.optimizer.assemble(self.optimizer.next_shared(inner), [owns[g] for g in self.optimizer.groups])
-
-    def _write(
-        self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]
-    ) -> list[Any]:
-        keys = [self.keys[i] for i in group.leaves]
-        if layer is not None:
-            keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
-        return list(map(apply_update, weights, updates, keys))
+    Args:
+      plan: of the program.
+      leaves: the parameters.
+      args: the other inputs; those that differ between microbatches with a leading microbatch axis.
+      microbatches: how many there are.
+      d_loss: the cotangent of the loss, of each microbatch.
+    """
+    context, program = _context(plan, microbatches), plan.program
+    values = {**program.constants, **dict(zip(program.inputs, [*leaves, *args], strict=True))}
+    loss, tapes = program.outputs[0], []
+    seed = {loss: d_loss.astype(program.avals[loss].dtype)} if loss in plan.active else {}
+    if microbatches is not None and loss in plan.batched:
+        seed = {v: jnp.broadcast_to(d, (microbatches,)) for v, d in seed.items()}
+    elif microbatches is not None:
+        seed = {v: d * microbatches for v, d in seed.items()}
+    for stage in plan.stages[:-1]:
+        tapes.append(_forward(stage, context, values))
+    last = plan.stages[-1]
+    if isinstance(last, LayerScan) or loss not in seed or loss not in last.outputs:
+        tapes.append(_forward(last, context, values))
+        cotangents = seed
+    else:
+        cotangents = segment.forward_and_backward(last, context, values, seed)
+        tapes.append(None)
+    outputs = [_of_each(plan, microbatches, v, values[v]) for v in program.outputs]
+    return Forward(outputs, values, tapes, cotangents)
 
 
-def _update_stacks(
-    update_layer: UpdateLayer, weights: list[Any], gradients: list[Any], own: list[Any]
-) -> tuple[list[Any], list[Any]]:
-    """Stacks and their state after the step: a loop, in place, for under vmap rbg keys would give other bits."""
+def backward(
+    plan: Plan,
+    ran: Forward,
+    microbatches: int | None,
+    updater: Updater,
+    inner: optax.OptState,
+    leaves: Sequence[Any],
+) -> Pass:
+    """The backward pass with the updates in it."""
+    visit = _Visit(updater, inner, leaves)
+    _pull_back(plan, ran, microbatches, visit)
+    return Pass(visit.written, updater.next_state(inner, visit.owns), visit.statistics)
 
-    def iteration(carry, i_and_gradients):
-        i, gradients = i_and_gradients
-        layers = [layer_at(stack, i) for stack in carry.weights]
-        return update(carry, i, i + 1, layers, gradients, update_layer), None
 
-    length = weights[0].shape[0]
-    stacks, _ = lax.scan(iteration, start(weights, own, 0, update_layer), (jnp.arange(length), gradients))
-    return stacks.weights, stacks.own
+def squares_of_gradient(plan: Plan, ran: Forward, microbatches: int | None, updater: Updater) -> jax.Array:
+    """The sum of the squares of the whole gradient, by a backward pass that writes nothing."""
+    visit = _Visit(updater, None, ())
+    _pull_back(plan, ran, microbatches, visit)
+    return sum_of_squares_in(visit.statistics)
 
 
-def run(plan: Plan, updater: Updater, inner: optax.OptState, leaves: Sequence[Any], args: Sequence[Any]) -> PassResult:
-    """Runs the planned program on ``leaves`` and ``args``, and its backward pass with the updates in it."""
-    program, optimizer = plan.program, updater.optimizer
-    values = dict(program.constants) | dict(zip(program.inputs, [*leaves, *args], strict=True))
-    tapes = [_forward(stage, values, plan.active) for stage in plan.stages]
-    loss = program.outputs[0]
-    cotangents = {loss: jnp.ones_like(values[loss])} if loss in plan.active else {}
+def begin_after(ran: Forward, known: Any) -> Forward:
+    """The same, but so that XLA cannot begin the backward pass before something is known, nor merge two of them."""
+    return ran._replace(cotangents={v: after(d, known) for v, d in ran.cotangents.items()})
 
-    written, owns, squares = list(leaves), {}, jnp.zeros([], jnp.float32)
-    for index, stage in reversed(list(enumerate(plan.stages))):
+
+def sum_of_squares_in(statistics: Mapping[Group, Statistics]) -> jax.Array:
+    """Of the whole gradient, float32."""
+    return sum((jnp.sum(s.squares) for s in statistics.values()), start=jnp.zeros([], jnp.float32))
+
+
+class _Visit:
+    """What a backward pass does with each gradient: updates with it, or only measures it where there is no state."""
+
+    def __init__(self, updater: Updater, inner: optax.OptState | None, leaves: Sequence[Any]):
+        self.updater, self.inner, self.leaves = updater, inner, leaves
+        self.written, self.owns, self.statistics = list(leaves), {}, {}
+
+    def own(self, group: Group | None) -> list[Any]:
+        return [] if self.inner is None or group is None else self.updater.optimizer.own(self.inner, group)
+
+    def layers(self, group: Group | None) -> UpdateLayer | None:
+        return None if self.inner is None or group is None else partial(self.updater, group)
+
+    def stacks(self, group: Group, done: scan.Pulled) -> None:
+        self.owns[group], self.statistics[group] = done.own, done.statistics
+        if self.inner is not None:
+            self._write(group, done.weights)
+
+    def whole(self, group: Group, gradients: list[Any]) -> None:
+        if self.inner is None:
+            self.statistics[group] = self.updater.measure(gradients)
+            return
+        weights = [self.leaves[i] for i in group.leaves]
+        updated = self.updater(group, None, weights, gradients, self.own(group))
+        weights, self.owns[group], self.statistics[group] = updated
+        self._write(group, weights)
+
+    def _write(self, group: Group, weights: Sequence[Any]) -> None:
+        for i, leaf in zip(group.leaves, weights, strict=True):
+            self.written[i] = leaf
+
+
+def _pull_back(plan: Plan, ran: Forward, microbatches: int | None, visit: _Visit) -> None:
+    context, values = _context(plan, microbatches), plan.program.inputs
+    cotangents = dict(ran.cotangents)
+    for index, (stage, tape) in reversed(list(enumerate(zip(plan.stages, ran.tapes)))):
         if isinstance(stage, LayerScan):
-            group = next(group for group in optimizer.groups if group.leaves[0] == stage.stacks[0].leaf)
-            stacks, d_inputs = scan.backward(
-                stage, tapes[index], values, cotangents, optimizer.own(inner, group), partial(updater, group)
-            )
-            owns[group] = stacks.own
-            _assign(written, group, stacks.weights)
-            squares += stacks.statistics
-            _accumulate(cotangents, d_inputs)
-        else:
-            _accumulate(cotangents, segment.backward(tapes[index], program, cotangents))
-        if (group := plan.whole_group(index)) is not None:
-            gradients = [_gradient(plan, i, cotangents) for i in group.leaves]
-            weights, own = [leaves[i] for i in group.leaves], optimizer.own(inner, group)
-            weights, owns[group], group_squares = updater(group, None, weights, gradients, own)
-            _assign(written, group, weights)
-            squares += group_squares
-    return PassResult([values[v] for v in program.outputs], written, updater.next_state(inner, owns), squares)
+            group = plan.group_of(index, whole=False)
+            own, update_layer = visit.own(group), visit.layers(group)
+            done = scan.backward(stage, context, tape, ran.values, cotangents, own, update_layer, visit.updater.measure)
+            accumulate(cotangents, done.cotangents)
+            if group is not None:
+                visit.stacks(group, done)
+        elif tape is not None:
+            accumulate(cotangents, segment.backward(stage, context, tape, ran.values, cotangents))
+        if (group := plan.group_of(index, whole=True)) is not None:
+            of_leaves = [values[i] for i in group.leaves]
+            visit.whole(group, [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves])
 
 
-def sum_of_squares(gradients: Iterable[Any]) -> jax.Array:
-    """Over all entries, in float32."""
-    return sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients), start=jnp.zeros([], jnp.float32))
+def _context(plan: Plan, microbatches: int | None) -> Context:
+    return Context(plan.program, plan.active, plan.batched, microbatches, again=range(len(plan.program.avals)))
 
 
-def _forward(stage: Stage, values: dict[int, Any], active: frozenset[int]) -> Any:
-    return scan.forward(stage, values) if isinstance(stage, LayerScan) else segment.forward(stage, values, active)
+def _forward(stage: Stage, context: Context, values: dict[int, Any]) -> Any:
+    if isinstance(stage, LayerScan):
+        return scan.forward(stage, context, values)
+    return segment.forward(stage, context, values)
 
 
-def _gradient(plan: Plan, leaf: int, cotangents: dict[int, Any]) -> Any:
-    """The sum of a leaf's cotangents; zeros where the loss does not depend on it."""
-    value = plan.program.inputs[leaf]
-    return cotangents[value] if value in cotangents else plan.program.zeros(value)
-
-
-def _accumulate(cotangents: dict[int, Any], pairs: Iterable[tuple[int, Any]]) -> None:
-    for v, d in pairs:
-        cotangents[v] = cotangents[v] + d if v in cotangents else d
-
-
-def _assign(leaves: list[Any], group: Group, new: Sequence[Any]) -> None:
-    for i, leaf in zip(group.leaves, new, strict=True):
-        leaves[i] = leaf
+def _of_each(plan: Plan, microbatches: int | None, v: int, x: Any) -> Any:
+    """A value, repeated for each microbatch where it is the same for all."""
+    return x if microbatches is None or v in plan.batched else jnp.broadcast_to(x, (microbatches, *jnp.shape(x)))

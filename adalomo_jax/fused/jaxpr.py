@@ -29,6 +29,15 @@ class Equation(NamedTuple):
         """The primitive's name."""
         return self.source.primitive.name
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """The primitive's parameters."""
+        return self.source.params
+
+    def with_params(self, **params: Any) -> "Equation":
+        """This equation with some of the primitive's parameters changed."""
+        return self._replace(source=self.source.replace(params=self.params | params))
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -111,35 +120,59 @@ def is_differentiable(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
-def active_values(program: Program, active_inputs: Iterable[int]) -> set[int]:
-    """The values that depend on the active inputs and are differentiable."""
-    active = {v for v in active_inputs if is_differentiable(program.avals[v])}
+def active_values(program: Program, inputs: Iterable[int]) -> set[int]:
+    """The differentiable values that depend on some inputs."""
+    return _dependent(program, inputs, is_differentiable)
+
+
+def active_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
+    """The active values of a scan's body, given the active operands, once activity has gone around the carry."""
+    return _dependent_in_scan(scan, operands, is_differentiable)
+
+
+def dependent_values(program: Program, inputs: Iterable[int]) -> set[int]:
+    """All values that depend on some inputs."""
+    return _dependent(program, inputs, lambda aval: True)
+
+
+def dependent_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
+    """The values of a scan's body that depend on some operands, once that has gone around the carry."""
+    return _dependent_in_scan(scan, operands, lambda aval: True)
+
+
+def is_checkpoint(equation: Equation) -> bool:
+    """Whether the equation is a ``jax.checkpoint``."""
+    return equation.name == _CHECKPOINT
+
+
+def _dependent(program: Program, inputs: Iterable[int], counts: Callable[[Any], bool]) -> set[int]:
+    """The values that depend on some inputs through values that count."""
+    found = {v for v in inputs if counts(program.avals[v])}
     for equation in program.equations:
-        flags = _active_outputs(equation, [v in active for v in equation.inputs])
-        active |= {v for v, flag in zip(equation.outputs, flags) if flag and is_differentiable(program.avals[v])}
-    return active
+        flags = _dependent_outputs(equation, [v in found for v in equation.inputs], counts)
+        found |= {v for v, flag in zip(equation.outputs, flags) if flag and counts(program.avals[v])}
+    return found
 
 
-def active_in_scan(scan: Scan, active_operands: Sequence[bool]) -> set[int]:
-    """The active values of a scan's body, once activity has gone around through the carry."""
+def _dependent_in_scan(scan: Scan, operands: Sequence[bool], counts: Callable[[Any], bool]) -> set[int]:
     inputs, outputs = scan.body.inputs, scan.body.outputs
-    active = {v for v, flag in zip(inputs, active_operands) if flag}
+    found = {v for v, flag in zip(inputs, operands) if flag}
     while True:
-        values = active_values(scan.body, active)
+        values = _dependent(scan.body, found, counts)
         fed_back = {inputs[scan.num_consts + i] for i, v in enumerate(outputs[: scan.num_carry]) if v in values}
-        if fed_back <= active:
+        if fed_back <= found:
             return values
-        active |= fed_back
+        found |= fed_back
 
 
-def _active_outputs(equation: Equation, active_inputs: Sequence[bool]) -> list[bool]:
-    if any(active_inputs) and equation.name == "scan":
+def _dependent_outputs(equation: Equation, operands: Sequence[bool], counts: Callable[[Any], bool]) -> list[bool]:
+    if any(operands) and equation.name == "scan":
         scan = scan_of(equation)
-        active = active_in_scan(scan, active_inputs)
+        found = _dependent_in_scan(scan, operands, counts)
         carry = scan.body.inputs[scan.num_consts : scan.first_xs]
         outputs = scan.body.outputs
-        return [v in active for v in carry] + [v in active for v in outputs[scan.num_carry :]]
-    return [any(active_inputs)] * len(equation.outputs)
+        return [v in found for v in carry] + [v in found for v in outputs[scan.num_carry :]]
+    return [any(operands)] * len(equation.outputs)
 
 
 class _Builder:
@@ -194,7 +227,7 @@ def _only_groups(eqn: core.JaxprEqn, are_leaves: Sequence[bool]) -> bool:
 
 
 def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
-    """Whether a scan in the jaxpr runs over an input that is a leaf."""
+    """Whether a scan in the jaxpr runs over an input that is a leaf, as it is or cast or transposed."""
     leaves = {var for var, is_leaf in zip(jaxpr.invars, are_leaves, strict=True) if is_leaf}
     for eqn in jaxpr.eqns:
         flags = [not isinstance(atom, core.Literal) and atom in leaves for atom in eqn.invars]
@@ -202,6 +235,8 @@ def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
             return True
         if eqn.primitive.name in (*_CALLS, _CHECKPOINT) and _scans_over(_open(_called(eqn)), flags):
             return True
+        if eqn.primitive.name in ("convert_element_type", "transpose", "reshape") and any(flags):
+            leaves.update(eqn.outvars)
     return False
 
 

@@ -5,12 +5,13 @@ global norm, a shared buffer) cannot be computed, and asking `tx` layer by layer
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from adalomo_jax.fused.jaxpr import Program, trace
-from adalomo_jax.optimizers.per_layer import PerLayer
+from adalomo_jax.optimizers.per_layer import PerLayer, asking_for
 
 _WAY_OUT = (
     "fuse needs a tx that treats leaves separately: leave out what mixes them, such as optax.clip_by_global_norm, "
@@ -27,15 +28,17 @@ def check_leafwise(optimizer: PerLayer, paths: Sequence[str]) -> None:
 
     Nothing is computed. What a loop or a branch returns is taken to depend on all that goes into it.
     """
-    params = optimizer.treedef.unflatten(optimizer.tensors)
-    state = jax.eval_shape(optimizer.tx.init, params)
+    trained = sorted(i for group in optimizer.groups for i in group.leaves)
+    tensors, paths = [optimizer.tensors[i] for i in trained], [paths[i] for i in trained]
+    tree_of = partial(optimizer.tree_of, trained)
 
     def update(grads: list[Any], params: list[Any], state: Any) -> tuple[list[Any], list[Any]]:
-        grads, params = optimizer.treedef.unflatten(grads), optimizer.treedef.unflatten(params)
-        updates, state = optimizer.tx.update(grads, state, params)
+        updates, state = optimizer.tx.update(tree_of(grads), state, tree_of(params))
         return jax.tree.leaves(updates), jax.tree.leaves(state)
 
-    program, _ = trace(update, optimizer.tensors, list(optimizer.tensors), state)
+    with asking_for(None):
+        state = jax.eval_shape(optimizer.tx.init, tree_of(tensors))
+        program, _ = trace(update, tensors, list(tensors), state)
     if any(equation.name in _RANDOM for equation in program.equations):
         raise ValueError(
             "tx draws random numbers, and asked layer by layer it would draw the same for each layer. "

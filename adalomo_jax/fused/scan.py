@@ -4,126 +4,170 @@ In the forward loop, too, the stacks are in the carry, behind a barrier: else XL
 for a copy of all the weights in the narrower dtype.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
+from adalomo_jax.fused import segment
 from adalomo_jax.fused.jaxpr import evaluate
 from adalomo_jax.fused.plan import LayerScan
-from adalomo_jax.fused.stacks import Stacks, UpdateLayer, layer_at, start, update
-
-
-class Source(NamedTuple):
-    """Where a residual is to be had on the way back."""
-
-    kind: str
-    """``"input"``: an input of the body, ``"saved"``: what the forward loop saved, ``"constant"``: it is known."""
-    key: Any
-    """The number of the input, the position among what is saved, or the constant."""
+from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate
+from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
 
 
 class Tape(NamedTuple):
     """What the backward loop needs of the forward one."""
 
-    stacks: list[Any]
-    saved: list[Any]
-    """Residuals of every iteration, with a leading layer axis, without those that are inputs of the body."""
-    treedef: Any
-    """Of the pullback of one iteration, whose leaves are its residuals."""
-    sources: list[Source]
+    stacks: dict[int, Any]
+    """By the number in the program."""
+    residuals: list[Residuals]
+    """Of each segment of the body, with a leading layer axis."""
+    layouts: list[Layout]
 
 
-def forward(stage: LayerScan, values: dict[int, Any]) -> Tape:
+class Pulled(NamedTuple):
+    """What the backward loop leaves."""
+
+    weights: list[Any]
+    """The trained stacks."""
+    own: list[Any]
+    """The optimizer's state of them."""
+    statistics: Any
+    """Of each layer, with a leading layer axis."""
+    cotangents: Cotangents
+    """Of the values that the scan reads."""
+
+
+class _Operands(NamedTuple):
+    """A scan's operands but for what comes from stacks, by the number in the body."""
+
+    consts: dict[int, Any]
+    carry: dict[int, Any]
+    xs: dict[int, Any]
+    """With the layer axis in front, before a microbatch axis."""
+
+
+def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
     """Runs the scan on the program's ``values``, adds its results to them, and returns the tape."""
-    scan = stage.scan
-    consts, carry, xs = _operands(stage, values)
-    stacks = [values[stack.value] for stack in stage.stacks]
-    layout: list[tuple[Any, list[Source]]] = []
+    scan, context = stage.scan, _context(stage, outer)
+    consts, carry, xs = _operands(stage, outer, context, values)
+    stacks = {stack.value: values[stack.value] for stack in stage.stacks}
+    layouts: list[Layout] = []
 
     def iteration(carry_and_stacks, i_and_xs):
         (carry, stacks), (i, xs) = carry_and_stacks, i_and_xs
-        again = _invariant(stage, consts) | xs | _layers(stage, stacks, i)
-        outputs, pullback = _body_vjp(stage, again | carry)
-        saved, treedef, sources = _take_apart(pullback, again)
-        layout.append((treedef, sources))
-        new_carry = dict(zip(carry, outputs))
-        return (new_carry, lax.optimization_barrier(stacks)), ([outputs[p] for p in stage.read_ys], saved)
+        layers, _ = _layers(stage, outer, _slices(stage, stacks, i))
+        there = _invariant(stage, consts) | xs | layers | carry
+        tapes = [segment.forward(part, context, there) for part in stage.body]
+        layouts[:] = [layout for _, layout in tapes]
+        new_carry = {v: _for_each(context, v, context, out, there[out]) for v, out in zip(carry, scan.body.outputs)}
+        ys = [there[scan.body.outputs[p]] for p in stage.read_ys]
+        return (new_carry, lax.optimization_barrier(stacks)), (ys, [residuals for residuals, _ in tapes])
 
-    (carry, stacks), (ys, saved) = lax.scan(
-        iteration, (carry, stacks), (jnp.arange(scan.length), xs), reverse=scan.reverse, unroll=scan.unroll
+    (carry, stacks), (ys, residuals) = lax.scan(
+        iteration, (carry, stacks), (jnp.arange(scan.length), xs), reverse=scan.reverse
     )
     values.update(zip(stage.outputs, carry.values()))
-    values.update(zip([stage.outputs[p] for p in stage.read_ys], ys))
-    return Tape(stacks, saved, *layout[-1])
+    for p, y in zip(stage.read_ys, ys):
+        values[stage.outputs[p]] = _swap_if_batched(context, scan.body.outputs[p], y)
+    return Tape(stacks, residuals, layouts)
 
 
 def backward(
     stage: LayerScan,
+    outer: Context,
     tape: Tape,
     values: Mapping[int, Any],
-    cotangents: Mapping[int, Any],
+    cotangents: Cotangents,
     own: list[Any],
-    update_layer: UpdateLayer,
-) -> tuple[Stacks, list[tuple[int, Any]]]:
+    update_layer: UpdateLayer | None,
+    measure: Callable[[list[Any]], Any],
+) -> Pulled:
     """Pulls the scan back layer by layer, updating each layer with the gradient taken at its old weights.
 
     Args:
       stage: the scan.
+      outer: of the program.
       tape: what `forward` returned.
       values: the program's values.
       cotangents: of the scan's outputs, where there are any.
-      own: the optimizer state of the stacks, with a leading layer axis.
-      update_layer: the optimizer's step on one layer.
-
-    Returns:
-      The updated stacks, and pairs of a value that the scan reads and a cotangent of it.
+      own: the optimizer state of the trained stacks, with a leading layer axis.
+      update_layer: the optimizer's step on one layer; None leaves all as it is.
+      measure: makes the statistics of a layer's gradients where it is not updated.
     """
-    scan, body = stage.scan, stage.scan.body
-    consts, carry, xs = _operands(stage, values)
+    scan, body, context = stage.scan, stage.scan.body, _context(stage, outer)
+    consts, carry, xs = _operands(stage, outer, context, values)
     d_outputs = {p: cotangents[v] for p, v in enumerate(stage.outputs) if v in cotangents}
-    d_carry = {v: d_outputs.get(p, body.zeros(v)) for p, v in enumerate(carry) if v in stage.active}
-    d_consts = {v: body.zeros(v) for v in consts if v in stage.active}
-    constants = _invariant(stage, consts)
-    d_ys = {p: d for p, d in d_outputs.items() if p >= scan.num_carry}
+    d_carry = {v: d_outputs.get(p, _zeros(context, v)) for p, v in enumerate(carry) if v in stage.active}
+    d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
+    constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
     def iteration(state, x):
-        d_carry, d_consts, stacks = state
-        i, xs, saved, d_ys = x
-        layers = _layers(stage, stacks.weights, i)
-        pullback = _put_together(tape, constants | xs | layers, saved)
-        d_of_outputs = {p: d_carry[v] for p, v in enumerate(carry) if v in d_carry} | d_ys
-        (d,) = pullback(
-            {p: d_of_outputs.get(p, body.zeros(v)) for p, v in enumerate(body.outputs) if v in stage.active}
-        )
-        weights = [layers[stack.body_inputs[0]] for stack in stage.stacks]
-        gradients = [_sum(d[v] for v in stack.body_inputs) for stack in stage.stacks]
-        stacks = update(stacks, i, i + stride, weights, gradients, update_layer, read_by=d)
-        d_consts = {v: d_consts[v] + d[v] for v in d_consts}
-        return ({v: d[v] for v in d_carry}, d_consts, stacks), {v: d[v] for v in xs if v in stage.active}
+        d_carry, d_consts, stacks, frozen = state
+        i, xs, residuals, d_ys = x
+        trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
+        layers, pull_chain = _layers(stage, outer, _slices(stage, trained | frozen, i))
+        there = constants | xs | layers
+        d = _of_outputs(stage, context, d_carry, d_ys)
+        for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
+            accumulate(d, segment.backward(part, context, (saved, layout), there, d))
+        gradients = pull_chain(d)
+        d_carry = {v: d.get(v, _zeros(context, v)).astype(body.avals[v].dtype) for v in d_carry}
+        d_consts = {v: (total + d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
+        d_xs = {v: d.get(v, _zeros(context, v)) for v in xs if v in stage.active}
+        if update_layer is None:
+            stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
+        else:
+            weights = [layer_at(x, i, axis) for x, axis in zip(stacks.weights, axes)]
+            read_by = (d_carry, d_consts, d_xs, gradients)
+            stacks, statistics = update(stacks, axes, i, i + stride, weights, gradients, update_layer, read_by)
+        return (d_carry, d_consts, stacks, lax.optimization_barrier(frozen)), (d_xs, statistics)
 
-    (d_carry, d_consts, stacks), d_xs = lax.scan(
+    stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
+    frozen = {stack.value: tape.stacks[stack.value] for stack in stage.stacks if not stack.trained}
+    (d_carry, d_consts, stacks, _), (d_xs, statistics) = lax.scan(
         iteration,
-        (d_carry, d_consts, start(tape.stacks, own, first, update_layer)),
-        (jnp.arange(scan.length), xs, tape.saved, d_ys),
+        (
+            {v: d.astype(body.avals[v].dtype) for v, d in d_carry.items()},
+            {v: _zero_sum(context, v) for v in consts if v in stage.active},
+            stacks,
+            frozen,
+        ),
+        (jnp.arange(scan.length), xs, tape.residuals, d_ys),
         reverse=not scan.reverse,
-        unroll=scan.unroll,
     )
-    d_inputs = d_carry | d_consts | d_xs
-    return stacks, [(outer, d_inputs[v]) for v, outer in zip(body.inputs, stage.inputs) if v in d_inputs]
+    d_inner = d_carry | d_consts | {v: _swap_if_batched(context, v, d) for v, d in d_xs.items()}
+    d_inputs: Cotangents = {}
+    for v, operand in zip(body.inputs, stage.operands):
+        if v in d_inner:
+            accumulate(d_inputs, {operand: _once(context, v, outer, operand, d_inner[v])})
+    return Pulled(stacks.weights, stacks.own, statistics, d_inputs)
 
 
-def _operands(stage: LayerScan, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any], dict[int, Any]]:
-    """The scan's constants, initial carry and scanned inputs but for the stacks, by the number in the body."""
+def _context(stage: LayerScan, outer: Context) -> Context:
+    """Of the body. All but the carry, and what is computed from it, is there again on the way back."""
+    body = stage.scan.body
+    carry = body.inputs[stage.scan.num_consts : stage.scan.first_xs]
+    again = {*body.constants, *body.inputs, *(v for equation in stage.invariant for v in equation.outputs)}
+    return Context(body, stage.active, stage.batched, outer.microbatches, again.difference(carry))
+
+
+def _operands(stage: LayerScan, outer: Context, context: Context, values: Mapping[int, Any]) -> _Operands:
+    """What is not of stacks. What differs between microbatches has their axis after that of the layers."""
     scan = stage.scan
-    of_stacks = {v for stack in stage.stacks for v in stack.body_inputs}
-    operands = [(v, values[outer]) for v, outer in zip(scan.body.inputs, stage.inputs)]
-    xs = [(v, x) for v, x in operands[scan.first_xs :] if v not in of_stacks]
-    return dict(operands[: scan.num_consts]), dict(operands[scan.num_consts : scan.first_xs]), dict(xs)
+    from_stacks = {v for v, _ in stage.layers}
+    operands = list(zip(scan.body.inputs, stage.operands))
+    carry = operands[scan.num_consts : scan.first_xs]
+    xs = [(v, values[operand]) for v, operand in operands[scan.first_xs :] if v not in from_stacks]
+    return _Operands(
+        consts={v: values[operand] for v, operand in operands[: scan.num_consts]},
+        carry={v: _for_each(context, v, outer, operand, values[operand]) for v, operand in carry},
+        xs={v: _swap_if_batched(context, v, x) for v, x in xs},
+    )
 
 
 def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
@@ -133,56 +177,81 @@ def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
     return values
 
 
-def _layers(stage: LayerScan, stacks: Sequence[Any], i: Any) -> dict[int, Any]:
-    """Layer ``i`` of each stack, by the number in the body."""
-    layers = [(stack, layer_at(x, i)) for stack, x in zip(stage.stacks, stacks)]
-    return {v: layer for stack, layer in layers for v in stack.body_inputs}
+def _slices(stage: LayerScan, stacks: Mapping[int, Any], i: Any) -> dict[int, Any]:
+    """Layer ``i`` of each stack, its layer axis kept, by the number in the program."""
+    return {stack.value: layer_at(stacks[stack.value], i, stack.axis, keepdims=True) for stack in stage.stacks}
 
 
-def _body_vjp(stage: LayerScan, inputs: Mapping[int, Any]) -> tuple[list[Any], Any]:
-    """The body's outputs, and its pullback: cotangents of active outputs by position, to those of inputs by number.
+def _layers(
+    stage: LayerScan, outer: Context, slices: Mapping[int, Any]
+) -> tuple[dict[int, Any], Callable[[Cotangents], list[Any]]]:
+    """What the body receives of one layer, and the pullback of cotangents of that to gradients of the layer."""
+    made = {v for equation in stage.chain for v in equation.outputs}.intersection(v for _, v in stage.layers)
 
-    ``inputs`` are the invariant values too.
-    """
-    outputs = list(enumerate(stage.scan.body.outputs))
+    def run(trained: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+        values = {**outer.program.constants, **slices, **trained}
+        evaluate(stage.chain, values)
+        active = {v: values[v] for v in made if v in outer.active}
+        return active, {v: values[v] for v in made if v not in active}
 
-    def run(active_inputs: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        values = dict(inputs) | active_inputs
-        evaluate(stage.varying, values)
-        active = {p: values[v] for p, v in outputs if v in stage.active}
-        return active, {p: values[v] for p, v in outputs if p not in active}
+    trained = {stack.value: slices[stack.value] for stack in stage.trained}
+    active, pullback, passive = jax.vjp(run, trained, has_aux=True)
+    there = {**slices, **active, **passive}
 
-    active_inputs = {v: inputs[v] for v in stage.scan.body.inputs if v in stage.active}
-    active, pullback, passive = jax.vjp(run, active_inputs, has_aux=True)
-    return [active[p] if p in active else passive[p] for p, _ in outputs], pullback
+    def pull(d: Cotangents) -> list[Any]:
+        found: Cotangents = {}
+        for v, value in stage.layers:
+            if v in d and value in outer.active:
+                accumulate(found, {value: d[v][None]})
+        d_made = {v: found[v].astype(x.dtype) if v in found else jnp.zeros_like(x) for v, x in active.items()}
+        if any(v in found for v in d_made):
+            accumulate(found, pullback(d_made)[0])
+        gradients = [found.get(stack.value, jnp.zeros_like(slices[stack.value])) for stack in stage.trained]
+        return [jnp.squeeze(g, stack.axis) for g, stack in zip(gradients, stage.trained)]
 
-
-def _take_apart(pullback: Any, again: Mapping[int, Any]) -> tuple[list[Any], Any, list[Source]]:
-    """The residuals to save, the pullback's structure, and where each residual is to be had on the way back.
-
-    A residual that *is* an input of the body is not saved: JAX keeps the very value that the body received.
-    """
-    residuals, treedef = jax.tree.flatten(pullback)
-    inputs = {id(x): v for v, x in again.items()}
-    saved: dict[int, Any] = {}
-    sources = []
-    for x in residuals:
-        if id(x) in inputs:
-            sources.append(Source("input", inputs[id(x)]))
-        elif isinstance(x, Tracer):
-            saved.setdefault(id(x), x)
-            sources.append(Source("saved", list(saved).index(id(x))))
-        else:
-            sources.append(Source("constant", x))
-    return list(saved.values()), treedef, sources
+    return {v: jnp.squeeze(there[value], 0) for v, value in stage.layers}, pull
 
 
-def _put_together(tape: Tape, again: Mapping[int, Any], saved: Sequence[Any]) -> Any:
-    """The pullback of one iteration."""
-    find = {"input": again.__getitem__, "saved": saved.__getitem__, "constant": lambda x: x}
-    return jax.tree.unflatten(tape.treedef, [find[kind](key) for kind, key in tape.sources])
+def _of_outputs(stage: LayerScan, context: Context, d_carry: Cotangents, d_ys: Mapping[int, Any]) -> Cotangents:
+    """Cotangents of the values that the body returns, given those of its outputs."""
+    scan = stage.scan
+    d: Cotangents = {}
+    for p, v in enumerate(scan.body.outputs):
+        received = scan.body.inputs[scan.num_consts + p] if p < scan.num_carry else v
+        of_output = d_carry.get(received) if p < scan.num_carry else d_ys.get(p)
+        if of_output is not None and v in stage.active:
+            accumulate(d, {v: _once(context, received, context, v, of_output)})
+    return d
 
 
-def _sum(terms: Iterable[Any]) -> Any:
-    first, *rest = terms
-    return sum(rest, start=first)
+def _for_each(context: Context, received: int, source: Context, value: int, x: Any) -> Any:
+    """A value that is the same for each microbatch, repeated where what receives it differs."""
+    if received in context.batched and value not in source.batched:
+        return jnp.broadcast_to(x, (context.microbatches, *x.shape))
+    return x
+
+
+def _once(context: Context, received: int, source: Context, value: int, d: Any) -> Any:
+    """The cotangent of a value, summed over the microbatches that it was repeated for."""
+    if received in context.batched and value not in source.batched:
+        return jnp.sum(d, axis=0, dtype=jnp.promote_types(d.dtype, jnp.float32))
+    return d
+
+
+def _swap_if_batched(context: Context, v: int, x: Any) -> Any:
+    """The axes of layers and of microbatches swapped, where there are both."""
+    return jnp.swapaxes(x, 0, 1) if v in context.batched else x
+
+
+def _zeros(context: Context, v: int) -> jax.Array:
+    """Zeros like a value, of each microbatch where it differs."""
+    leading = (context.microbatches,) if v in context.batched else ()
+    aval = context.program.avals[v]
+    return jnp.zeros((*leading, *aval.shape), aval.dtype)
+
+
+def _zero_sum(context: Context, v: int) -> jax.Array:
+    """Where to sum cotangents of a value over layers, and in float32 over microbatches."""
+    zeros = _zeros(context, v)
+    summed = context.microbatches is not None and v not in context.batched
+    return zeros.astype(jnp.promote_types(zeros.dtype, jnp.float32)) if summed else zeros

@@ -1,41 +1,198 @@
-"""The equations between layer scans, run forward and pulled back as one."""
+"""Some equations, run forward and pulled back as one: once, or for each microbatch in a loop.
 
-from collections.abc import Collection, Mapping
+What differs between microbatches has a leading microbatch axis; cotangents of what does not are summed over it, in
+float32. Residuals that can be read again on the way back are recognized among the inputs, and not saved.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
 
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import Segment
 
-
-class Tape(NamedTuple):
-    """What pulling a segment back needs."""
-
-    pullback: Any
-    """From cotangents of the active outputs to those of the active inputs, both by number."""
-    outputs: tuple[int, ...]
-    """The active outputs."""
+Cotangents = dict[int, Any]
+"""By the number of the value."""
 
 
-def forward(stage: Segment, values: dict[int, Any], active: Collection[int]) -> Tape:
-    """Runs the segment on the program's ``values``, adds its results to them, and returns the tape."""
-    read = {v: values[v] for v in stage.inputs}
+class Context(NamedTuple):
+    """What the segments of a program, or of a scan's body, have in common."""
+
+    program: Program
+    active: Collection[int]
+    """The values that depend on a trained parameter."""
+    batched: Collection[int]
+    """The values that differ between microbatches."""
+    microbatches: int | None
+    again: Collection[int]
+    """The values that will be there on the way back."""
+
+
+class Source(NamedTuple):
+    """Where a residual is to be had on the way back."""
+
+    kind: str
+    """``"input"`` of the segment, ``"saved"`` by the forward pass, or a ``"constant"``."""
+    key: Any
+    """The number of the input, the position among what is saved, or the constant."""
+
+
+class Layout(NamedTuple):
+    """How residuals make a pullback."""
+
+    treedef: Any
+    sources: list[Source]
+    once: tuple[int, ...]
+    """Inputs that are saved, once for all microbatches."""
+
+
+class Residuals(NamedTuple):
+    """What was saved for the way back."""
+
+    once: dict[int, Any]
+    saved: list[Any]
+    """With a leading microbatch axis where the segment is run for each."""
+
+
+def forward(segment: Segment, context: Context, values: dict[int, Any]) -> tuple[Residuals, Layout]:
+    """Runs the segment on ``values``, adds its results to them, and returns what pulling it back needs."""
+    shared, of_batch = _inputs(segment, context, values)
+    layouts: list[Layout] = []
+
+    def run(of_batch: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
+        outputs, pullback = _vjp(segment, context, shared | of_batch)
+        saved, layout = _take_apart(pullback, segment, context, shared, of_batch)
+        layouts.append(layout)
+        return outputs, saved
+
+    outputs, saved = lax.map(run, of_batch) if segment.batched else run(of_batch)
+    values.update(outputs)
+    layout = layouts[-1]
+    return Residuals({v: shared[v] for v in layout.once}, saved), layout
+
+
+def backward(
+    segment: Segment,
+    context: Context,
+    tape: tuple[Residuals, Layout],
+    values: Mapping[int, Any],
+    cotangents: Cotangents,
+) -> Cotangents:
+    """Pulls the segment back: cotangents of what it reads, given those of its outputs where there are any."""
+    residuals, layout = tape
+    d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
+    if not d_outputs:
+        return {}
+    there = {v: values[v] for v in segment.inputs if v in context.again}
+
+    def pull(of_batch: tuple[dict[int, Any], list[Any], Cotangents]) -> tuple[None, Cotangents]:
+        again, saved, d_outputs = of_batch
+        pullback = _put_together(layout, there | residuals.once | again, saved)
+        return None, _pull(pullback, segment, context, d_outputs)
+
+    of_batch = {v: x for v, x in there.items() if segment.batched and v in context.batched}
+    return _for_each_microbatch(pull, (of_batch, residuals.saved, d_outputs), segment, context)[1]
+
+
+def forward_and_backward(
+    segment: Segment, context: Context, values: dict[int, Any], cotangents: Cotangents
+) -> Cotangents:
+    """Runs the segment that comes last and pulls it back at once: no microbatch's residuals wait for another's."""
+    shared, of_batch = _inputs(segment, context, values)
+    d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
+
+    def run(of_batch: tuple[dict[int, Any], Cotangents]) -> tuple[dict[int, Any], Cotangents]:
+        outputs, pullback = _vjp(segment, context, shared | of_batch[0])
+        return outputs, _pull(pullback, segment, context, of_batch[1])
+
+    outputs, d_inputs = _for_each_microbatch(run, (of_batch, d_outputs), segment, context)
+    values.update(outputs)
+    return d_inputs
+
+
+def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
+    """Adds cotangents to those that are there."""
+    for v, d in more.items():
+        cotangents[v] = cotangents[v] + d if v in cotangents else d
+
+
+def _for_each_microbatch(
+    fn: Callable[[Any], tuple[Any, Cotangents]], of_batch: Any, segment: Segment, context: Context
+) -> tuple[Any, Cotangents]:
+    """``fn`` of each microbatch: what it returns, stacked, and its cotangents, stacked or summed in float32."""
+    if not segment.batched:
+        return fn(of_batch)
+    shared = [v for v in segment.inputs if v in context.active and v not in context.batched]
+    avals = [context.program.avals[v] for v in shared]
+    zeros = {v: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for v, x in zip(shared, avals)}
+
+    def iteration(sums: Cotangents, of_batch: Any) -> tuple[Cotangents, tuple[Any, Cotangents]]:
+        outputs, d = fn(of_batch)
+        return {v: sums[v] + d[v] for v in shared}, (outputs, {v: x for v, x in d.items() if v not in sums})
+
+    sums, (outputs, d_inputs) = lax.scan(iteration, zeros, of_batch, length=context.microbatches)
+    return outputs, sums | d_inputs
+
+
+def _inputs(segment: Segment, context: Context, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
+    """What the segment reads: the same for each microbatch, and of each."""
+    read = {v: values[v] for v in segment.inputs}
+    of_batch = {v: x for v, x in read.items() if segment.batched and v in context.batched}
+    return {v: x for v, x in read.items() if v not in of_batch}, of_batch
+
+
+def _vjp(segment: Segment, context: Context, read: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
+    """The outputs, and the pullback from cotangents of the active ones to those of the active inputs."""
 
     def run(active_inputs: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        inner = read | active_inputs
-        evaluate(stage.equations, inner)
-        made = {v: inner[v] for v in stage.outputs}
-        return {v: x for v, x in made.items() if v in active}, {v: x for v, x in made.items() if v not in active}
+        values = dict(read) | active_inputs
+        evaluate(segment.equations, values)
+        active = {v: values[v] for v in segment.outputs if v in context.active}
+        return active, {v: values[v] for v in segment.outputs if v not in active}
 
-    outputs, pullback, passive = jax.vjp(run, {v: x for v, x in read.items() if v in active}, has_aux=True)
-    values.update(outputs | passive)
-    return Tape(pullback, tuple(outputs))
+    active_inputs = {v: x for v, x in read.items() if v in context.active}
+    active, pullback, passive = jax.vjp(run, active_inputs, has_aux=True)
+    return active | passive, pullback
 
 
-def backward(tape: Tape, program: Program, cotangents: Mapping[int, Any]) -> list[tuple[int, Any]]:
-    """Pairs of a value that the segment reads and a cotangent of it."""
-    if not any(v in cotangents for v in tape.outputs):
-        return []
-    (d_inputs,) = tape.pullback({v: cotangents[v] if v in cotangents else program.zeros(v) for v in tape.outputs})
-    return list(d_inputs.items())
+def _pull(pullback: Any, segment: Segment, context: Context, cotangents: Cotangents) -> Cotangents:
+    """Cotangents of the active inputs, given those of some outputs; the others are zero."""
+    avals = {v: context.program.avals[v] for v in segment.outputs if v in context.active}
+    d_outputs = {
+        v: cotangents[v].astype(x.dtype) if v in cotangents else context.program.zeros(v) for v, x in avals.items()
+    }
+    return pullback(d_outputs)[0]
+
+
+def _take_apart(
+    pullback: Any, segment: Segment, context: Context, shared: Mapping[int, Any], of_batch: Mapping[int, Any]
+) -> tuple[list[Any], Layout]:
+    """The residuals to save, and how they make the pullback with what is there again.
+
+    A residual that *is* an input need not be saved: JAX keeps the very value that the segment received.
+    """
+    residuals, treedef = jax.tree.flatten(pullback)
+    there = {id(x): v for v, x in {**shared, **of_batch}.items() if v in context.again}
+    once = {id(x): v for v, x in shared.items() if segment.batched and v not in context.again}
+    saved: dict[int, Any] = {}
+    sources = []
+    for x in residuals:
+        if id(x) in there or id(x) in once:
+            sources.append(Source("input", there[id(x)] if id(x) in there else once[id(x)]))
+        elif isinstance(x, Tracer):
+            saved.setdefault(id(x), x)
+            sources.append(Source("saved", list(saved).index(id(x))))
+        else:
+            sources.append(Source("constant", x))
+    kept_once = {source.key for source in sources if source.kind == "input"}.intersection(once.values())
+    return list(saved.values()), Layout(treedef, sources, tuple(sorted(kept_once)))
+
+
+def _put_together(layout: Layout, inputs: Mapping[int, Any], saved: Sequence[Any]) -> Any:
+    """The pullback."""
+    find = {"input": inputs.__getitem__, "saved": saved.__getitem__, "constant": lambda x: x}
+    return jax.tree.unflatten(layout.treedef, [find[kind](key) for kind, key in layout.sources])

@@ -6,7 +6,7 @@ each iteration. So the state of the next layer is read after this layer's is wri
 written at an index that depends on what is computed from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,31 +25,28 @@ class Stacks(NamedTuple):
     """The optimizer state that is kept for them, with a leading layer axis."""
     own_layer: list[Any]
     """That of the layer that is next."""
-    statistics: Any
-    """Summed over the layers so far."""
 
 
-def start(weights: list[Any], own: list[Any], first: int, update_layer: UpdateLayer) -> Stacks:
+def start(weights: list[Any], own: list[Any], first: int) -> Stacks:
     """The carry before the first iteration, which updates layer ``first``."""
-    own_layer = [layer_at(x, first) for x in own]
-    layers = jax.eval_shape(lambda: [layer_at(x, 0) for x in weights])
-    shapes = jax.eval_shape(lambda w, o: update_layer(jnp.zeros([], jnp.int32), w, w, o)[2], layers, own_layer)
-    return Stacks(weights, own, own_layer, jax.tree.map(jnp.zeros_like, shapes))
+    return Stacks(weights, own, [layer_at(x, first) for x in own])
 
 
 def update(
     stacks: Stacks,
+    axes: Sequence[int],
     i: jax.Array,
     following: jax.Array,
     weights: list[Any],
     gradients: list[Any],
     update_layer: UpdateLayer,
     read_by: Any = (),
-) -> Stacks:
-    """The carry with layer ``i`` updated.
+) -> tuple[Stacks, Any]:
+    """The carry with layer ``i`` updated, and the statistics of that.
 
     Args:
       stacks: the carry.
+      axes: the layer axis of the weights of each stack.
       i: the layer.
       following: the layer that the next iteration updates; beyond the stack where there is none.
       weights: layer ``i`` of the stacks, as it was read.
@@ -58,33 +55,33 @@ def update(
       read_by: all else that is computed from the weights in this iteration.
     """
     weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
-    own = [_write(x, layer, i) for x, layer in zip(stacks.own, own_layer)]
-    i_when_read = _after(i, read_by)
-    return Stacks(
-        weights=[_write(x, layer, i_when_read) for x, layer in zip(stacks.weights, weights)],
+    own = [_write(x, layer, i, 0) for x, layer in zip(stacks.own, own_layer)]
+    i_when_read = after(i, read_by)
+    written = Stacks(
+        weights=[_write(x, layer, i_when_read, axis) for x, layer, axis in zip(stacks.weights, weights, axes)],
         own=own,
         own_layer=[layer_at(x, jnp.clip(following, 0, x.shape[0] - 1)) for x in own],
-        statistics=jax.tree.map(jnp.add, stacks.statistics, statistics),
     )
+    return written, statistics
 
 
-def layer_at(stack: Any, i: Any) -> Any:
+def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:
     """Layer ``i`` of a stack."""
-    return lax.dynamic_index_in_dim(stack, i, keepdims=False)
+    return lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
 
 
-def _write(stack: Any, layer: Any, i: Any) -> Any:
-    return lax.dynamic_update_index_in_dim(stack, layer, i, 0)
-
-
-def _after(i: Any, computed: Any) -> Any:
-    """``i`` itself, but so that XLA must have computed each of the arrays before it is known.
+def after(x: jax.Array, computed: Any) -> jax.Array:
+    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
 
     What is added is always 0, the sign bit shifted out; XLA does not fold that. An `optimization_barrier` would say it
     better, but the CPU compiler drops those before it orders reads and writes. tests/fused/test_memory.py sees copies
     of stacks where this fails.
     """
-    for x in jax.tree.leaves(computed):
-        bits = lax.bitcast_convert_type(jnp.real(x).ravel()[:1].astype(jnp.float32), jnp.uint32)
-        i = i + jnp.sum((bits >> 31) >> 1).astype(i.dtype)
-    return i
+    for y in jax.tree.leaves(computed):
+        bits = lax.bitcast_convert_type(jnp.real(y).ravel()[:1].astype(jnp.float32), jnp.uint32)
+        x = x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
+    return x
+
+
+def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
+    return lax.dynamic_update_index_in_dim(stack, layer, i, axis)

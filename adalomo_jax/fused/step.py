@@ -1,19 +1,23 @@
 """`fuse`: a loss and an optimizer, made into a training step in which the model's gradients never exist."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.jaxpr import trace
-from adalomo_jax.fused.leafwise import check_leafwise
-from adalomo_jax.fused.plan import Plan, make_plan
-from adalomo_jax.optimizers.per_layer import PerLayer
+from adalomo_jax.fused.checks import Signature, check_not_deleted, check_signature, check_state
+from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.tracing import Traced, trace_call
+from adalomo_jax.fused.unfused import all_gradients
+from adalomo_jax.fused.updater import Updater
+from adalomo_jax.optimizers.per_layer import Group
 from adalomo_jax.optimizers.rounding import rounds_stochastically
 
 
@@ -22,8 +26,14 @@ class FusedState(NamedTuple):
 
     count: jax.Array
     """Steps taken, int32; the keys of stochastic rounding are made from it."""
+    skipped: jax.Array
+    """Steps in which something was not finite, and it, or all, was not written; int32."""
     inner: Any
     """The state of ``tx``, with a leading layer axis on what it keeps for a stack of layers."""
+    loss_scale: Any
+    """The state of a dynamic loss scale; None without one."""
+    signature: Signature
+    """What the state was made for; no array."""
 
 
 class StepResult(NamedTuple):
@@ -36,19 +46,34 @@ class StepResult(NamedTuple):
     loss: jax.Array
     """The loss before the update."""
     aux: Any
-    """What ``loss_fn`` returned beside the loss; None without ``has_aux``."""
-    metrics: dict[str, jax.Array]
-    """``grad_norm``: the norm of the whole gradient, float32."""
+    """What ``loss_fn`` returned beside the loss; None without ``has_aux``. With microbatches, that of each, stacked."""
+    metrics: dict[str, Any]
+    """By name:
+
+    - ``loss``.
+    - ``grad_norm``: the norm of the whole gradient, before clipping, float32.
+    - ``skipped``: whether nothing was written.
+    - ``unwritten``: the number of layers, and of sets of whole parameters, that were not written.
+    - ``loss_scale``: with a dynamic one, that of this step.
+    - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path, of a stack a number for each layer.
+    """
 
 
-class _Traced(NamedTuple):
-    """What is known of a call once the loss has been traced."""
+@dataclass(frozen=True, eq=False)
+class Donating:
+    """A step under ``jax.jit`` that takes the memory of the parameters and the state it is given."""
 
-    plan: Plan
-    optimizer: PerLayer
-    leaves: list[Any]
-    treedef: Any
-    result_treedef: Any
+    jitted: Any
+
+    def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
+        """The step. ``params`` and ``state`` are gone after it: go on with those that it returns."""
+        check_not_deleted(params, "params")
+        check_not_deleted(state, "state")
+        return self.jitted(params, state, *args)
+
+    def lower(self, params: Any, state: FusedState, *args: Any) -> Any:
+        """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
+        return self.jitted.lower(params, state, *args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,74 +82,139 @@ class FusedStep:
 
     loss_fn: Callable[..., Any]
     tx: optax.GradientTransformationExtraArgs
-    has_aux: bool
-    stochastic_rounding: bool | None
-    seed: int
+    options: Options
 
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
-        traced = self._trace(params, args)
-        return FusedState(jnp.zeros([], jnp.int32), traced.optimizer.init(traced.leaves))
+        check_not_deleted(params, "params")
+        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        scale, zero = self.options.loss_scale, jnp.zeros([], jnp.int32)
+        inner = traced.optimizer.init(traced.leaves, traced.axes)
+        loss_scale = scale.init() if isinstance(scale, DynamicLossScale) else None
+        return FusedState(zero, jnp.zeros([], jnp.int32), inner, loss_scale, traced.signature)
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
-        return self._trace(params, args).plan
+        return trace_call(self.loss_fn, self.tx, self.options, params, args).plan
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
-        traced = self._trace(params, args)
-        updater = self._updater(traced, state)
-        done = backward.run(traced.plan, updater, state.inner, traced.leaves, jax.tree.leaves(args))
-        result = traced.result_treedef.unflatten(done.outputs)
-        return self._result(result, traced.treedef.unflatten(done.leaves), state, done.inner, done.squares)
+        traced, n = trace_call(self.loss_fn, self.tx, self.options, params, args), self.options.microbatches
+        plan, updater = traced.plan, self._updater(traced, state)
+        ran = backward.forward(plan, traced.leaves, traced.args, n, self._d_loss(state))
+        result = self._result_of(traced, ran.outputs)
+        squares = None
+        if self.options.max_grad_norm is not None:
+            squares = backward.squares_of_gradient(plan, ran, n, updater)
+            ran = backward.begin_after(ran, squares)
+        updater = self._decide(updater, result, squares)
+        done = backward.backward(plan, ran, n, updater, state.inner, traced.leaves)
+        return self._finish(traced, state, result, done, updater)
 
     @cached_property
-    def jit(self) -> Any:
+    def jit(self) -> Donating:
         """This step under ``jax.jit``, with parameters and state donated: they are updated in place."""
-        return jax.jit(self.__call__, donate_argnums=(0, 1))
+        return Donating(jax.jit(self.__call__, donate_argnums=(0, 1)))
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
-        """The same step by ``jax.value_and_grad``, with all gradients at once: what the fused one must equal."""
-        traced = self._trace(params, args)
-        updater = self._updater(traced, state)
-        result, gradients = jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(params, *args)
-        gradients = jax.tree.leaves(gradients)
-        leaves, inner = updater.update_all(state.inner, traced.leaves, gradients)
-        return self._result(result, traced.treedef.unflatten(leaves), state, inner, backward.sum_of_squares(gradients))
+        """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
+        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
+        result, updater = self._result_of(traced, outputs), self._updater(traced, state)
+        squares = updater.measure(list(gradients.values())).squares
+        updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
+        leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
+        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
 
-    def _trace(self, params: Any, args: Sequence[Any]) -> _Traced:
-        """Traces and plans the loss, and lifts ``tx`` to the plan."""
-        paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths_and_leaves]
-        leaves = [leaf for _, leaf in paths_and_leaves]
-        _check_trainable(paths, leaves)
-        program, result_treedef = trace(lambda leaves, *a: self.loss_fn(treedef.unflatten(leaves), *a), leaves, *args)
-        _check_loss([program.avals[v] for v in program.outputs], result_treedef, self.has_aux)
-        plan = make_plan(program, paths)
-        tensors = tuple(
-            jax.ShapeDtypeStruct(leaf.shape if leaf.layers is None else leaf.shape[1:], leaf.dtype)
-            for leaf in plan.leaves
+    def _d_loss(self, state: FusedState) -> jax.Array:
+        """The cotangent of each microbatch's loss."""
+        scale = self._scale(state)
+        d = jnp.ones([], jnp.float32) if scale is None else jnp.asarray(scale, jnp.float32)
+        return d / self.options.microbatches if self.options.microbatches and self.options.reduction == "mean" else d
+
+    def _scale(self, state: FusedState) -> Any:
+        scale = self.options.loss_scale
+        return state.loss_scale.scale if isinstance(scale, DynamicLossScale) else scale
+
+    def _result_of(self, traced: Traced, outputs: Sequence[Any]) -> tuple[jax.Array, Any]:
+        """The loss and aux."""
+        loss, *aux = outputs
+        if self.options.microbatches is not None:
+            loss = jnp.mean(loss) if self.options.reduction == "mean" else jnp.sum(loss)
+        result = traced.result_treedef.unflatten([loss, *aux])
+        return result if self.options.has_aux else (result, None)
+
+    def _updater(self, traced: Traced, state: FusedState) -> Updater:
+        """The updater as far as it is known before the loss."""
+        if not isinstance(state, FusedState):
+            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
+        check_signature(state.signature, traced.signature)
+        check_state(
+            state.inner, jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), traced.leaves)
         )
-        optimizer = PerLayer(self.tx, treedef, tensors, plan.groups)
-        check_leafwise(optimizer, paths)
-        return _Traced(plan, optimizer, leaves, treedef, result_treedef)
-
-    def _updater(self, traced: _Traced, state: FusedState) -> backward.Updater:
-        _check_state(state, jax.eval_shape(traced.optimizer.init, traced.leaves))
-        rounded = [self.stochastic_rounding is not False and rounds_stochastically(x.dtype) for x in traced.leaves]
-        if self.stochastic_rounding and not any(rounded):
+        rounding = self.options.stochastic_rounding
+        plans = traced.plan.leaves
+        rounded = [rounding is not False and p.trained and rounds_stochastically(p.dtype) for p in plans]
+        if rounding and not any(rounded):
             raise ValueError(
-                "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among params. "
-                "Leave it at None to round where there are such."
+                "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among those that "
+                "are trained. Leave it at None to round where there are such."
             )
-        key = jax.random.fold_in(jax.random.key(self.seed, impl="rbg"), state.count)
+        key = jax.random.fold_in(jax.random.key(self.options.seed, impl="rbg"), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
-        return backward.Updater(traced.optimizer, traced.optimizer.shared(state.inner), tuple(keys))
+        scale = self._scale(state)
+        return Updater(
+            optimizer=traced.optimizer,
+            axes=traced.axes,
+            shared=traced.optimizer.shared(state.inner),
+            keys=tuple(keys),
+            unscale=None if scale is None else 1 / jnp.asarray(scale, jnp.float32),
+            measures_rms=self.options.rms_metrics,
+        )
 
-    def _result(self, result: Any, params: Any, state: FusedState, inner: Any, squares: jax.Array) -> StepResult:
-        loss, aux = result if self.has_aux else (result, None)
-        state = FusedState(jnp.asarray(optax.safe_increment(state.count)), inner)
-        return StepResult(params, state, loss, aux, {"grad_norm": jnp.sqrt(squares)})
+    def _decide(self, updater: Updater, result: tuple[jax.Array, Any], squares: jax.Array | None) -> Updater:
+        """The updater that knows the loss, and the norm where it is computed first."""
+        clip, proceed, loss = None, None, result[0]
+        if self.options.skip_nonfinite:
+            proceed = jnp.isfinite(loss) if squares is None else jnp.isfinite(loss) & jnp.isfinite(squares)
+        if squares is not None:
+            norm, most = jnp.sqrt(squares), jnp.float32(self.options.max_grad_norm)
+            clip = jnp.where(norm < most, 1.0, most / norm)
+        return replace(updater, clip=clip, proceed=proceed)
+
+    def _finish(
+        self, traced: Traced, state: FusedState, result: tuple[jax.Array, Any], done: backward.Pass, updater: Updater
+    ) -> StepResult:
+        """The result, with the state's counters and the metrics."""
+        loss, aux = result
+        squares = backward.sum_of_squares_in(done.statistics)
+        unwritten = sum((jnp.sum(~s.written) for s in done.statistics.values()), start=jnp.zeros([], jnp.int32))
+        proceed = jnp.array(True) if updater.proceed is None else updater.proceed
+        metrics: dict[str, Any] = {
+            "loss": loss,
+            "grad_norm": jnp.sqrt(squares),
+            "skipped": ~proceed,
+            "unwritten": unwritten,
+        }
+        loss_scale = state.loss_scale
+        if isinstance(self.options.loss_scale, DynamicLossScale):
+            metrics["loss_scale"] = loss_scale.scale
+            loss_scale = self.options.loss_scale.update(loss_scale, jnp.isfinite(loss) & jnp.isfinite(squares))
+        if self.options.rms_metrics:
+            for name in ("update_rms", "param_rms"):
+                metrics[name] = _by_path(traced.plan, {g: getattr(s, name) for g, s in done.statistics.items()})
+        state = FusedState(
+            count=jnp.where(proceed, optax.safe_increment(state.count), state.count),
+            skipped=jnp.where(unwritten > 0, optax.safe_increment(state.skipped), state.skipped),
+            inner=done.inner,
+            loss_scale=loss_scale,
+            signature=state.signature,
+        )
+        return StepResult(traced.treedef.unflatten(done.leaves), state, loss, aux, metrics)
+
+
+def _by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
+    return {plan.leaves[i].path: x for group, xs in of_groups.items() for i, x in zip(group.leaves, xs, strict=True)}
 
 
 def fuse(
@@ -132,6 +222,15 @@ def fuse(
     tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
+    trainable: Any | Callable[[str], bool] = None,
+    max_grad_norm: float | None = None,
+    microbatches: int | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    batch_argnums: int | tuple[int, ...] | None = None,
+    loss_scale: float | DynamicLossScale | None = None,
+    skip_nonfinite: bool = True,
+    rms_metrics: bool = False,
+    strict: bool = False,
     stochastic_rounding: bool | None = None,
     seed: int = 0,
 ) -> FusedStep:
@@ -143,9 +242,10 @@ def fuse(
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
 
-    with two differences. Parameters that a ``lax.scan`` runs over are many tensors, one for each layer: ``tx`` sees one
-    layer at a time, and what it keeps for a stack has a leading layer axis. And bfloat16 and float16 parameters are
-    rounded stochastically. `FusedStep.unfused` is that program, with the same state, to compare with.
+    with three differences. Parameters that a ``lax.scan`` runs over are many tensors, one for each layer: ``tx`` sees
+    one layer at a time, and what it keeps for a stack has a leading layer axis. bfloat16 and float16 parameters are
+    rounded stochastically. And what is not finite is not written. `FusedStep.unfused` is that program, with the same
+    state and options, to compare with.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. Any JAX function.
@@ -153,6 +253,24 @@ def fuse(
         that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. Of a stack it sees a layer,
         with one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
       has_aux: whether ``loss_fn`` returns something beside the loss.
+      trainable: which parameters are: a tree of bools like ``params``, a prefix of one, or a function of a path such as
+        ``"layers/attention/query"``. The others cost no gradient, no state and no write, and ``tx`` does not see them.
+        None trains all floats; integers and bools are left alone.
+      max_grad_norm: equals ``optax.clip_by_global_norm`` before ``tx``. It takes a second backward pass, over the same
+        saved forward pass.
+      microbatches: slices the batch into so many parts and sums their gradients, in float32, layer by layer: equal to
+        the gradient of the whole batch, with the activations of one part, and the inputs of the layers of all.
+      reduction: of the loss over the examples of a batch. With ``"mean"`` that of the whole batch is the mean over the
+        microbatches, with ``"sum"`` the sum. A mean over a varying number of tokens is neither: return their sum.
+      batch_argnums: the arguments of ``loss_fn`` to slice along their first axis, counted from 0, the parameters. None
+        slices all but the parameters. The others are the same for each microbatch.
+      loss_scale: multiplies the loss before it is differentiated, for float16; gradients are divided by it, in
+        float32, in each layer's update. A number, or a :class:`DynamicLossScale`, which adapts it.
+      skip_nonfinite: leave parameters and state as they are, but for the counter ``state.skipped``, where the loss, or
+        a norm that ``max_grad_norm`` asks for, is not finite; and without that, a layer whose gradient is not finite.
+        False writes whatever comes.
+      rms_metrics: report the root mean square of the updates and parameters of each layer.
+      strict: refuse a loss in which parameters that a scan runs over have to be updated whole.
       stochastic_rounding: None rounds bfloat16 and float16 parameters stochastically and others to nearest; False
         rounds all to nearest; True is None, and an error where no parameter is of those types.
       seed: of the stochastic rounding. Keys are made from the seed, the step, the leaf and the layer, so a resumed run
@@ -162,8 +280,9 @@ def fuse(
       A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``.
 
     Raises:
-      ValueError: while tracing, for a loss that is no scalar, a parameter that has no gradient, a ``tx`` that mixes
-        leaves, draws random numbers or has ``layer_axes``, or a state of other parameters.
+      ValueError: for options that contradict each other; and while tracing, for a loss that is no scalar, a parameter
+        that cannot be trained, a batch that the microbatches do not divide, a ``tx`` that mixes leaves, draws random
+        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, or arrays that a step has used.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -172,7 +291,7 @@ def fuse(
       ...     layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w), None))
       ...     return jnp.mean(jax.lax.scan(layer, x, params["layers"])[0] @ params["head"])
       >>> params = {"layers": jnp.full((12, 4, 4), 0.1), "head": jnp.ones((4, 1))}
-      >>> step = fuse(loss_fn, adalomo(1e-2))
+      >>> step = fuse(loss_fn, adalomo(1e-2), max_grad_norm=1.0)
       >>> x = jnp.ones((2, 4))
       >>> print(step.plan(params, x))
       parameter  shape   dtype    updated                 because
@@ -186,41 +305,20 @@ def fuse(
       >>> losses[0] > losses[1] > losses[2]
       True
 
-    Source: the fused update is LOMO's, https://arxiv.org/abs/2306.09782, section 3.
+    Source: the fused update and the two passes are LOMO's, https://arxiv.org/abs/2306.09782, section 3.
     """
-    return FusedStep(loss_fn, optax.with_extra_args_support(tx), has_aux, stochastic_rounding, seed)
-
-
-def _check_trainable(paths: Sequence[str], leaves: Sequence[Any]) -> None:
-    for path, leaf in zip(paths, leaves):
-        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            what = leaf.dtype if hasattr(leaf, "dtype") else f"the type {type(leaf).__name__}"
-            raise ValueError(
-                f"fuse trains every leaf of params, so each must be an array of floats, but {path!r} is of {what}. "
-                "Pass what is not trained as another argument of the loss."
-            )
-
-
-def _check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> None:
-    children = result_treedef.children()
-    if has_aux and len(children) != 2:
-        raise ValueError(f"With has_aux=True, loss_fn must return (loss, aux), but it returned {result_treedef}.")
-    loss_treedef = children[0] if has_aux else result_treedef
-    if loss_treedef != jax.tree.structure(0):
-        raise ValueError(
-            f"loss_fn must return one scalar, but it returned {result_treedef}. "
-            "If it returns (loss, aux), say fuse(..., has_aux=True)."
-        )
-    if avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        raise ValueError(f"The loss must be a float scalar, but it is {avals[0].str_short()}. Take its mean or sum.")
-
-
-def _check_state(state: FusedState, expected: Any) -> None:
-    """Refuses a state that `init` did not make for such parameters."""
-    way_out = "Make it with step.init(params, *args) for the parameters and the loss that the step is called with."
-    if not isinstance(state, FusedState) or jax.tree.structure(state.inner) != jax.tree.structure(expected):
-        raise ValueError(f"The state is not that of these parameters and this tx. {way_out}")
-    for (path, leaf), want in zip(jax.tree_util.tree_leaves_with_path(state.inner), jax.tree.leaves(expected)):
-        if jnp.shape(leaf) != want.shape:
-            name = jax.tree_util.keystr(path)
-            raise ValueError(f"The state's {name} has the shape {jnp.shape(leaf)}, but {want.shape} is due. {way_out}")
+    options = Options(
+        has_aux=has_aux,
+        trainable=trainable,
+        max_grad_norm=max_grad_norm,
+        microbatches=microbatches,
+        reduction=reduction,
+        batch_argnums=batch_argnums,
+        loss_scale=loss_scale,
+        skip_nonfinite=skip_nonfinite,
+        rms_metrics=rms_metrics,
+        strict=strict,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+    )
+    return FusedStep(loss_fn, optax.with_extra_args_support(tx), options)

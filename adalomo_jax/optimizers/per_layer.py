@@ -47,13 +47,19 @@ class PerLayer:
     tensors: tuple[jax.ShapeDtypeStruct, ...]
     """Of each leaf the shape and dtype of one tensor: of a stack, those of one layer."""
     groups: tuple[Group, ...]
-    """Each leaf is in one."""
+    """Each leaf is in one, or is not trained: ``tx`` never sees it, and keeps nothing for it."""
 
-    def init(self, leaves: Sequence[Any]) -> optax.OptState:
-        """``tx.init`` of each tensor, those of a stack stacked."""
+    def init(self, leaves: Sequence[Any], axes: Sequence[int | None] | None = None) -> optax.OptState:
+        """``tx.init`` of each tensor, those of a stack stacked.
+
+        Args:
+          leaves: the parameters.
+          axes: of each stack the axis of its layers in ``leaves``; the first where they are not given.
+        """
         if self._first_group is None:
             return self.tx.init(self.treedef.unflatten(leaves))
-        states = {group: self._init_group(group, leaves) for group in self.groups}
+        axes = [0] * len(leaves) if axes is None else axes
+        states = {group: self._init_group(group, leaves, axes) for group in self.groups}
         return self.assemble(states[self._first_group][1], [own for own, _ in states.values()])
 
     def update(
@@ -74,9 +80,9 @@ class PerLayer:
         paths, treedef = self._group_layouts[group]
         by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
         state = jax.tree.unflatten(treedef, [by_path[path] for path in paths])
-        params = None if leaves is None else self._select(group, leaves)
-        with _asking_for(group):
-            updates, state = self.tx.update(self._select(group, grads), state, params, **extra_args)
+        params = None if leaves is None else self.tree_of(group.leaves, leaves)
+        with asking_for(group):
+            updates, state = self.tx.update(self.tree_of(group.leaves, grads), state, params, **extra_args)
         after = dict(jax.tree_util.tree_leaves_with_path(state))
         new_own = [after[path] for path in self._own_paths(group)]
         return jax.tree.leaves(updates), new_own, [after[path] for path in self.shared_paths]
@@ -126,50 +132,54 @@ class PerLayer:
                 updates[i] = u
         return updates, self.assemble(self.next_shared(state, **extra_args), owns)
 
-    def _select(self, group: Group, of_group: Sequence[Any]) -> Any:
-        chosen = dict(zip(group.leaves, of_group, strict=True))
+    def tree_of(self, positions: Sequence[int], leaves: Sequence[Any]) -> Any:
+        """A tree like the parameters with these leaves, and ``optax.MaskedNode()`` in the place of the others."""
+        chosen = dict(zip(positions, leaves, strict=True))
         return self.treedef.unflatten([chosen.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)])
 
-    def _init_group(self, group: Group, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def _init_group(
+        self, group: Group, leaves: Sequence[Any], axes: Sequence[int | None]
+    ) -> tuple[list[Any], list[Any]]:
         """The own and the shared state."""
         of_group = [leaves[i] for i in group.leaves]
 
         def init(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            with _asking_for(group):
-                by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self._select(group, tensors))))
+            with asking_for(group):
+                by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
             return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
 
         if group.layers is None:
             return init(of_group)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in of_group):
-            return jax.vmap(init, out_axes=(0, None))(of_group)
+            return jax.vmap(init, in_axes=([axes[i] for i in group.leaves],), out_axes=(0, None))(of_group)
         own, shared = init([self.tensors[i] for i in group.leaves])
         return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own], shared
 
     def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
-        with _asking_for(None):
+        with asking_for(None):
             state = jax.eval_shape(self.tx.init, params)
         paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
         return [path for path, _ in paths_and_leaves], treedef
 
     @property
     def _first_group(self) -> Group | None:
-        """The group of the first leaf: Optax goes by that leaf's dtype for what belongs to none."""
-        return next((group for group in self.groups if 0 in group.leaves), None)
+        """The group of the first leaf in any: Optax goes by that leaf's dtype for what belongs to none."""
+        return min(self.groups, key=lambda group: min(group.leaves), default=None)
 
     @cached_property
     def _state_layout(self) -> tuple[list[Any], Any]:
-        return self._abstract_init(self.treedef.unflatten(self.tensors))
+        of_leaves = [i for group in self.groups for i in group.leaves]
+        return self._abstract_init(self.tree_of(of_leaves, [self.tensors[i] for i in of_leaves]))
 
     @cached_property
     def shared_paths(self) -> list[Any]:
         """The paths of the state's leaves that belong to no parameter."""
-        return self._abstract_init(self._select(Group((), None), []))[0]
+        return self._abstract_init(self.tree_of([], []))[0]
 
     @cached_property
     def _group_layouts(self) -> dict[Group, tuple[list[Any], Any]]:
         return {
-            group: self._abstract_init(self._select(group, [self.tensors[i] for i in group.leaves]))
+            group: self._abstract_init(self.tree_of(group.leaves, [self.tensors[i] for i in group.leaves]))
             for group in self.groups
         }
 
@@ -178,7 +188,7 @@ class PerLayer:
 
 
 @contextmanager
-def _asking_for(group: Group | None) -> Iterator[None]:
+def asking_for(group: Group | None) -> Iterator[None]:
     """Calls of ``tx`` for the leaves of a group; None where only shapes are asked for."""
     token = _in_a_stack.set(group is not None and group.layers is not None)
     try:

@@ -30,8 +30,8 @@ LEAF_LOSSES = {
     "not scanned": (lambda p: jnp.sum(p["w"]), None, "no scan reads it"),
     "cast before": (
         lambda p: scan_sum(p["w"].astype(jnp.bfloat16), jnp.zeros(3, jnp.bfloat16)).astype(jnp.float32),
-        None,
-        "a scan runs over it only after convert_element_type",
+        5,
+        "a scan runs over its 5 layers, after convert_element_type",
     ),
     "unread": (lambda p: jnp.float32(0.0) * 2.0, None, "the loss does not read it"),
     "two scans": (lambda p: scan_sum(p["w"]) + scan_sum(p["w"]), None, "2 scans read it"),

@@ -93,6 +93,6 @@ def test_float32_weights_are_rounded_to_nearest():
 
 
 def test_refuses_to_round_what_needs_none():
-    with pytest.raises(ValueError, match="there are none among params"):
+    with pytest.raises(ValueError, match="there are none among those that are trained"):
         one_step(RULES["adalomo"], dtype=jnp.float32, stochastic_rounding=True)
     one_step(RULES["adalomo"], dtype=jnp.bfloat16, stochastic_rounding=True)

@@ -11,7 +11,7 @@ import pytest
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from language_model import REMATS, batch, init_params, make_loss
 
-from adalomo_jax import FusedState, adalomo, fuse, lomo
+from adalomo_jax import adalomo, fuse, lomo
 
 BATCHES = [(batch(i),) for i in range(10)]
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10)
@@ -191,7 +191,7 @@ def test_one_trace_however_many_steps():
     for args in BATCHES:
         result = step.jit(params, state, *args)
         params, state = result.params, result.state
-    assert len(traces) == 2 and step.jit._cache_size() == 1
+    assert len(traces) == 2 and step.jit.jitted._cache_size() == 1
 
 
 def test_init_takes_shapes():
@@ -253,7 +253,20 @@ ERRORS = {
     "integer loss": (lambda p, x: jnp.int32(p["w"][0]), {"w": jnp.ones(3)}, {}, "float scalar, but it is int32"),
     "aux unsaid": (lambda p, x: (jnp.sum(p["w"]), x), {"w": jnp.ones(3)}, {}, "has_aux=True"),
     "no aux": (lambda p, x: jnp.sum(p["w"]), {"w": jnp.ones(3)}, {"has_aux": True}, "must return \\(loss, aux\\)"),
-    "integers": (lambda p, x: jnp.sum(p["w"] * p["n"]), {"w": jnp.ones(3), "n": jnp.arange(3)}, {}, "'n' is of int32"),
+    "integers": (
+        lambda p, x: jnp.sum(p["w"] * p["n"]),
+        {"w": jnp.ones(3), "n": jnp.arange(3)},
+        {"trainable": lambda path: True},
+        "'n' is of int32",
+    ),
+    "complex": (lambda p, x: jnp.abs(p["w"][0]), {"w": jnp.ones(3, jnp.complex64)}, {}, "'w' is of complex64"),
+    "nothing": (lambda p, x: jnp.sum(p["n"]) * 1.0, {"n": jnp.arange(3)}, {}, "Nothing is trained"),
+    "part of a tree": (
+        lambda p, x: jnp.sum(p["w"]) + jnp.sum(p["b"]),
+        {"w": jnp.ones(3), "b": jnp.ones(3)},
+        {"trainable": {"w": True}},
+        "trainable must be a tree like params",
+    ),
     "no array": (lambda p, x: jnp.sum(p["w"]), {"w": jnp.ones(3), "n": 1.0}, {}, "'n' is of the type float"),
 }
 
@@ -265,12 +278,41 @@ def test_refuses_before_compiling(case):
         fuse(loss_fn, adalomo(1e-2), **options).init(params, 1.0)
 
 
-def test_refuses_a_state_of_other_parameters():
+def test_refuses_parameters_or_arguments_unlike_those_of_init():
     step = fuse(make_loss(), adalomo(1e-2))
     params, tokens = init_params(4), batch()
-    with pytest.raises(ValueError, match="not that of these parameters"):
+    with pytest.raises(ValueError, match="'head' was absent in init, and is float32\\[16, 32\\] now"):
         step(params, step.init(init_params(4, tied=True), tokens), tokens)
-    with pytest.raises(ValueError, match=r"has the shape \(3, .*\), but \(4, .*\) is due"):
+    with pytest.raises(
+        ValueError, match=r"'layers0/down' was float32\[3, 24, 16\] in init, and is float32\[4, 24, 16\]"
+    ):
         step(params, step.init(init_params(3), tokens), tokens)
-    with pytest.raises(ValueError, match="not that of these parameters"):
-        step(params, FusedState(jnp.int32(0), adalomo(1e-2).init({})), tokens)
+    with pytest.raises(ValueError, match=r"another structure than in init: args\[0\]\['mask'\] is there now"):
+        loss_fn = lambda params, batch: make_loss()(params, batch["tokens"])
+        step = fuse(loss_fn, lomo(1e-2))
+        step(params, step.init(params, {"tokens": tokens}), {"tokens": tokens, "mask": tokens})
+
+
+def test_refuses_a_state_that_is_not_its_own():
+    params, tokens = init_params(4), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    state = step.init(params, tokens)
+    with pytest.raises(ValueError, match="not that of these parameters and this tx"):
+        step(params, state._replace(inner=adalomo(1e-2).init({})), tokens)
+    with pytest.raises(ValueError, match=r"has the shape \(3, .*\), but \(4, .*\) is due"):
+        step(params, state._replace(inner=step.init(init_params(3), tokens).inner), tokens)
+    with pytest.raises(ValueError, match="must be what step.init returns"):
+        step(params, adalomo(1e-2).init(params), tokens)
+
+
+def test_refuses_arrays_that_a_step_has_used():
+    params, tokens = init_params(2), batch()
+    step = fuse(make_loss(), adalomo(1e-2))
+    state = step.init(params, tokens)
+    result = step.jit(params, state, tokens)
+    with pytest.raises(ValueError, match=r"params\['embed'\] was given to an earlier step"):
+        step.jit(params, result.state, tokens)
+    with pytest.raises(ValueError, match="state.count was given to an earlier step"):
+        step.jit(result.params, state, tokens)
+    with pytest.raises(ValueError, match=r"params\['embed'\] was given to an earlier step"):
+        step.init(params, tokens)

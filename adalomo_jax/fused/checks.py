@@ -1,0 +1,153 @@
+"""Bad input, refused while tracing: with the invariant, the value, and the way out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.plan import Plan
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Signature:
+    """What a state was made for. It is part of the state's structure, not of its arrays."""
+
+    params: tuple[tuple[str, tuple[int, ...], str], ...]
+    """Of each parameter the path, shape and dtype."""
+    args: tuple[str, ...]
+    """The paths in the other arguments of the loss."""
+
+
+def signature_of(params: Any, args: Sequence[Any]) -> Signature:
+    """The signature of a call."""
+    leaves = [(path_name(path), jnp.shape(x), str(jnp.result_type(x))) for path, x in _leaves(params)]
+    return Signature(tuple(leaves), tuple(f"args{jax.tree_util.keystr(path)}" for path, _ in _leaves(args)))
+
+
+def path_name(path: Any) -> str:
+    """A parameter's path, as plans print it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_signature(state: Signature, called: Signature) -> None:
+    """Refuses a call with parameters or arguments unlike those of `init`."""
+    way_out = "Make a state for them with step.init(params, *args)."
+    if state.params != called.params:
+        was, now = (dict((path, rest) for path, *rest in s.params) for s in (state, called))
+        path = next(path for path in {**was, **now} if was.get(path) != now.get(path))
+        say = lambda found: f"{found[1]}{list(found[0])}" if found else "absent"
+        raise ValueError(
+            f"The state was made for other parameters: {path!r} was {say(was.get(path))} in init, "
+            f"and is {say(now.get(path))} now. {way_out}"
+        )
+    if state.args != called.args:
+        path = next(iter(set(state.args).symmetric_difference(called.args)))
+        when = "was there in init, and is not now" if path in state.args else "is there now, and was not in init"
+        raise ValueError(f"The arguments of the loss have another structure than in init: {path} {when}. {way_out}")
+
+
+def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
+    """Of each parameter whether it is trained; refuses what cannot be."""
+    paths_and_leaves = _leaves(params)
+    for path, leaf in paths_and_leaves:
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"Each leaf of params must be an array, but {path_name(path)!r} is of the type {type(leaf).__name__}. "
+                "Make it an array, or close over it in the loss."
+            )
+    if trainable is None:
+        asked = [jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in paths_and_leaves]
+    elif callable(trainable):
+        asked = [bool(trainable(path_name(path))) for path, _ in paths_and_leaves]
+    else:
+        try:
+            asked = [bool(flag) for flag in jax.tree.leaves(jax.tree.broadcast(trainable, params))]
+        except ValueError as error:
+            raise ValueError(f"trainable must be a tree like params, or a prefix of it, of bools. {error}") from error
+    for (path, leaf), is_asked in zip(paths_and_leaves, asked, strict=True):
+        if is_asked and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"A trained parameter must be of floats, but {path_name(path)!r} is of {leaf.dtype}. Leave it out "
+                "with trainable=..., or pass it as another argument of the loss."
+            )
+    if not any(asked):
+        raise ValueError(
+            f"Nothing is trained: none of the {len(asked)} leaves of params is a float that trainable selects."
+        )
+    return tuple(asked)
+
+
+def check_batch(options: Options, args: Sequence[Any]) -> None:
+    """Refuses a batch that the number of microbatches does not divide."""
+    if options.microbatches is None:
+        return
+    positions = [position for position in range(len(args)) if options.is_batch(position)]
+    if not any(jax.tree.leaves(args[position]) for position in positions):
+        raise ValueError(
+            f"microbatches={options.microbatches} slices the arguments {options.batch_argnums or 'after params'} of "
+            f"loss_fn, but it was called with {len(args)} after params, and no array among those to slice."
+        )
+    for position in positions:
+        for path, x in _leaves(args[position]):
+            shape = jnp.shape(x)
+            if not shape or shape[0] % options.microbatches:
+                name = f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
+                raise ValueError(
+                    f"microbatches={options.microbatches} must divide the first axis of what is sliced, but {name} has "
+                    f"the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
+                )
+
+
+def check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> None:
+    """Refuses a loss that is not one float."""
+    children = result_treedef.children()
+    if has_aux and len(children) != 2:
+        raise ValueError(f"With has_aux=True, loss_fn must return (loss, aux), but it returned {result_treedef}.")
+    loss_treedef = children[0] if has_aux else result_treedef
+    if loss_treedef != jax.tree.structure(0):
+        raise ValueError(
+            f"loss_fn must return one scalar, but it returned {result_treedef}. "
+            "If it returns (loss, aux), say fuse(..., has_aux=True)."
+        )
+    if avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        raise ValueError(f"The loss must be a float scalar, but it is {avals[0].str_short()}. Take its mean or sum.")
+
+
+def check_strict(plan: Plan) -> None:
+    """Refuses a plan in which layers of a scan are not updated one by one."""
+    misplaced = [f"{leaf.path!r} ({leaf.reason})" for leaf in plan.leaves if leaf.misplaced]
+    if misplaced:
+        raise ValueError(
+            f"strict=True, but these cannot be updated layer by layer: {', '.join(misplaced)}. "
+            "Let one scan alone run over them, or leave strict out to have them updated whole."
+        )
+
+
+def check_not_deleted(what: Any, name: str) -> None:
+    """Refuses arrays whose memory an earlier step has taken."""
+    for path, x in _leaves(what):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it is no "
+                "more. Go on with the params and state that step returned, or keep a copy of those you need again."
+            )
+
+
+def check_state(inner: Any, expected: Any) -> None:
+    """Refuses optimizer state that `init` did not make for such parameters."""
+    way_out = "Make it with step.init(params, *args) for the parameters and the loss that the step is called with."
+    if jax.tree.structure(inner) != jax.tree.structure(expected):
+        raise ValueError(f"The state is not that of these parameters and this tx. {way_out}")
+    for (path, leaf), want in zip(_leaves(inner), jax.tree.leaves(expected)):
+        if jnp.shape(leaf) != want.shape:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"The state's {name} has the shape {jnp.shape(leaf)}, but {want.shape} is due. {way_out}")
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)

@@ -1,0 +1,39 @@
+"""Loss scaling: float16 gradients kept in range by a factor on the loss, taken out again in each layer's update."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class LossScaleState(NamedTuple):
+    """The state of a dynamic loss scale."""
+
+    scale: jax.Array
+    """float32."""
+    finite_steps: jax.Array
+    """Steps since the scale changed, int32."""
+
+
+class DynamicLossScale(NamedTuple):
+    """A loss scale that halves when a gradient is not finite, and doubles after many steps in which all were."""
+
+    initial: float = 2.0**15
+    growth_interval: int = 2000
+    """Steps with finite gradients after which the scale grows."""
+    factor: float = 2.0
+    smallest: float = 1.0
+    largest: float = 2.0**24
+
+    def init(self) -> LossScaleState:
+        """The state to begin with."""
+        return LossScaleState(jnp.float32(self.initial), jnp.int32(0))
+
+    def update(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
+        """The state after a step whose loss and gradients were all ``finite``, or not."""
+        steps = jnp.where(finite, state.finite_steps + 1, 0)
+        grows = steps >= self.growth_interval
+        grown = jnp.minimum(state.scale * self.factor, self.largest)
+        shrunk = jnp.maximum(state.scale / self.factor, self.smallest)
+        scale = jnp.where(finite, jnp.where(grows, grown, state.scale), shrunk)
+        return LossScaleState(scale, jnp.where(grows, 0, steps))

@@ -1,0 +1,59 @@
+"""What `fuse` can be asked for, checked before anything is traced."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from adalomo_jax.fused.loss_scale import DynamicLossScale
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `fuse`, explained there."""
+
+    has_aux: bool = False
+    trainable: Any | Callable[[str], bool] = None
+    max_grad_norm: float | None = None
+    microbatches: int | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+    batch_argnums: int | tuple[int, ...] | None = None
+    loss_scale: float | DynamicLossScale | None = None
+    skip_nonfinite: bool = True
+    rms_metrics: bool = False
+    strict: bool = False
+    stochastic_rounding: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}. None does not clip.")
+        if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
+            raise ValueError(f"microbatches must be a positive number of slices of the batch, got {self.microbatches}.")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(
+                "reduction is what the loss takes over the examples of a batch: it must be 'mean' or 'sum', got "
+                f"{self.reduction!r}."
+            )
+        if self.microbatches is None and self.batch_argnums is not None:
+            raise ValueError("batch_argnums names the arguments to slice into microbatches: give microbatches too.")
+        if 0 in self._argnums:
+            raise ValueError(
+                "batch_argnums counts the arguments of loss_fn; 0 are the parameters, which no batch slices."
+            )
+        if isinstance(self.loss_scale, DynamicLossScale):
+            if not self.skip_nonfinite:
+                raise ValueError(
+                    "A dynamic loss scale finds its size by gradients that are not finite, which must not be written: "
+                    "leave skip_nonfinite at True, or give loss_scale as a number."
+                )
+        elif self.loss_scale is not None and not self.loss_scale > 0:
+            raise ValueError(f"loss_scale must be positive, got {self.loss_scale}. None does not scale.")
+
+    @property
+    def _argnums(self) -> tuple[int, ...]:
+        argnums = self.batch_argnums
+        return () if argnums is None else (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    def is_batch(self, position: int) -> bool:
+        """Whether an argument of the loss, counted without the parameters, is sliced into microbatches."""
+        return self.microbatches is not None and (self.batch_argnums is None or position + 1 in self._argnums)

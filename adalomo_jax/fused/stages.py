@@ -1,0 +1,148 @@
+"""Cuts a traced loss into the stages of its backward pass, and says where each parameter is updated."""
+
+from collections.abc import Collection, Iterable, Sequence
+
+from adalomo_jax.fused.chain import Chain
+from adalomo_jax.fused.homes import find_homes
+from adalomo_jax.fused.jaxpr import (
+    Equation,
+    Program,
+    Scan,
+    active_in_scan,
+    active_values,
+    dependent_in_scan,
+    dependent_values,
+    is_checkpoint,
+    scan_of,
+)
+from adalomo_jax.fused.plan import LayerScan, LeafPlan, Plan, Segment, Stack, Stage
+
+
+def make_plan(
+    program: Program, paths: Sequence[str], trained: Sequence[bool], batched_inputs: Iterable[int] = ()
+) -> Plan:
+    """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
+
+    Args:
+      program: the traced loss; where there are microbatches, of one.
+      paths: of each parameter.
+      trained: of each parameter whether it is.
+      batched_inputs: the inputs that differ between microbatches.
+    """
+    values = program.inputs[: len(paths)]
+    active = frozenset(active_values(program, [v for v, is_trained in zip(values, trained) if is_trained]))
+    batched = frozenset(dependent_values(program, batched_inputs))
+    homes, chains = find_homes(program, values)
+    is_stage = [bool(active.intersection(scan.inputs) or active.intersection(chain.axes)) for scan, chain in chains]
+    layer_scans = [
+        (scan, chain, [Stack(i, v, chain.axes[v], trained[i]) for i, v in enumerate(values) if v in chain.axes])
+        for (scan, chain), counts in zip(chains, is_stage)
+        if counts
+    ]
+    trained_values = {v for v, is_trained in zip(values, trained) if is_trained}
+    stages = _stages(program, layer_scans, trained_values, active, batched)
+    leaves = []
+    for i, (path, value, home) in enumerate(zip(paths, values, homes)):
+        aval = program.avals[value]
+        read_by = tuple(s for s, stage in enumerate(stages) if value in stage.inputs)
+        in_scan = trained[i] and home.axis is not None
+        leaves.append(
+            LeafPlan(
+                path=path,
+                shape=aval.shape,
+                dtype=str(aval.dtype),
+                trained=trained[i],
+                layers=aval.shape[home.axis] if in_scan else None,
+                axis=home.axis if in_scan else None,
+                stage=min(read_by, default=0),
+                read_by=read_by,
+                reason=home.reason if trained[i] else "it is not trained",
+                misplaced=home.misplaced and trained[i],
+            )
+        )
+    return Plan(tuple(leaves), program, stages, active, batched)
+
+
+def _stages(
+    program: Program,
+    layer_scans: Sequence[tuple[Equation, Chain, list[Stack]]],
+    trained: set[int],
+    active: Collection[int],
+    batched: Collection[int],
+) -> tuple[Stage, ...]:
+    """The program, cut before and after each layer scan, and each checkpoint that reads a trained parameter."""
+    of_scan = {id(scan): (chain, stacks) for scan, chain, stacks in layer_scans}
+    in_chain = {id(equation) for _, chain, _ in layer_scans for equation in chain.equations}
+    parts: list[list[Equation]] = [[]]
+    for equation in program.equations:
+        if id(equation) in of_scan or (is_checkpoint(equation) and trained.intersection(equation.inputs)):
+            parts += [[equation], []]
+        elif id(equation) not in in_chain:
+            parts[-1].append(equation)
+    stages: list[Stage] = []
+    read_later = set(program.outputs)
+    for part in reversed([part for part in parts if part] or [[]]):
+        if part and id(part[0]) in of_scan:
+            stages.append(_layer_scan(part[0], *of_scan[id(part[0])], active, batched, read_later))
+            read_later.update(stages[-1].inputs)
+        else:
+            stages += reversed(_segments(part, batched, read_later))
+    return tuple(reversed(stages))
+
+
+def _segments(equations: Sequence[Equation], batched: Collection[int], read_later: set[int]) -> list[Segment]:
+    """What is the same for each microbatch, and then what is not. Adds what they read to `read_later`."""
+    differs = [any(v in batched for v in equation.outputs) for equation in equations]
+    same = [equation for equation, flag in zip(equations, differs) if not flag]
+    mapped = [equation for equation, flag in zip(equations, differs) if flag]
+    segments = []
+    for part, flag in ((mapped, True), (same, False)):
+        if part or (not equations and not flag):
+            made = {v: None for equation in part for v in equation.outputs}
+            read = {v: None for equation in part for v in equation.inputs}
+            inputs, outputs = [v for v in read if v not in made], [v for v in made if v in read_later]
+            segments.append(Segment(tuple(part), tuple(inputs), tuple(outputs), flag))
+            read_later.update(inputs)
+    return segments[::-1]
+
+
+def _layer_scan(
+    equation: Equation,
+    chain: Chain,
+    stacks: list[Stack],
+    active: Collection[int],
+    batched: Collection[int],
+    read_later: Collection[int],
+) -> LayerScan:
+    scan = scan_of(equation)
+    from_stacks = {stack.value for stack in stacks} | {e.outputs[0] for e in chain.equations}
+    inner_active = frozenset(active_in_scan(scan, [v in active for v in equation.inputs]))
+    inner_batched = frozenset(dependent_in_scan(scan, [v in batched for v in equation.inputs]))
+    invariant, varying = _split_invariant(scan, inner_active | inner_batched)
+    pairs = list(zip(scan.body.inputs, equation.inputs))
+    return LayerScan(
+        scan=scan,
+        operands=equation.inputs,
+        outputs=equation.outputs,
+        read_ys=tuple(p for p, v in enumerate(equation.outputs) if p >= scan.num_carry and v in read_later),
+        stacks=tuple(stacks),
+        chain=chain.of_one_layer,
+        layers=tuple((v, outer) for v, outer in pairs[scan.first_xs :] if outer in from_stacks),
+        invariant=tuple(invariant),
+        body=tuple(_segments(varying, inner_batched, set(scan.body.outputs))),
+        active=inner_active,
+        batched=inner_batched,
+    )
+
+
+def _split_invariant(scan: Scan, varies: Collection[int]) -> tuple[list[Equation], list[Equation]]:
+    """The body's equations without effects that read only what never varies, and the others."""
+    known = {*scan.body.constants, *scan.body.inputs[: scan.num_consts]}.difference(varies)
+    invariant, varying = [], []
+    for equation in scan.body.equations:
+        if known.issuperset(equation.inputs) and not equation.source.effects:
+            known.update(equation.outputs)
+            invariant.append(equation)
+        else:
+            varying.append(equation)
+    return invariant, varying

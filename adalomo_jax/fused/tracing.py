@@ -1,0 +1,83 @@
+"""A call of the loss, traced and planned, and the optimizer lifted to the plan."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adalomo_jax.fused.checks import (
+    Signature,
+    check_batch,
+    check_loss,
+    check_strict,
+    path_name,
+    signature_of,
+    trained_leaves,
+)
+from adalomo_jax.fused.jaxpr import trace
+from adalomo_jax.fused.leafwise import check_leafwise
+from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.stages import make_plan
+from adalomo_jax.optimizers.per_layer import PerLayer
+
+
+class Traced(NamedTuple):
+    """What is known of a call once the loss has been traced."""
+
+    plan: Plan
+    optimizer: PerLayer
+    leaves: list[Any]
+    """The parameters."""
+    treedef: Any
+    args: list[Any]
+    """The leaves of the loss's other arguments; what is sliced, with a leading microbatch axis."""
+    args_treedef: Any
+    sliced: tuple[bool, ...]
+    """Of each of `args` whether it is sliced into microbatches."""
+    result_treedef: Any
+    """Of what the loss returns."""
+    signature: Signature
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """Of each parameter the axis of its layers."""
+        return tuple(leaf.axis for leaf in self.plan.leaves)
+
+
+def trace_call(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformationExtraArgs,
+    options: Options,
+    params: Any,
+    args: Sequence[Any],
+) -> Traced:
+    """Traces ``loss_fn(params, *args)``, of one microbatch where there are several. Computes nothing of it."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
+    trained = trained_leaves(params, options.trainable)
+    check_batch(options, args)
+    flat, args_treedef = jax.tree.flatten(tuple(args))
+    sliced = tuple(options.is_batch(position) for position, arg in enumerate(args) for _ in jax.tree.leaves(arg))
+    flat = [_slices(x, options.microbatches or 1) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
+    of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
+    on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
+    program, result_treedef = trace(on_leaves, leaves, *args_treedef.unflatten(of_one))
+    check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
+    of_args = program.inputs[len(leaves) :]
+    plan = make_plan(program, paths, trained, [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced])
+    if options.strict:
+        check_strict(plan)
+    tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, leaf.dtype) for leaf in plan.leaves)
+    optimizer = PerLayer(tx, treedef, tensors, plan.groups)
+    check_leafwise(optimizer, paths)
+    signature = signature_of(params, args)
+    return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)
+
+
+def _slices(x: Any, n: int) -> Any:
+    """An array with its first axis split into ``n`` microbatches."""
+    split = lambda x: jnp.reshape(x, (n, x.shape[0] // n, *x.shape[1:]))
+    return jax.eval_shape(split, x) if isinstance(x, jax.ShapeDtypeStruct) else split(jnp.asarray(x))

@@ -1,0 +1,137 @@
+"""The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
+from adalomo_jax.optimizers.moments import rms
+from adalomo_jax.optimizers.per_layer import Group, PerLayer
+from adalomo_jax.optimizers.rounding import apply_update
+
+
+class Statistics(NamedTuple):
+    """Of the update of some tensors; of stacks, with a leading layer axis."""
+
+    squares: jax.Array
+    """The sum of the squares of their gradients, float32."""
+    written: jax.Array
+    """Whether they were updated."""
+    update_rms: list[jax.Array]
+    """Of each tensor's update, where asked for."""
+    param_rms: list[jax.Array]
+    """Of each tensor before it, where asked for."""
+
+
+@dataclass(frozen=True)
+class Updater:
+    """The optimizer's step on some tensors, and the write of its updates to their weights."""
+
+    optimizer: PerLayer
+    axes: tuple[int | None, ...]
+    """Of each leaf the axis of its layers."""
+    shared: list[Any]
+    """The optimizer's state that belongs to no parameter, before the step."""
+    keys: tuple[jax.Array | None, ...]
+    """Of each leaf the key that its weights are rounded with; None rounds to nearest."""
+    unscale: jax.Array | None = None
+    """What gradients are to be multiplied with to undo the scale of the loss."""
+    clip: jax.Array | None = None
+    """What gradients are to be multiplied with besides, to bound their norm."""
+    proceed: jax.Array | None = None
+    """Whether to write anything; None writes all, finite or not."""
+    measures_rms: bool = False
+
+    def __call__(
+        self, group: Group, layer: jax.Array | None, weights: Sequence[Any], gradients: Sequence[Any], own: list[Any]
+    ) -> tuple[list[Any], list[Any], Statistics]:
+        """The weights and own state after the step."""
+        gradients = [_times(g, self.unscale) for g in gradients]
+        statistics = self._measure_unscaled(gradients)
+        gradients = [_times(g, self.clip) for g in gradients]
+        updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
+        new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
+        written = self._write(group, layer, weights, updates)
+        if self.measures_rms:
+            statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
+        if self.proceed is None:
+            return written, new_own, statistics
+        ok = self.proceed & jnp.isfinite(statistics.squares)
+        return _where(ok, written, weights), _where(ok, new_own, own), statistics._replace(written=ok)
+
+    def measure(self, gradients: Sequence[Any]) -> Statistics:
+        """The statistics of gradients that are not used."""
+        return self._measure_unscaled([_times(g, self.unscale) for g in gradients])
+
+    def update_all(
+        self, inner: optax.OptState, leaves: Sequence[Any], gradients: Mapping[int, Any]
+    ) -> tuple[list[Any], optax.OptState, dict[Group, Statistics]]:
+        """All leaves after the step, and the new state, given all gradients at once."""
+        written, owns, statistics = list(leaves), {}, {}
+        for group in self.optimizer.groups:
+            weights, of_group = [leaves[i] for i in group.leaves], [gradients[i] for i in group.leaves]
+            own = self.optimizer.own(inner, group)
+            if group.layers is None:
+                weights, owns[group], statistics[group] = self(group, None, weights, of_group, own)
+            else:
+                axes = [self.axes[i] or 0 for i in group.leaves]
+                update_layer = partial(self, group)
+                weights, owns[group], statistics[group] = _update_stacks(update_layer, axes, weights, of_group, own)
+            for i, leaf in zip(group.leaves, weights, strict=True):
+                written[i] = leaf
+        return written, self.next_state(inner, owns), statistics
+
+    def next_state(self, inner: optax.OptState, owns: Mapping[Group, list[Any]]) -> optax.OptState:
+        """The state after the step, given what is kept for each group."""
+        shared = self.optimizer.next_shared(inner)
+        if self.proceed is not None:
+            shared = _where(self.proceed, shared, self.shared)
+        return self.optimizer.assemble(shared, [owns[g] for g in self.optimizer.groups])
+
+    def _measure_unscaled(self, gradients: Sequence[Any]) -> Statistics:
+        return Statistics(sum_of_squares(gradients), jnp.array(True), [], [])
+
+    def _write(
+        self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]
+    ) -> list[Any]:
+        keys = [self.keys[i] for i in group.leaves]
+        if layer is not None:
+            keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
+        return list(map(apply_update, weights, updates, keys))
+
+
+def sum_of_squares(gradients: Iterable[Any]) -> jax.Array:
+    """Over all entries, in float32."""
+    return sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients), start=jnp.zeros([], jnp.float32))
+
+
+def _update_stacks(
+    update_layer: UpdateLayer, axes: Sequence[int], weights: list[Any], gradients: list[Any], own: list[Any]
+) -> tuple[list[Any], list[Any], Statistics]:
+    """Stacks and their state after the step: a loop, in place, for under vmap rbg keys would give other bits."""
+
+    def iteration(carry, i):
+        layers, of_layers = ([layer_at(x, i, axis) for x, axis in zip(xs, axes)] for xs in (carry.weights, gradients))
+        return update(carry, axes, i, i + 1, layers, of_layers, update_layer)
+
+    stacks, statistics = lax.scan(iteration, start(weights, own, 0), jnp.arange(weights[0].shape[axes[0]]))
+    return stacks.weights, stacks.own, statistics
+
+
+def _times(gradient: Any, factor: jax.Array | None) -> Any:
+    """In float32 where there is a factor."""
+    return gradient if factor is None else gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) * factor
+
+
+def _where(condition: jax.Array, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    return [jnp.where(condition, n, o) for n, o in zip(new, old, strict=True)]
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return rms(x.astype(jnp.float32)) if x.size else jnp.zeros([], jnp.float32)

@@ -1,0 +1,164 @@
+"""Models in plain JAX, as one finds them: what is scanned over, by which scans, and what stands beside them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from found_model import Model, Sizes, error, inputs
+from jax import lax
+
+
+def matrix(key, *shape):
+    """Normally distributed, for inputs of width ``shape[-2]``."""
+    return jax.random.normal(key, shape) / jnp.sqrt(shape[-2])
+
+
+def feed_forward_stack(sizes: Sizes, seed: int = 0):
+    keys = jax.random.split(jax.random.key(seed))
+    return {
+        "scale": jnp.ones((sizes.layers, sizes.dim)),
+        "up": matrix(keys[0], sizes.layers, sizes.dim, sizes.hidden),
+        "down": matrix(keys[1], sizes.layers, sizes.hidden, sizes.dim),
+    }
+
+
+def attention_stack(sizes: Sizes, seed: int = 0):
+    keys = jax.random.split(jax.random.key(10 + seed), 4)
+    return {name: matrix(key, sizes.layers, sizes.dim, sizes.dim) for name, key in zip("qkvo", keys)}
+
+
+def normalize(x, scale=1.0):
+    return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def feed_forward(x, w):
+    return x + jax.nn.silu(normalize(x, w["scale"]) @ w["up"]) @ w["down"]
+
+
+def attend(x, source, w):
+    q, k, v = normalize(x) @ w["q"], source @ w["k"], source @ w["v"]
+    return x + jax.nn.softmax(q @ k.mT / q.shape[-1] ** 0.5) @ v @ w["o"]
+
+
+@jax.checkpoint
+def layer(x, w):
+    return feed_forward(x, w), None
+
+
+def readout(params, y, x):
+    return error(normalize(y) @ params["head"], x)
+
+
+def model(sizes: Sizes, loss_fn, layered=("layers",), **params) -> Model:
+    """One stack, a head and what else there is; some of it updated layer by layer."""
+    params = {
+        "layers": feed_forward_stack(sizes),
+        "head": matrix(jax.random.key(1), sizes.dim, sizes.dim),
+        **params,
+    }
+    return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {path: sizes.layers for path in layered})
+
+
+def encoder_decoder(sizes: Sizes) -> Model:
+    """Each layer of the decoder attends to what the encoder made, a constant of its scan."""
+
+    @jax.checkpoint
+    def encode(x, w):
+        x = attend(x, normalize(x), w)
+        return feed_forward(x, w), None
+
+    def loss_fn(params, source, x):
+        memory = normalize(lax.scan(encode, source, params["encoder"])[0], params["memory_scale"])
+
+        @jax.checkpoint
+        def decode(y, w):
+            return feed_forward(attend(y, memory, w), w), None
+
+        return readout(params, lax.scan(decode, x, params["decoder"])[0], x)
+
+    stacks = [feed_forward_stack(sizes, seed) | attention_stack(sizes, seed) for seed in (0, 1)]
+    head = matrix(jax.random.key(1), sizes.dim, sizes.dim)
+    params = {"encoder": stacks[0], "decoder": stacks[1], "memory_scale": jnp.ones(sizes.dim), "head": head}
+    batch = lambda i: (inputs(sizes, 50 + i), inputs(sizes, i))
+    return Model(loss_fn, params, batch, {"encoder": sizes.layers, "decoder": sizes.layers})
+
+
+def read_by_two_scans(sizes: Sizes) -> Model:
+    """The same layers twice over."""
+
+    def loss_fn(params, x):
+        y, _ = lax.scan(layer, x, params["layers"])
+        y, _ = lax.scan(layer, normalize(y) @ params["between"], params["layers"])
+        return readout(params, y, x)
+
+    return model(sizes, loss_fn, layered=(), between=jnp.eye(sizes.dim))
+
+
+def shared_layer(sizes: Sizes) -> Model:
+    """ALBERT's: one layer, applied again and again."""
+
+    def loss_fn(params, x):
+        return readout(params, lax.scan(lambda y, _: layer(y, params["layer"]), x, None, length=sizes.layers)[0], x)
+
+    one = jax.tree.map(lambda w: w[0], feed_forward_stack(sizes))
+    params = {"layer": one, "head": matrix(jax.random.key(1), sizes.dim, sizes.dim)}
+    return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {})
+
+
+def plain(sizes: Sizes, **options) -> Model:
+    """Options are `lax.scan`'s."""
+    return model(sizes, lambda params, x: readout(params, lax.scan(layer, x, params["layers"], **options)[0], x))
+
+
+def gated_and_fed(sizes: Sizes) -> Model:
+    """Scanned over beside the layers: gates that a softmax makes, and inputs of each layer that another leaf makes."""
+
+    @jax.checkpoint
+    def body(y, w_gate_fed):
+        w, gate, fed = w_gate_fed
+        return y + gate * (feed_forward(y, w) - y) + fed, None
+
+    def loss_fn(params, x):
+        fed = jnp.einsum("btd,ld->lbtd", x, params["feed"])
+        return readout(params, lax.scan(body, x, (params["layers"], jax.nn.softmax(params["gates"]), fed))[0], x)
+
+    gates = jnp.linspace(0.0, 1.0, sizes.layers)
+    return model(sizes, loss_fn, gates=gates, feed=0.1 * matrix(jax.random.key(2), sizes.layers, sizes.dim))
+
+
+def every_layer_in_the_loss(sizes: Sizes) -> Model:
+    """Deep supervision: the output of each layer is read out."""
+
+    def loss_fn(params, x):
+        ys = lax.scan(lambda y, w: (layer(y, w)[0],) * 2, x, params["layers"])[1]
+        return jnp.mean(jax.vmap(lambda y: readout(params, y, x))(ys))
+
+    return model(sizes, loss_fn)
+
+
+def branches_and_loops(sizes: Sizes) -> Model:
+    """A branch that the batch decides, a loop of a fixed length, and one without gradients, beside the scan."""
+
+    def loss_fn(params, x):
+        y = lax.cond(jnp.mean(x) > 0, lambda x: x @ params["into"], lambda x: jnp.tanh(x @ params["into"]), x)
+        y, _ = lax.scan(layer, y, params["layers"])
+        y = lax.fori_loop(0, 3, lambda _, y: y + 0.1 * jnp.tanh(y @ params["refine"]), y)
+        fixed = lax.stop_gradient(params["head"])
+        grow = lambda v: fixed @ v * 1.5
+        largest = lax.while_loop(lambda v: jnp.linalg.norm(v) < 100.0, grow, jnp.ones(sizes.dim))
+        return readout(params, y + jnp.tanh(largest), x)
+
+    square = jnp.eye(sizes.dim) + 0.1 * matrix(jax.random.key(2), sizes.dim, sizes.dim)
+    return model(sizes, loss_fn, into=square, refine=square.T)
+
+
+MODELS = {
+    "encoder-decoder": encoder_decoder,
+    "read by two scans": read_by_two_scans,
+    "shared layer": shared_layer,
+    "reversed": partial(plain, reverse=True),
+    "unroll=2": partial(plain, unroll=2),
+    "other scanned inputs": gated_and_fed,
+    "every layer in the loss": every_layer_in_the_loss,
+    "branches and loops": branches_and_loops,
+}
