@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
@@ -66,8 +67,13 @@ def update(
 
 
 def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:
-    """Layer ``i`` of a stack."""
-    return lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
+    """Layer ``i`` of a stack, its axes in memory in their order.
+
+    Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
+    for a copy of the whole stack before and one after it. Now it copies a layer at most.
+    """
+    layer = lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
+    return with_layout_constraint(layer, Layout(tuple(range(layer.ndim)))) if layer.ndim > 1 else layer
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:

@@ -13,7 +13,6 @@ from compiled import Memory
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 NAMES = ["linen bfloat16", "linen axis 1 cast", "nnx scan", "encoder-decoder", "experts mixed"]
-COPIED = {"experts mixed": "a stack of experts is copied to another layout before the loops, and back after them"}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,7 @@ def test_gradients_of_stacks_never_exist(memory, name):
     assert memory[name].saved >= 0.9
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=COPIED[n])) if n in COPIED else n for n in NAMES],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_temporaries_are_small_beside_the_stacks(memory, name):
     """The unfused step makes more than gradients here, stacks in bfloat16: one copy of a stack would not show above."""
     assert memory[name].temporaries < 0.1 * memory[name].stacks
