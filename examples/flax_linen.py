@@ -2,15 +2,16 @@
 
     python examples/flax_linen.py
 
-The model and its loss are as they would be for Optax alone; `fuse` takes the place of `jax.value_and_grad`,
-`tx.update` and `optax.apply_updates`.
+The model and its loss are as they would be for Optax alone; the step of `TrainState` takes the place of
+`jax.value_and_grad` and of `apply_gradients` of Flax's own.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax import adalomo, fuse
+from adalomo_jax import adalomo
+from adalomo_jax.linen import TrainState
 
 VOCAB, WIDTH, LAYERS, LENGTH, STEPS = 32, 64, 4, 32, 150
 
@@ -51,16 +52,15 @@ def batch(seed):
 
 def main():
     params = model.init(jax.random.key(0), batch(0))["params"]
-    step = fuse(loss_fn, adalomo(5e-3))
-    print(step.plan(params, batch(0)))
-    state = step.init(params, batch(0))
+    state = TrainState.create(batch(0), loss_fn=loss_fn, params=params, tx=adalomo(5e-3))
+    print(state.plan(batch(0)))
 
     losses = []
     for i in range(STEPS):
-        params, state, loss, _, metrics = step.jit(params, state, batch(i))
-        losses.append(float(loss))
+        state, result = state.step(batch(i))
+        losses.append(float(result.loss))
         if i % 25 == 0 or i == STEPS - 1:
-            print(f"step {i:>3}  loss {loss:.4f}  gradient norm {metrics['grad_norm']:.3f}")
+            print(f"step {i:>3}  loss {losses[-1]:.4f}  gradient norm {result.metrics['grad_norm']:.3f}")
     assert losses[-1] < losses[0] / 10
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from adalomo_jax import adalomo, fuse
+from adalomo_jax import adalomo
 from adalomo_jax.models import Llama, LlamaConfig, generate, next_token_loss
+from adalomo_jax.nnx import FusedOptimizer
 
 CONFIG = LlamaConfig(
     vocab_size=256,  # bytes
@@ -39,24 +40,18 @@ def batches():
 
 def main():
     model = Llama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    graphdef, params = nnx.split(model)
-
-    def loss_fn(params, tokens):
-        return next_token_loss(nnx.merge(graphdef, params), tokens)
-
-    step = fuse(loss_fn, adalomo(2e-2))
     stream = batches()
-    state = step.init(params, next(stream))
+    optimizer = FusedOptimizer(model, adalomo(2e-2), next_token_loss, next(stream))
 
     losses = []
     for i in range(STEPS):
-        params, state, loss, *_ = step.jit(params, state, next(stream))
+        loss = optimizer.step(model, next(stream)).loss
         losses.append(float(loss))
         if i % 20 == 0 or i == STEPS - 1:
             print(f"step {i:>3}  loss {loss:.3f} nats a byte")
 
     prompt = jnp.asarray(np.frombuffer(b"    def ", np.uint8)[None], jnp.int32)
-    tokens = generate(nnx.merge(graphdef, params), prompt, 60, key=jax.random.key(0), temperature=0.5)
+    tokens = generate(model, prompt, 60, key=jax.random.key(0), temperature=0.5)
     print(bytes(np.asarray(tokens[0], np.uint8)).decode(errors="replace"))
     assert losses[-1] < losses[0] - 2
 

@@ -1,5 +1,6 @@
 """When parameters are updated: layer by layer, while the gradients flow back."""
 
+from adalomo_jax.fused.checks import Signature as Signature
 from adalomo_jax.fused.loss_scale import DynamicLossScale as DynamicLossScale
 from adalomo_jax.fused.loss_scale import LossScaleState as LossScaleState
 from adalomo_jax.fused.plan import LeafPlan as LeafPlan

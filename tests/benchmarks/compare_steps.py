@@ -1,4 +1,4 @@
-"""Prints, of models as found, the cost of the fused step over that of the unfused one: compile time, and time of a step.
+"""Prints, of models as found, what the fused step costs over the unfused one: compile time, and time of a step.
 
     python tests/benchmarks/compare_steps.py [name ...]
 

@@ -2,6 +2,8 @@
 
 import functools
 
+import flops
+import jax
 import pytest
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of_steps, tree_bytes
@@ -53,6 +55,14 @@ def test_is_updated_where_one_expects(name):
         leaf.path: found.layers_of(leaf.path) for leaf in plan.leaves
     }
     assert len(found.stacks) >= len(found.layered) and (found.stacks != []) == (name in WITH_STACKS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_costs_the_flops_of_the_unfused_step(name):
+    loss_fn, params, batch, _, has_aux = model(name)
+    step = fuse(loss_fn, adalomo(1e-2), has_aux=has_aux)
+    args = (params, jax.eval_shape(step.init, params, *batch(0)), *batch(0))
+    assert 0.99 < flops.count(step, *args) / flops.count(step.unfused, *args) < 1.01
 
 
 @pytest.mark.parametrize("name", WITH_STACKS)

@@ -1,0 +1,117 @@
+"""`TrainState`: what `flax.training.train_state.TrainState` is to a Linen loop, with the fused step inside."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import serialization, struct
+
+from adalomo_jax.fused import FusedState, FusedStep, Plan, Signature, StepResult, fuse
+
+# It is part of the structure, and comes from the state that a saved one is restored into.
+serialization.register_serialization_state(Signature, lambda _: {}, lambda signature, _: signature)
+
+
+class TrainState(struct.PyTreeNode):
+    """Parameters, the optimizer's state, and the step that updates both in place.
+
+    ``state, result = state.step(*batch)`` equals ``params, opt_state, *result = fuse(loss_fn, tx).jit(params,
+    opt_state, *batch)``. It is a pytree of arrays: what `flax.serialization` and Orbax save is ``params`` and
+    ``opt_state``, and what they restore goes into a state that `create` made, from whatever weights.
+
+    **The old state is gone after a step**: its arrays are donated and become those of the new one, and so are the
+    parameters that `create` was given. Keep a copy, ``jax.tree.map(jnp.copy, state.params)``, of what is wanted later.
+
+    **What the loss reads beside the parameters is an argument of the step, and what it leaves is in** ``result.aux``.
+    Nothing is hidden in the state: collections such as ``batch_stats`` go round by hand, and a dropout key is made from
+    ``state.count``::
+
+        def loss_fn(params, x, y, batch_stats, key):
+            variables = {"params": params, "batch_stats": batch_stats}
+            out, new = model.apply(variables, x, mutable=["batch_stats"], rngs={"dropout": key})
+            return jnp.mean((out - y) ** 2), new["batch_stats"]
+
+        state = TrainState.create(x, y, batch_stats, key, loss_fn=loss_fn, params=params, tx=tx, has_aux=True)
+        for x, y in batches:
+            state, result = state.step(x, y, batch_stats, jax.random.fold_in(key, state.count))
+            batch_stats = result.aux
+
+    A subclass may carry them, as it does with Flax's: give it a field with a default, ``batch_stats: Any = None``, and
+    set it with ``state.replace(batch_stats=result.aux)``.
+
+    `step` compiles once. In a function of your own under ``jax.jit`` it is a part of that program; there give
+    ``donate_argnums`` of the state yourself, or it is updated in a second copy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> from adalomo_jax import adalomo
+      >>> from adalomo_jax.linen import TrainState
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> loss_fn = lambda params, x: jnp.mean(jnp.square(model.apply({"params": params}, x)))
+      >>> state = TrainState.create(x, loss_fn=loss_fn, params=params, tx=adalomo(1e-2))
+      >>> state, first = state.step(x)
+      >>> state, second = state.step(x)
+      >>> bool(second.loss < first.loss), int(state.count)
+      (True, 2)
+    """
+
+    params: Any
+    """The parameters."""
+    opt_state: FusedState
+    """The state of the fused step."""
+    fused: FusedStep = struct.field(pytree_node=False)
+    """The step, made once by `create`: another one, though equal, compiles anew."""
+    apply_fn: Callable[..., Any] | None = struct.field(pytree_node=False, default=None)
+    """Usually ``model.apply``; kept for your own use, the step does not call it."""
+
+    @classmethod
+    def create(
+        cls,
+        *batch: Any,
+        loss_fn: Callable[..., Any],
+        params: Any,
+        tx: optax.GradientTransformation,
+        apply_fn: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> "TrainState":
+        """The state to begin with.
+
+        Args:
+          *batch: arguments as `step` will get them, or ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
+          loss_fn: ``loss_fn(params, *batch)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux=True``.
+          params: a pytree of arrays of floats, usually ``model.init(...)["params"]``; the first step donates them.
+          tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
+          apply_fn: kept in the state.
+          **options: of :func:`adalomo_jax.fuse`.
+
+        Raises:
+          ValueError: as :func:`adalomo_jax.fuse` does.
+        """
+        fused = fuse(loss_fn, tx, **options)
+        return cls(params=params, opt_state=fused.init(params, *batch), fused=fused, apply_fn=apply_fn)
+
+    @property
+    def count(self) -> jax.Array:
+        """Steps taken, int32. (In Flax's `TrainState` it is ``state.step``, which is the step itself here.)"""
+        return self.opt_state.count
+
+    def step(self, *batch: Any) -> tuple["TrainState", StepResult]:
+        """The state after one step, and what the step returned: ``loss``, ``aux`` and ``metrics``.
+
+        In the result ``params`` and ``state`` are None: they are in the new state, and from a function under
+        ``jax.jit`` the parameters would be returned twice. Donates the arrays of the old state.
+        """
+        result = self.fused.jit(self.params, self.opt_state, *batch)
+        state = self.replace(params=result.params, opt_state=result.state)
+        return state, result._replace(params=None, state=None)
+
+    def plan(self, *batch: Any) -> Plan:
+        """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
+        return self.fused.plan(self.params, *batch)
+
+    def lower(self, *batch: Any) -> Any:
+        """The step, lowered: ``state.lower(*batch).compile().memory_analysis()`` says what it needs."""
+        return self.fused.jit.lower(self.params, self.opt_state, *batch)

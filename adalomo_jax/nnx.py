@@ -1,0 +1,177 @@
+"""`FusedOptimizer`: what `nnx.Optimizer` is to an NNX loop, with the backward pass and the update in one step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from adalomo_jax.fused import FusedStep, Plan, StepResult, fuse
+
+
+class FusedOptimizer(nnx.Pytree):
+    """An optimizer that takes the loss instead of gradients, and updates a model's parameters in place.
+
+    ``result = optimizer.step(model, *batch)`` equals, up to rounding and as :func:`adalomo_jax.fuse` explains::
+
+        loss, grads = nnx.value_and_grad(loss_fn)(model, *batch)
+        nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads)
+
+    under ``nnx.jit``, without the gradients and without a second copy of the weights: the arrays of the parameters and
+    of the optimizer's state are donated, and the Variables of both hold what became of them. The old arrays are gone,
+    wherever else they were kept.
+
+    What ``wrt`` selects is trained; a Variable that is shared is one parameter. Other ``nnx.Param`` are frozen: read,
+    never copied. All other state (``BatchStat``, counters of ``Rngs``, ``Cache``) is what the loss left it, as under
+    ``nnx.jit``, but floats stay as they were where the loss is not finite (``skip_nonfinite=False`` writes them too).
+    With ``microbatches`` each of them starts from the same state, and so with the same dropout masks; afterwards floats
+    are the mean of what they left, and counters what the last left.
+
+    `step` compiles once for each structure of the model: ``model.eval()`` makes another, ``model.train()`` the first
+    again. Under your own ``nnx.jit`` it is a part of that program; there donate model and optimizer yourself. A
+    Variable that the loss makes must be there already, of the same shape, when the optimizer is made.
+
+    To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
+    before the first step: that is what the batch at construction is for.
+
+    Args:
+      model: a Module, or an abstract one by ``nnx.eval_shape``.
+      tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
+      loss_fn: ``loss_fn(model, *batch)``, as for ``nnx.value_and_grad``, returns a scalar, or ``(scalar, aux)`` with
+        ``has_aux``.
+      *batch: arguments as `step` will get them, or ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
+      wrt: an NNX filter of what is trained.
+      has_aux: whether ``loss_fn`` returns something beside the loss.
+      **options: of :func:`adalomo_jax.fuse`.
+
+    Raises:
+      ValueError: while tracing, for a model of other parameters than at construction, a loss that is no scalar, and as
+        :func:`adalomo_jax.fuse` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from adalomo_jax import adalomo
+      >>> from adalomo_jax.nnx import FusedOptimizer
+      >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+      >>> loss_fn = lambda model, x: jnp.mean(jnp.square(model(x)))
+      >>> optimizer = FusedOptimizer(model, adalomo(1e-2), loss_fn, x)
+      >>> first = optimizer.step(model, x)
+      >>> second = optimizer.step(model, x)
+      >>> bool(second.loss < first.loss), int(optimizer.count)
+      (True, 2)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tx: optax.GradientTransformation,
+        loss_fn: Callable[..., Any],
+        *batch: Any,
+        wrt: Any = nnx.Param,
+        has_aux: bool = False,
+        **options: Any,
+    ):
+        graphdef, params, *others = _split(model, wrt)
+        expected = _shapes(params)
+        if not expected:
+            raise ValueError(f"wrt={wrt!r} selects nothing of the model, so nothing would be trained.")
+        if options.get("microbatches") is not None and options.get("batch_argnums") is None:
+            options["batch_argnums"] = tuple(range(1, 1 + len(batch)))
+        skips = options.get("skip_nonfinite", True)
+
+        @functools.cache
+        def step_of(graphdef: Any) -> FusedStep:
+            def functional_loss(params: Any, *args: Any) -> Any:
+                *batch, frozen, state = args
+                _check_params(expected, _shapes(params))
+                model = nnx.merge(graphdef, params, frozen, state, copy=True)
+                loss, aux = _loss_and_aux(loss_fn(model, *batch), has_aux)
+                *_, left = nnx.split(model, wrt, nnx.Param, ...)
+                return loss, (_unless_skipped(left, state, loss) if skips else left, aux)
+
+            return fuse(functional_loss, tx, has_aux=True, **options)
+
+        self.wrt = wrt
+        self._microbatched = options.get("microbatches") is not None
+        self._step_of = step_of
+        self.opt_state = nnx.data(jax.tree.map(nnx.OptState, step_of(graphdef).init(params, *batch, *others)))
+
+    @property
+    def count(self) -> jax.Array:
+        """Steps taken, int32. (In `nnx.Optimizer` it is ``optimizer.step``, which is the step itself here.)"""
+        return nnx.as_pure(self.opt_state).count
+
+    def step(self, model: Any, *batch: Any) -> StepResult:
+        """Updates the model and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
+
+        In the result ``params`` and ``state`` are None: they are in the model and in the optimizer.
+        """
+        graphdef, params, *others = _split(model, self.wrt)
+        result = self._step_of(graphdef).jit(params, nnx.as_pure(self.opt_state), *batch, *others)
+        state, aux = result.aux
+        nnx.update(model, result.params, _of_one_batch(state) if self._microbatched else state)
+        nnx.update(self.opt_state, nnx.state(result.state))
+        return result._replace(params=None, state=None, aux=aux)
+
+    def plan(self, model: Any, *batch: Any) -> Plan:
+        """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
+        graphdef, params, *others = _split(model, self.wrt)
+        return self._step_of(graphdef).plan(params, *batch, *others)
+
+    def lower(self, model: Any, *batch: Any) -> Any:
+        """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says what it needs."""
+        graphdef, params, *others = _split(model, self.wrt)
+        return self._step_of(graphdef).jit.lower(params, nnx.as_pure(self.opt_state), *batch, *others)
+
+
+def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
+    """The graphdef, what is trained, as arrays, the frozen parameters, and the other state."""
+    graphdef, params, frozen, state = nnx.split(model, wrt, nnx.Param, ...)
+    return graphdef, nnx.as_pure(params), frozen, state
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
+
+
+def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
+    for path in [*expected, *actual]:
+        if actual.get(path) != expected.get(path):
+            was, now = (f"of the shape {s[path]}" if path in s else "not there" for s in (expected, actual))
+            raise ValueError(
+                f"A FusedOptimizer holds the state of the model that it was made for, in which the parameter {path!r} "
+                f"was {was}; in this one it is {now}. Make a FusedOptimizer for this model."
+            )
+
+
+def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"With has_aux=True, loss_fn must return (loss, aux), but it returned {type(result).__name__}."
+        )
+    loss, aux = result if has_aux else (result, None)
+    if jax.tree.structure(loss) != jax.tree.structure(0):
+        raise ValueError(
+            f"loss_fn must return one scalar, but it returned {jax.tree.structure(loss)}. "
+            "If it returns (loss, aux), say FusedOptimizer(..., has_aux=True)."
+        )
+    return loss, aux
+
+
+def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
+    """The state that the loss left, but its floats as they were before where the loss is not finite."""
+    old = dict(jax.tree_util.tree_leaves_with_path(before))
+    is_finite = jnp.all(jnp.isfinite(loss))
+    keeps = lambda path, x: path in old and jnp.issubdtype(x.dtype, jnp.floating)
+    choose = lambda path, x: jnp.where(is_finite, x, old[path]) if keeps(path, x) else x
+    return jax.tree_util.tree_map_with_path(choose, left)
+
+
+def _of_one_batch(state: Any) -> Any:
+    """The state after a batch of which each microbatch, on the first axis, left its own."""
+    return jax.tree.map(lambda x: jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x[-1], state)
