@@ -78,11 +78,13 @@ def _arrays(program: Program, equation: Equation) -> list[int]:
 def _axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | None:
     """The layer axis of an operation's inputs, given that of its output; None where it does not act on each layer."""
     operands, params = [program.avals[v] for v in equation.inputs], equation.params
-    if any(not operands[i].ndim and v not in program.constants for i, v in enumerate(equation.inputs)):
+    if not operands or any(not operands[i].ndim and v not in program.constants for i, v in enumerate(equation.inputs)):
         return None
     shape, shape_in = program.avals[equation.outputs[0]].shape, operands[0].shape
     if equation.name in _ELEMENTWISE:
-        return axis if all(x.shape in ((), shape) for x in operands) else None
+        # Of one rank, sizes of 1 are broadcast; not the layer axis.
+        same = (not x.ndim or (x.ndim == len(shape) and x.shape[axis] == shape[axis]) for x in operands)
+        return axis if all(same) else None
     if equation.name == "transpose":
         return params["permutation"][axis]
     if equation.name == "reshape" and params.get("dimensions") is None:

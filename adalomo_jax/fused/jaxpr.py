@@ -16,6 +16,11 @@ from jax.extend import core
 _CALLS = ("jit", "closed_call")
 _CHECKPOINT = "remat2"
 
+_Counts = Callable[[Any], bool]
+"""Whether values of a type count as dependent."""
+_TellsApart = Callable[["Equation"], bool]
+"""Whether an equation is a scan of which each output is looked at by itself."""
+
 
 class Equation(NamedTuple):
     """One operation: the JAX equation that it came from, and the numbers of the values it reads and makes."""
@@ -122,22 +127,27 @@ def is_differentiable(aval: Any) -> bool:
 
 def active_values(program: Program, inputs: Iterable[int]) -> set[int]:
     """The differentiable values that depend on some inputs."""
-    return _dependent(program, inputs, is_differentiable)
+    return _dependent(program, inputs, is_differentiable, _is_scan)
 
 
 def active_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
     """The active values of a scan's body, given the active operands, once activity has gone around the carry."""
-    return _dependent_in_scan(scan, operands, is_differentiable)
+    return _dependent_in_scan(scan, operands, is_differentiable, _is_scan)
 
 
-def dependent_values(program: Program, inputs: Iterable[int]) -> set[int]:
-    """All values that depend on some inputs."""
-    return _dependent(program, inputs, lambda aval: True)
+def dependent_values(program: Program, inputs: Iterable[int], scans: Iterable[Equation] = ()) -> set[int]:
+    """All values that depend on some inputs.
+
+    What an equation makes depends on them all together, or not at all; but for some scans, of which each output is
+    told apart.
+    """
+    ids = {id(scan) for scan in scans}
+    return _dependent(program, inputs, lambda aval: True, lambda equation: id(equation) in ids)
 
 
 def dependent_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
     """The values of a scan's body that depend on some operands, once that has gone around the carry."""
-    return _dependent_in_scan(scan, operands, lambda aval: True)
+    return _dependent_in_scan(scan, operands, lambda aval: True, lambda equation: False)
 
 
 def is_checkpoint(equation: Equation) -> bool:
@@ -145,30 +155,36 @@ def is_checkpoint(equation: Equation) -> bool:
     return equation.name == _CHECKPOINT
 
 
-def _dependent(program: Program, inputs: Iterable[int], counts: Callable[[Any], bool]) -> set[int]:
+def _is_scan(equation: Equation) -> bool:
+    return equation.name == "scan"
+
+
+def _dependent(program: Program, inputs: Iterable[int], counts: _Counts, tells_apart: _TellsApart) -> set[int]:
     """The values that depend on some inputs through values that count."""
     found = {v for v in inputs if counts(program.avals[v])}
     for equation in program.equations:
-        flags = _dependent_outputs(equation, [v in found for v in equation.inputs], counts)
+        flags = _dependent_outputs(equation, [v in found for v in equation.inputs], counts, tells_apart)
         found |= {v for v, flag in zip(equation.outputs, flags) if flag and counts(program.avals[v])}
     return found
 
 
-def _dependent_in_scan(scan: Scan, operands: Sequence[bool], counts: Callable[[Any], bool]) -> set[int]:
+def _dependent_in_scan(scan: Scan, operands: Sequence[bool], counts: _Counts, tells_apart: _TellsApart) -> set[int]:
     inputs, outputs = scan.body.inputs, scan.body.outputs
     found = {v for v, flag in zip(inputs, operands) if flag}
     while True:
-        values = _dependent(scan.body, found, counts)
+        values = _dependent(scan.body, found, counts, tells_apart)
         fed_back = {inputs[scan.num_consts + i] for i, v in enumerate(outputs[: scan.num_carry]) if v in values}
         if fed_back <= found:
             return values
         found |= fed_back
 
 
-def _dependent_outputs(equation: Equation, operands: Sequence[bool], counts: Callable[[Any], bool]) -> list[bool]:
-    if any(operands) and equation.name == "scan":
+def _dependent_outputs(
+    equation: Equation, operands: Sequence[bool], counts: _Counts, tells_apart: _TellsApart
+) -> list[bool]:
+    if any(operands) and tells_apart(equation):
         scan = scan_of(equation)
-        found = _dependent_in_scan(scan, operands, counts)
+        found = _dependent_in_scan(scan, operands, counts, tells_apart)
         carry = scan.body.inputs[scan.num_consts : scan.first_xs]
         outputs = scan.body.outputs
         return [v in found for v in carry] + [v in found for v in outputs[scan.num_carry :]]

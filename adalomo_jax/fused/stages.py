@@ -31,7 +31,6 @@ def make_plan(
     """
     values = program.inputs[: len(paths)]
     active = frozenset(active_values(program, [v for v, is_trained in zip(values, trained) if is_trained]))
-    batched = frozenset(dependent_values(program, batched_inputs))
     homes, chains = find_homes(program, values)
     is_stage = [bool(active.intersection(scan.inputs) or active.intersection(chain.axes)) for scan, chain in chains]
     layer_scans = [
@@ -39,6 +38,8 @@ def make_plan(
         for (scan, chain), counts in zip(chains, is_stage)
         if counts
     ]
+    # Of other equations all results are batched, or none: a segment is run for each microbatch, or once.
+    batched = frozenset(dependent_values(program, batched_inputs, [scan for scan, _, _ in layer_scans]))
     trained_values = {v for v, is_trained in zip(values, trained) if is_trained}
     stages = _stages(program, layer_scans, trained_values, active, batched)
     leaves = []
