@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import scan, segment
-from adalomo_jax.fused.plan import LayerScan, Plan, Stage
+from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
 from adalomo_jax.fused.stacks import UpdateLayer, after
 from adalomo_jax.fused.updater import Statistics, Updater
@@ -146,10 +146,23 @@ def _pull_back(plan: Plan, ran: Forward, microbatches: int | None, visit: _Visit
             if group is not None:
                 visit.stacks(group, done)
         elif tape is not None:
-            accumulate(cotangents, segment.backward(stage, context, tape, ran.values, cotangents))
+            there = _after_cotangents(stage, ran.values, values, cotangents)
+            accumulate(cotangents, segment.backward(stage, context, tape, there, cotangents))
         if (group := plan.group_of(index, whole=True)) is not None:
             of_leaves = [values[i] for i in group.leaves]
             visit.whole(group, [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves])
+
+
+def _after_cotangents(
+    stage: Segment, values: Mapping[int, Any], inputs: Sequence[int], cotangents: Cotangents
+) -> dict[int, Any]:
+    """The values, but for the way back what the segment reads is there only when its cotangents are.
+
+    XLA's CPU compiler drops the optimization barriers of `jax.checkpoint`, and recomputes all layers too early.
+    """
+    known = [cotangents[v] for v in stage.outputs if v in cotangents]
+    read = {v: values[v] for v in stage.inputs if v not in inputs and jnp.issubdtype(values[v].dtype, jnp.floating)}
+    return {**values, **{v: after(x, known) for v, x in read.items()}}
 
 
 def _context(plan: Plan, microbatches: int | None) -> Context:

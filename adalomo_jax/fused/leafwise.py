@@ -14,7 +14,7 @@ from adalomo_jax.fused.jaxpr import Program, trace
 from adalomo_jax.optimizers.per_layer import PerLayer, asking_for
 
 _WAY_OUT = (
-    "fuse needs a tx that treats leaves separately, for it never holds the gradients of all. Leave out what mixes them: "
+    "fuse needs a tx that treats leaves separately, for it never holds all gradients. Leave out what mixes them: "
     "instead of optax.clip_by_global_norm say fuse(..., max_grad_norm=...), instead of optax.MultiSteps "
     "fuse(..., microbatches=...), and optax.apply_if_finite is there already, as skip_nonfinite."
 )

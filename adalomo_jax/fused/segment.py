@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import Segment
+from adalomo_jax.fused.stacks import after
 
 Cotangents = dict[int, Any]
 """By the number of the value."""
@@ -95,7 +96,7 @@ def backward(
         return None, _pull(pullback, segment, context, d_outputs)
 
     of_batch = {v: x for v, x in there.items() if segment.batched and v in context.batched}
-    return _for_each_microbatch(pull, (of_batch, residuals.saved, d_outputs), segment, context)[1]
+    return _for_each_microbatch(pull, (of_batch, residuals.saved, d_outputs), segment, context, d_outputs)[1]
 
 
 def forward_and_backward(
@@ -109,7 +110,7 @@ def forward_and_backward(
         outputs, pullback = _vjp(segment, context, shared | of_batch[0])
         return outputs, _pull(pullback, segment, context, of_batch[1])
 
-    outputs, d_inputs = _for_each_microbatch(run, (of_batch, d_outputs), segment, context)
+    outputs, d_inputs = _for_each_microbatch(run, (of_batch, d_outputs), segment, context, d_outputs)
     values.update(outputs)
     return d_inputs
 
@@ -121,14 +122,18 @@ def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
 
 
 def _for_each_microbatch(
-    fn: Callable[[Any], tuple[Any, Cotangents]], of_batch: Any, segment: Segment, context: Context
+    fn: Callable[[Any], tuple[Any, Cotangents]], of_batch: Any, segment: Segment, context: Context, known: Cotangents
 ) -> tuple[Any, Cotangents]:
-    """``fn`` of each microbatch: what it returns, stacked, and its cotangents, stacked or summed in float32."""
+    """``fn`` of each microbatch: what it returns, stacked, and its cotangents, stacked or summed in float32.
+
+    The sums begin once the outputs' cotangents are ``known``: else XLA may make the zeros of all segments at once.
+    """
     if not segment.batched:
         return fn(of_batch)
     shared = [v for v in segment.inputs if v in context.active and v not in context.batched]
     avals = [context.program.avals[v] for v in shared]
     zeros = {v: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for v, x in zip(shared, avals)}
+    zeros = {v: after(x, known) for v, x in zeros.items()}
 
     def iteration(sums: Cotangents, of_batch: Any) -> tuple[Cotangents, tuple[Any, Cotangents]]:
         outputs, d = fn(of_batch)

@@ -302,7 +302,7 @@ def test_refuses_a_state_that_is_not_its_own():
     with pytest.raises(ValueError, match=r"has the shape \(3, .*\), but \(4, .*\) is due"):
         step(params, state._replace(inner=step.init(init_params(3), tokens).inner), tokens)
     with pytest.raises(ValueError, match="must be what step.init returns"):
-        step(params, adalomo(1e-2).init(params), tokens)
+        step(params, state.inner, tokens)
 
 
 def test_refuses_arrays_that_a_step_has_used():

@@ -1,6 +1,6 @@
 """Prints, of models as found, what the fused step costs over the unfused one: compile time, and time of a step.
 
-    python tests/benchmarks/compare_steps.py [name ...]
+    python tests/fused/benchmark_models.py [name ...]
 
 Times of steps are medians of paired runs in one process, the two in turn first. Ratios below 1 are in favour of fused.
 """
@@ -9,17 +9,14 @@ import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from compiled import memory_of
+from found_model import Sizes
+from models_as_found import MODELS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fused"))
-from compiled import memory_of  # noqa: E402
-from found_model import Sizes  # noqa: E402
-from models_as_found import MODELS  # noqa: E402
-
-from adalomo_jax import adalomo, fuse  # noqa: E402
+from adalomo_jax import adalomo, fuse
 
 SIZES = Sizes(layers=12, dim=256, batch=4, length=64)
 PAIRS = 15

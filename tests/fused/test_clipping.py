@@ -1,0 +1,175 @@
+"""`max_grad_norm`: Optax's clipping by the global norm, by a second backward pass instead of a tree of gradients."""
+
+import apart
+import flops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
+from compiled import memory_of, tree_bytes
+from language_model import REMATS, batch, init_params, layer, make_loss
+
+from adalomo_jax import adalomo, fuse
+
+BATCHES = [(batch(i),) for i in range(4)]
+LOW, BETWEEN, HIGH = 0.5, 4.05, 100.0
+"""Below the norms of the gradients of the small model's first steps, among them, and above them."""
+DIM, HIDDEN = 64, 128
+TOKENS = {"scanned": (2, 32), "unrolled": (1, 4)}
+"""Batch and length. Few where the layers are unrolled: XLA's CPU compiler drops the barriers of `jax.checkpoint` there,
+recomputes the layers on the way forward, and keeps what it has computed; so that gradients are seen beside it."""
+
+
+def norms_without_clipping(params):
+    return apart.train(make_loss(), optax.sgd(0.0), params, BATCHES)[2]
+
+
+@pytest.mark.parametrize(
+    ("rule", "most"), [("adamw", LOW), ("adalomo", BETWEEN), *(("lomo", most) for most in (LOW, BETWEEN, HIGH))]
+)
+def test_equals_optax_on_the_layers_apart(rule, most):
+    params, tx = init_params(3), RULES[rule]
+    results = apart.run_fused(fuse(make_loss(), tx, max_grad_norm=most), params, BATCHES)
+    chained = optax.chain(optax.clip_by_global_norm(most), tx)
+    expected, _, norms = apart.train(make_loss(), chained, params, BATCHES)
+    assert relative_error(results[-1].params, expected) < RELATIVE_ERROR
+    np.testing.assert_allclose(apart.norms_of(results), norms, rtol=1e-5)  # of the gradient before it is clipped
+
+
+def test_the_thresholds_clip_always_sometimes_and_never():
+    norms = norms_without_clipping(init_params(3))
+    assert LOW < min(norms) < BETWEEN < max(norms) < HIGH
+
+
+@pytest.mark.parametrize("most", [LOW, BETWEEN, HIGH])
+def test_the_comparison_sees_whether_it_was_clipped(most):
+    """Where it clips, and only there, another threshold is another result."""
+    params, tx = init_params(3), optax.sgd(0.1)
+    clipped, other = (
+        apart.train(make_loss(), optax.chain(optax.clip_by_global_norm(m), tx), params, BATCHES)[0]
+        for m in (most, 0.9 * most)
+    )
+    error = relative_error(clipped, other)
+    assert error == 0.0 if most == HIGH else error > 10 * RELATIVE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("rule", "remat"), [("adalomo", "remat"), ("adamw", "no remat"), ("sgd with momentum", "dots saved")]
+)
+def test_equals_the_unfused_step(rule, remat):
+    params = init_params([3, 2], tied=True)
+    fused, unfused = run_both(make_loss(remat), RULES[rule], params, BATCHES, max_grad_norm=LOW)
+    assert relative_error(fused, unfused) < RELATIVE_ERROR
+
+
+def test_the_norm_is_of_all_parameters():
+    """Of whole ones, of stacks, and of those that the loss does not read, which add nothing."""
+    params = init_params(3) | {"unread": jnp.ones(3)}
+    result = apart.run_fused(fuse(make_loss(), adalomo(1e-2), max_grad_norm=1.0), params, BATCHES[:1])[0]
+    grads = jax.jit(jax.grad(make_loss()))(params, *BATCHES[0])
+    np.testing.assert_allclose(result.metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    for name in ("embed", "head", "layers0"):
+        assert float(optax.tree.norm(grads | {name: None})) < 0.99 * float(result.metrics["grad_norm"])
+
+
+def trunk(remat):
+    """The language model without its last norm and head."""
+
+    def run(params, tokens):
+        body = REMATS[remat](lambda x, w: (layer(x, w), None))
+        return jax.lax.scan(body, params["embed"][tokens], params["layers0"])[0]
+
+    return run
+
+
+def backward_flops(fn, params, *args):
+    def forward_and_back(params):
+        y, pullback = jax.vjp(lambda p: fn(p, *args), params)
+        return pullback(y)
+
+    return flops.count(forward_and_back, params) - flops.count(fn, params, *args)
+
+
+def added_flops(loss_fn, params, *args, **options):
+    """What clipping costs, in FLOPs of matrix multiplications."""
+    counts = []
+    for most in (None, 1.0):
+        step = fuse(loss_fn, RULES["lomo"], max_grad_norm=most, **options)
+        counts.append(flops.count(step, params, step.init(params, *args), *args))
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_costs_one_backward_pass_over_the_saved_forward_pass(remat):
+    """The head is pulled back right after its forward pass, for both passes at once."""
+    params, tokens = init_params(4), batch()
+    expected = backward_flops(trunk(remat), {"embed": params["embed"], "layers0": params["layers0"]}, tokens)
+    assert added_flops(make_loss(remat), params, tokens) == expected > 0
+    head = 2 * 2 * tokens.size * params["head"].size
+    assert backward_flops(make_loss(remat), params, tokens) == expected + head
+
+
+def test_the_count_sees_a_second_forward_pass():
+    params, tokens = init_params(4), batch()
+    costs = [backward_flops(trunk(remat), params, tokens) for remat in ("no remat", "remat")]
+    # Of each layer's three matrix multiplications the way back needs the last one's inputs, but not its result.
+    again = 4 * 2 * tokens.size * (params["layers0"]["mix"][0].size + params["layers0"]["up"][0].size)
+    assert costs[1] - costs[0] == again
+
+
+def a_model(layers, form):
+    params = init_params(layers, dim=DIM, hidden=HIDDEN)
+    tokens = batch(batch_size=TOKENS[form][0], length=TOKENS[form][1])
+    if form == "scanned":
+        return make_loss(), params, tokens
+    return apart.unrolled_loss, apart.unstack(params), tokens
+
+
+def temporaries(layers, form, rule="lomo", *, unfused=False, **options):
+    loss_fn, params, tokens = a_model(layers, form)
+    step = fuse(loss_fn, RULES[rule], **options)
+    jitted = jax.jit(step.unfused, donate_argnums=(0, 1)) if unfused else step.jit
+    return memory_of(jitted.lower(params, step.init(params, tokens), tokens).compile()).temp_size_in_bytes
+
+
+LAYER_WEIGHTS = 4 * (DIM + DIM * DIM + 2 * DIM * HIDDEN)
+
+
+@pytest.mark.parametrize("most", [None, 1.0])
+@pytest.mark.parametrize("rule", ["lomo", "adamw"])
+def test_no_gradient_tree_where_layers_are_scanned(rule, most):
+    few, many = (temporaries(n, "scanned", rule, max_grad_norm=most) for n in (4, 16))
+    batch_size, length = TOKENS["scanned"]
+    layer_inputs = (16 - 4) * batch_size * length * DIM * 4
+    assert many - few <= 1.1 * layer_inputs < (16 - 4) * LAYER_WEIGHTS / 4
+
+
+@pytest.mark.parametrize("most", [None, 1.0])
+def test_no_gradient_tree_where_layers_are_unrolled(most):
+    """In either pass: they are not merged, and none waits for the other with what it has computed."""
+    few, many = (temporaries(n, "unrolled", max_grad_norm=most) for n in (4, 16))
+    assert many - few <= (16 - 4) * LAYER_WEIGHTS / 4
+
+
+@pytest.mark.parametrize("most", [None, 1.0])
+def test_unrolled_layers_save_their_inputs_only(monkeypatch, most):
+    monkeypatch.setitem(TOKENS, "unrolled", TOKENS["scanned"])
+    few, many = (temporaries(n, "unrolled", max_grad_norm=most) for n in (4, 16))
+    batch_size, length = TOKENS["scanned"]
+    assert many - few <= 1.1 * (16 - 4) * batch_size * length * DIM * 4
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+def test_clipping_takes_no_more_than_the_gradients_of_the_ends(form):
+    """Those of what is pulled back once for both passes, and kept from one to the other."""
+    _, params, _ = a_model(16, form)
+    without, clipping = (temporaries(16, form, max_grad_norm=most) for most in (None, 1.0))
+    assert clipping - without <= tree_bytes([params["head"], params["embed"]])
+
+
+@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+def test_the_unfused_step_does_have_a_gradient_tree(form):
+    few, many = (temporaries(n, form, max_grad_norm=1.0, unfused=True) for n in (4, 16))
+    assert many - few > (16 - 4) * LAYER_WEIGHTS

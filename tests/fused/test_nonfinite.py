@@ -1,0 +1,126 @@
+"""What is not finite is not written: neither to parameters nor to state."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from language_model import batch, init_params, make_loss
+
+from adalomo_jax import adalomo, fuse
+
+RULES = {"adalomo": adalomo(1e-2), "adamw": optax.adamw(1e-3)}
+TWINS = pytest.mark.parametrize("twin", ["fused", "unfused"])
+X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+NAN = float("nan")
+
+
+def small_params():
+    w = 0.3 * jax.random.normal(jax.random.key(0), (4, 4, 4))
+    return {"head": jnp.ones((4, 1)), "layers": {"root": jnp.ones((4, 4)), "w": w}}
+
+
+def root_loss(params, x):
+    """Finite at ``root = 0``, where its derivative is not."""
+    body = lambda x, layer: (jnp.tanh(x @ layer["w"]) + jnp.sqrt(layer["root"]), None)
+    return jnp.mean(jax.lax.scan(body, x, params["layers"])[0] @ params["head"])
+
+
+def start(loss_fn, rule, params, twin, *args, **options):
+    """The state after a finite step, and the step."""
+    step = fuse(loss_fn, RULES[rule], **options)
+    run = jax.jit(step if twin == "fused" else step.unfused)
+    result = run(params, step.init(params, *args), *args)
+    assert not result.metrics["skipped"] and result.metrics["unwritten"] == 0 and result.state.skipped == 0
+    return run, result.params, result.state
+
+
+def plant(params, *path, layer=None):
+    """NaN in the first entry of a leaf, or of one layer of it."""
+    key, *rest = path
+    if rest:
+        return params | {key: plant(params[key], *rest, layer=layer)}
+    x = params[key]
+    return params | {key: x.at[(0,) * x.ndim if layer is None else (layer, *(0,) * (x.ndim - 1))].set(NAN)}
+
+
+def assert_nothing_is_written(result, params, state):
+    chex.assert_trees_all_equal(result.params, params)  # NaNs in the same places are equal
+    chex.assert_trees_all_equal(result.state.inner, state.inner)
+    assert result.state.count == state.count
+    assert result.state.skipped == state.skipped + 1
+    assert result.metrics["skipped"]
+
+
+@TWINS
+@pytest.mark.parametrize(("rule", "most"), [("adalomo", None), ("adamw", 1.0)])
+def test_a_loss_that_is_not_finite_leaves_all_as_it_is(rule, most, twin):
+    tokens = batch()
+    run, params, state = start(make_loss(), rule, init_params(4), twin, tokens, max_grad_norm=most)
+    for *path, layer in (("layers0", "mix", 2), ("head", None), ("embed", int(tokens[0, 0]))):
+        planted = plant(params, *path, layer=layer)
+        result = run(planted, state, tokens)
+        assert not np.isfinite(result.loss)
+        assert_nothing_is_written(result, planted, state)
+        assert result.metrics["unwritten"] == 4 + len([("head", "norm"), ("embed",)])
+    assert not run(params, state, tokens).metrics["skipped"]
+
+
+@TWINS
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_in_the_data(rule, twin):
+    run, params, state = start(root_loss, rule, small_params(), twin, X)
+    result = run(params, state, X.at[1, 2].set(NAN))
+    assert_nothing_is_written(result, params, state)
+    again = run(result.params, result.state, X)  # and on it goes, as if that batch had not been
+    chex.assert_trees_all_equal(again.params, run(params, state, X).params)
+    assert again.state.skipped == 1 and again.state.count == state.count + 1
+
+
+@TWINS
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_whose_gradient_is_not_finite_is_not_written_while_others_are(rule, twin):
+    run, params, state = start(root_loss, rule, small_params(), twin, X)
+    params["layers"]["root"] = params["layers"]["root"].at[2].set(0.0)
+    result = run(params, state, X)
+    assert np.isfinite(result.loss) and not np.isfinite(result.metrics["grad_norm"])
+    assert not result.metrics["skipped"] and result.metrics["unwritten"] == 1
+    assert result.state.skipped == 1 and result.state.count == state.count + 1
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    chex.assert_trees_all_equal(at(result.params["layers"], 2), at(params["layers"], 2))
+    for i in (0, 1, 3):
+        assert np.all(np.any(np.asarray(at(result.params["layers"]["w"], i) != at(params["layers"]["w"], i)), axis=-1))
+    assert np.all(result.params["head"] != params["head"])
+    for new, old in zip(jax.tree.leaves(result.state.inner), jax.tree.leaves(state.inner)):
+        if new.ndim >= 2 and new.shape != params["head"].shape and new.shape[0] == 4:  # of a stack
+            np.testing.assert_array_equal(new[2], old[2])
+            assert all(np.any(new[i] != old[i]) for i in (0, 1, 3))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))
+
+
+@TWINS
+@pytest.mark.parametrize("rule", RULES)
+def test_with_a_norm_such_a_layer_stops_the_whole_step(rule, twin):
+    run, params, state = start(root_loss, rule, small_params(), twin, X, max_grad_norm=1.0)
+    params["layers"]["root"] = params["layers"]["root"].at[2].set(0.0)
+    result = run(params, state, X)
+    assert np.isfinite(result.loss) and not np.isfinite(result.metrics["grad_norm"])
+    assert_nothing_is_written(result, params, state)
+
+
+@TWINS
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("most", [None, 1.0])
+def test_skip_nonfinite_false_writes_whatever_comes(rule, most, twin):
+    run, params, state = start(root_loss, rule, small_params(), twin, X, max_grad_norm=most, skip_nonfinite=False)
+    result = run(params, state, X.at[1, 2].set(NAN))
+    assert np.isnan(result.params["layers"]["w"]).any() and np.isnan(result.params["head"]).any()
+    assert not result.metrics["skipped"] and result.metrics["unwritten"] == 0
+    assert result.state.skipped == 0 and result.state.count == state.count + 1
+
+
+@TWINS
+def test_microbatches_with_one_that_is_not_finite(twin):
+    run, params, state = start(root_loss, "adamw", small_params(), twin, X, microbatches=2)
+    assert_nothing_is_written(run(params, state, X.at[1, 2].set(NAN)), params, state)
