@@ -185,7 +185,10 @@ def test_bfloat16_gradients_are_summed_in_float32(name):
     params = {name: jnp.zeros(shape, jnp.bfloat16) for name, shape in shapes.items()}
     tx = optax.GradientTransformation(  # writes what gradient it was given, as a number that bfloat16 holds
         lambda params: optax.EmptyState(),
-        lambda g, s, p=None: (jax.tree.map(lambda g: jnp.round(64 * g.astype("f4")), g), s),
+        lambda updates, state, params=None: (
+            jax.tree.map(lambda g: jnp.round(64 * g.astype("f4")), updates),
+            state,
+        ),
     )
     step = fuse(loss_fn, tx, microbatches=256, reduction="sum", stochastic_rounding=False)
     s = size.astype(jnp.bfloat16)
