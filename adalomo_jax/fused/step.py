@@ -33,7 +33,7 @@ class FusedState(NamedTuple):
     loss_scale: Any
     """The state of a dynamic loss scale; None without one."""
     signature: Signature
-    """What the state was made for; no array."""
+    """What the state was made for; no array. For `flax.serialization` import `adalomo_jax.linen`, which teaches it."""
 
 
 class StepResult(NamedTuple):
