@@ -18,7 +18,7 @@ LOW, BETWEEN, HIGH = 0.5, 4.05, 100.0
 """Below the norms of the gradients of the small model's first steps, among them, and above them."""
 DIM, HIDDEN = 64, 128
 TOKENS = {"scanned": (2, 32), "unrolled": (1, 4)}
-"""Batch and length. Few where the layers are unrolled: XLA's CPU compiler drops the barriers of `jax.checkpoint` there,
+"""Batch and length. Few where the layers are unrolled: XLA's CPU compiler (of JAX 0.10) drops the barriers of remat,
 recomputes the layers on the way forward, and keeps what it has computed; so that gradients are seen beside it."""
 
 
