@@ -23,7 +23,7 @@ MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
     "fused": [
         *("loss_scale", "options", "jaxpr", "chain", "homes", "leafwise", "plan", "stages", "checks", "tracing"),
-        *("segment", "stacks", "updater", "scan", "backward", "unfused", "step"),
+        *("stacks", "segment", "updater", "scan", "backward", "unfused", "step"),
     ],
 }
 """Within a layer, from the bottom to the top."""
