@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from adalomo_jax.fused import FusedStep, Plan, StepResult, fuse
+from adalomo_jax.fused.checks import path_name
 
 
 class FusedOptimizer(nnx.Pytree):
@@ -136,7 +137,7 @@ def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf) for path, leaf in leaves}
+    return {path_name(path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:

@@ -11,7 +11,7 @@ import optax
 from adalomo_jax.fused import scan, segment
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
-from adalomo_jax.fused.stacks import UpdateLayer, after
+from adalomo_jax.fused.stacks import after
 from adalomo_jax.fused.updater import Statistics, Updater
 from adalomo_jax.optimizers.per_layer import Group
 
@@ -21,6 +21,7 @@ class Forward(NamedTuple):
 
     outputs: list[Any]
     """The program's: the loss, then aux. With a leading microbatch axis where there are microbatches."""
+    context: Context
     values: dict[int, Any]
     tapes: list[Any]
     """Of each stage; None where it has been pulled back already."""
@@ -50,7 +51,8 @@ def forward(
       microbatches: how many there are.
       d_loss: the cotangent of the loss, of each microbatch.
     """
-    context, program = _context(plan, microbatches), plan.program
+    program = plan.program
+    context = Context(program, plan.active, plan.batched, microbatches, again=range(len(program.avals)))
     values = {**program.constants, **dict(zip(program.inputs, [*leaves, *args], strict=True))}
     loss, tapes = program.outputs[0], []
     seed = {loss: d_loss.astype(program.avals[loss].dtype)} if loss in plan.active else {}
@@ -68,28 +70,18 @@ def forward(
         cotangents = segment.forward_and_backward(last, context, values, seed)
         tapes.append(None)
     outputs = [_of_each(plan, microbatches, v, values[v]) for v in program.outputs]
-    return Forward(outputs, values, tapes, cotangents)
+    return Forward(outputs, context, values, tapes, cotangents)
 
 
-def backward(
-    plan: Plan,
-    ran: Forward,
-    microbatches: int | None,
-    updater: Updater,
-    inner: optax.OptState,
-    leaves: Sequence[Any],
-) -> Pass:
+def backward(plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState, leaves: Sequence[Any]) -> Pass:
     """The backward pass with the updates in it."""
-    visit = _Visit(updater, inner, leaves)
-    _pull_back(plan, ran, microbatches, visit)
-    return Pass(visit.written, updater.next_state(inner, visit.owns), visit.statistics)
+    written, owns, statistics = _pull_back(plan, ran, updater, inner, leaves)
+    return Pass(written, updater.next_state(inner, owns), statistics)
 
 
-def squares_of_gradient(plan: Plan, ran: Forward, microbatches: int | None, updater: Updater) -> jax.Array:
+def squares_of_gradient(plan: Plan, ran: Forward, updater: Updater) -> jax.Array:
     """The sum of the squares of the whole gradient, by a backward pass that writes nothing."""
-    visit = _Visit(updater, None, ())
-    _pull_back(plan, ran, microbatches, visit)
-    return sum_of_squares_in(visit.statistics)
+    return sum_of_squares_in(_pull_back(plan, ran, updater, None, ())[2])
 
 
 def begin_after(ran: Forward, known: Any) -> Forward:
@@ -102,55 +94,37 @@ def sum_of_squares_in(statistics: Mapping[Group, Statistics]) -> jax.Array:
     return sum((jnp.sum(s.squares) for s in statistics.values()), start=jnp.zeros([], jnp.float32))
 
 
-class _Visit:
-    """What a backward pass does with each gradient: updates with it, or only measures it where there is no state."""
-
-    def __init__(self, updater: Updater, inner: optax.OptState | None, leaves: Sequence[Any]):
-        self.updater, self.inner, self.leaves = updater, inner, leaves
-        self.written, self.owns, self.statistics = list(leaves), {}, {}
-
-    def own(self, group: Group | None) -> list[Any]:
-        return [] if self.inner is None or group is None else self.updater.optimizer.own(self.inner, group)
-
-    def layers(self, group: Group | None) -> UpdateLayer | None:
-        return None if self.inner is None or group is None else partial(self.updater, group)
-
-    def stacks(self, group: Group, done: scan.Pulled) -> None:
-        self.owns[group], self.statistics[group] = done.own, done.statistics
-        if self.inner is not None:
-            self._write(group, done.weights)
-
-    def whole(self, group: Group, gradients: list[Any]) -> None:
-        if self.inner is None:
-            self.statistics[group] = self.updater.measure(gradients)
-            return
-        weights = [self.leaves[i] for i in group.leaves]
-        updated = self.updater(group, None, weights, gradients, self.own(group))
-        weights, self.owns[group], self.statistics[group] = updated
-        self._write(group, weights)
-
-    def _write(self, group: Group, weights: Sequence[Any]) -> None:
-        for i, leaf in zip(group.leaves, weights, strict=True):
-            self.written[i] = leaf
-
-
-def _pull_back(plan: Plan, ran: Forward, microbatches: int | None, visit: _Visit) -> None:
-    context, values = _context(plan, microbatches), plan.program.inputs
-    cotangents = dict(ran.cotangents)
+def _pull_back(
+    plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState | None, leaves: Sequence[Any]
+) -> tuple[list[Any], dict[Group, list[Any]], dict[Group, Statistics]]:
+    """The parameters, the optimizer's state of each group, and statistics; without state it only measures."""
+    cotangents, written = dict(ran.cotangents), dict(enumerate(leaves))
+    owns: dict[Group, list[Any]] = {}
+    statistics: dict[Group, Statistics] = {}
     for index, (stage, tape) in reversed(list(enumerate(zip(plan.stages, ran.tapes)))):
         if isinstance(stage, LayerScan):
             group = plan.group_of(index, whole=False)
-            own, update_layer = visit.own(group), visit.layers(group)
-            done = scan.backward(stage, context, tape, ran.values, cotangents, own, update_layer, visit.updater.measure)
+            own, update_layer = [], None
+            if inner is not None and group is not None:
+                own, update_layer = updater.optimizer.own(inner, group), partial(updater, group)
+            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, update_layer, updater.measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
-                visit.stacks(group, done)
+                owns[group], statistics[group] = done.own, done.statistics
+                written |= zip(group.leaves, done.weights, strict=True)
         elif tape is not None:
-            there = _after_cotangents(stage, ran.values, values, cotangents)
-            accumulate(cotangents, segment.backward(stage, context, tape, there, cotangents))
+            there = _after_cotangents(stage, ran.values, plan.program.inputs, cotangents)
+            accumulate(cotangents, segment.backward(stage, ran.context, tape, there, cotangents))
         if (group := plan.group_of(index, whole=True)) is not None:
-            of_leaves = [values[i] for i in group.leaves]
-            visit.whole(group, [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves])
+            of_leaves = [plan.program.inputs[i] for i in group.leaves]
+            gradients = [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves]
+            if inner is None:
+                statistics[group] = updater.measure(gradients)
+            else:
+                weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
+                weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
+                written |= zip(group.leaves, weights, strict=True)
+    return list(written.values()), owns, statistics
 
 
 def _after_cotangents(
@@ -163,10 +137,6 @@ def _after_cotangents(
     known = [cotangents[v] for v in stage.outputs if v in cotangents]
     read = {v: values[v] for v in stage.inputs if v not in inputs and jnp.issubdtype(values[v].dtype, jnp.floating)}
     return {**values, **{v: after(x, known) for v, x in read.items()}}
-
-
-def _context(plan: Plan, microbatches: int | None) -> Context:
-    return Context(plan.program, plan.active, plan.batched, microbatches, again=range(len(plan.program.avals)))
 
 
 def _forward(stage: Stage, context: Context, values: dict[int, Any]) -> Any:

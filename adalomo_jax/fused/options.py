@@ -9,20 +9,20 @@ from adalomo_jax.fused.loss_scale import DynamicLossScale
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `fuse`, explained there."""
+    """The options of `fuse`, explained there, where their defaults are too."""
 
-    has_aux: bool = False
-    trainable: Any | Callable[[str], bool] = None
-    max_grad_norm: float | None = None
-    microbatches: int | None = None
-    reduction: Literal["mean", "sum"] = "mean"
-    batch_argnums: int | tuple[int, ...] | None = None
-    loss_scale: float | DynamicLossScale | None = None
-    skip_nonfinite: bool = True
-    rms_metrics: bool = False
-    strict: bool = False
-    stochastic_rounding: bool | None = None
-    seed: int = 0
+    has_aux: bool
+    trainable: Any | Callable[[str], bool]
+    max_grad_norm: float | None
+    microbatches: int | None
+    reduction: Literal["mean", "sum"]
+    batch_argnums: int | tuple[int, ...] | None
+    loss_scale: float | DynamicLossScale | None
+    skip_nonfinite: bool
+    rms_metrics: bool
+    strict: bool
+    stochastic_rounding: bool | None
+    seed: int
 
     def __post_init__(self):
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -183,11 +183,12 @@ def _take_apart(
     residuals, treedef = jax.tree.flatten(pullback)
     there = {id(x): v for v, x in {**shared, **of_batch}.items() if v in context.again}
     once = {id(x): v for v, x in shared.items() if segment.batched and v not in context.again}
+    inputs = once | there
     saved: dict[int, Any] = {}
     sources = []
     for x in residuals:
-        if id(x) in there or id(x) in once:
-            sources.append(Source("input", there[id(x)] if id(x) in there else once[id(x)]))
+        if id(x) in inputs:
+            sources.append(Source("input", inputs[id(x)]))
         elif isinstance(x, Tracer):
             saved.setdefault(id(x), x)
             sources.append(Source("saved", list(saved).index(id(x))))

@@ -88,10 +88,14 @@ class FusedStep:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
         check_not_deleted(params, "params")
         traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
-        scale, zero = self.options.loss_scale, jnp.zeros([], jnp.int32)
-        inner = traced.optimizer.init(traced.leaves, traced.axes)
-        loss_scale = scale.init() if isinstance(scale, DynamicLossScale) else None
-        return FusedState(zero, jnp.zeros([], jnp.int32), inner, loss_scale, traced.signature)
+        scale = self.options.loss_scale
+        return FusedState(
+            count=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+            inner=traced.optimizer.init(traced.leaves, traced.axes),
+            loss_scale=scale.init() if isinstance(scale, DynamicLossScale) else None,
+            signature=traced.signature,
+        )
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
@@ -99,16 +103,16 @@ class FusedStep:
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
-        traced, n = trace_call(self.loss_fn, self.tx, self.options, params, args), self.options.microbatches
+        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
         plan, updater = traced.plan, self._updater(traced, state)
-        ran = backward.forward(plan, traced.leaves, traced.args, n, self._d_loss(state))
+        ran = backward.forward(plan, traced.leaves, traced.args, self.options.microbatches, self._d_loss(state))
         result = self._result_of(traced, ran.outputs)
         squares = None
         if self.options.max_grad_norm is not None:
-            squares = backward.squares_of_gradient(plan, ran, n, updater)
+            squares = backward.squares_of_gradient(plan, ran, updater)
             ran = backward.begin_after(ran, squares)
         updater = self._decide(updater, result, squares)
-        done = backward.backward(plan, ran, n, updater, state.inner, traced.leaves)
+        done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
         return self._finish(traced, state, result, done, updater)
 
     @cached_property

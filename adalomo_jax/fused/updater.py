@@ -134,4 +134,4 @@ def _where(condition: jax.Array, new: Sequence[Any], old: Sequence[Any]) -> list
 
 
 def _rms(x: jax.Array) -> jax.Array:
-    return rms(x.astype(jnp.float32)) if x.size else jnp.zeros([], jnp.float32)
+    return rms(x) if x.size else jnp.zeros([], jnp.float32)

@@ -19,12 +19,13 @@ NOT_LAYERWISE = ("flip", "cumsum", "temperature", "scale of each layer")
 SHAPES = ("none", "reshape", "reshape before", "slice", "slice before", "first layers", "group")
 
 
+@dataclass(frozen=True, repr=False)
 class Described:
     """Prints what is not as usual."""
 
     def __repr__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        values = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 

@@ -7,7 +7,6 @@ from language_model import batch, init_params, make_loss
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.fused.loss_scale import DynamicLossScale
-from adalomo_jax.fused.options import Options
 
 NAN = float("nan")
 ERRORS = {
@@ -44,9 +43,9 @@ def test_takes_what_does_not_contradict():
     ("argnums", "sliced"), [(None, [0, 1, 2]), (1, [0]), ((1, 3), [0, 2])], ids=["all", "one", "some"]
 )
 def test_which_arguments_are_sliced(argnums, sliced):
-    options = Options(microbatches=2, batch_argnums=argnums)
+    options = fuse(make_loss(), adalomo(1e-2), microbatches=2, batch_argnums=argnums).options
     assert [p for p in range(3) if options.is_batch(p)] == sliced
-    assert not any(Options().is_batch(p) for p in range(3))
+    assert not any(fuse(make_loss(), adalomo(1e-2)).options.is_batch(p) for p in range(3))
 
 
 def scanned(w, x, **options):

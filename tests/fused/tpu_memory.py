@@ -1,21 +1,18 @@
 """Compiles models as found for a TPU that is not there, by libtpu; prints what their steps need, one JSON line a model.
 
-python tpu_memory.py NAME ...
+JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python tpu_memory.py NAME ...
 """
 
 import json
-import os
 import sys
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+import jax
+from compiled import memory_of_steps
+from found_model import Model, Sizes
+from jax.experimental import topologies
+from models_as_found import MODELS
 
-import jax  # noqa: E402
-from compiled import memory_of_steps  # noqa: E402
-from found_model import Model, Sizes  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from models_as_found import MODELS  # noqa: E402
-
-from adalomo_jax import adalomo  # noqa: E402
+from adalomo_jax import adalomo
 
 SIZES = Sizes(layers=32, dim=1024, batch=1, length=128)
 """Each stack of matrices is larger than the chip's 128 MiB of VMEM, which `temp_size_in_bytes` does not count.
