@@ -126,21 +126,29 @@ def _for_each_microbatch(
 ) -> tuple[Any, Cotangents]:
     """``fn`` of each microbatch: what it returns, stacked, and its cotangents, stacked or summed in float32.
 
-    The sums begin once the outputs' cotangents are ``known``: else XLA may make the zeros of all segments at once.
+    Where they are written begins once the outputs' cotangents are ``known``: else XLA may make the zeros of all
+    segments at once.
     """
     if not segment.batched:
         return fn(of_batch)
-    shared = [v for v in segment.inputs if v in context.active and v not in context.batched]
-    avals = [context.program.avals[v] for v in shared]
-    zeros = {v: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for v, x in zip(shared, avals)}
-    zeros = {v: after(x, known) for v, x in zeros.items()}
+    active = [v for v in segment.inputs if v in context.active]
+    stacked = [v for v in active if v in context.batched]
 
-    def iteration(sums: Cotangents, of_batch: Any) -> tuple[Cotangents, tuple[Any, Cotangents]]:
+    def zeros(v: int) -> jax.Array:
+        aval = context.program.avals[v]
+        if v in context.batched:
+            return jnp.zeros((context.microbatches, *aval.shape), aval.dtype)
+        return jnp.zeros(aval.shape, jnp.promote_types(aval.dtype, jnp.float32))
+
+    def iteration(written: Cotangents, i_and_batch: Any) -> tuple[Cotangents, Any]:
+        i, of_batch = i_and_batch
         outputs, d = fn(of_batch)
-        return {v: sums[v] + d[v] for v in shared}, (outputs, {v: x for v, x in d.items() if v not in sums})
+        rows = {v: lax.dynamic_update_index_in_dim(written[v], d[v], i, 0) for v in stacked}
+        return rows | {v: written[v] + d[v] for v in active if v not in rows}, outputs
 
-    sums, (outputs, d_inputs) = lax.scan(iteration, zeros, of_batch, length=context.microbatches)
-    return outputs, sums | d_inputs
+    start = {v: after(zeros(v), known) for v in active}
+    d_inputs, outputs = lax.scan(iteration, start, (jnp.arange(context.microbatches), of_batch))
+    return outputs, d_inputs
 
 
 def _inputs(segment: Segment, context: Context, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
