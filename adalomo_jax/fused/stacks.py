@@ -70,10 +70,14 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
     """Layer ``i`` of a stack, its axes in memory in their order.
 
     Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
-    for a copy of the whole stack before and one after it. Now it copies a layer at most.
+    for a copy of the whole stack before and one after it. Now it copies a layer at most. A CPU's compiler never does
+    that, and would copy the layer where it can read it from the stack.
     """
     layer = lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
-    return with_layout_constraint(layer, Layout(tuple(range(layer.ndim)))) if layer.ndim > 1 else layer
+    if layer.ndim < 2:
+        return layer
+    in_order = Layout(tuple(range(layer.ndim)))
+    return lax.platform_dependent(layer, cpu=lambda x: x, default=lambda x: with_layout_constraint(x, in_order))
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:
