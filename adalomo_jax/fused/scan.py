@@ -14,7 +14,7 @@ from jax import lax
 from adalomo_jax.fused import segment
 from adalomo_jax.fused.jaxpr import evaluate
 from adalomo_jax.fused.plan import LayerScan
-from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate
+from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
 from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
 
 
@@ -101,7 +101,7 @@ def backward(
     scan, body, context = stage.scan, stage.scan.body, _context(stage, outer)
     consts, carry, xs = _operands(stage, outer, context, values)
     d_outputs = {p: cotangents[v] for p, v in enumerate(stage.outputs) if v in cotangents}
-    d_carry = {v: d_outputs.get(p, _zeros(context, v)) for p, v in enumerate(carry) if v in stage.active}
+    d_carry = {v: d_outputs.get(p, zeros(context, v)) for p, v in enumerate(carry) if v in stage.active}
     d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
     constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
@@ -116,9 +116,9 @@ def backward(
         for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
             accumulate(d, segment.backward(part, context, (saved, layout), there, d))
         gradients = pull_chain(d)
-        d_carry = {v: d.get(v, _zeros(context, v)).astype(body.avals[v].dtype) for v in d_carry}
+        d_carry = {v: d.get(v, zeros(context, v)).astype(body.avals[v].dtype) for v in d_carry}
         d_consts = {v: (total + d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
-        d_xs = {v: d.get(v, _zeros(context, v)) for v in xs if v in stage.active}
+        d_xs = {v: d.get(v, zeros(context, v)) for v in xs if v in stage.active}
         if update_layer is None:
             stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
         else:
@@ -133,7 +133,7 @@ def backward(
         iteration,
         (
             {v: d.astype(body.avals[v].dtype) for v, d in d_carry.items()},
-            {v: _zero_sum(context, v) for v in consts if v in stage.active},
+            {v: zero_sum(context, v) for v in consts if v in stage.active},
             stacks,
             frozen,
         ),
@@ -241,17 +241,3 @@ def _once(context: Context, received: int, source: Context, value: int, d: Any) 
 def _swap_if_batched(context: Context, v: int, x: Any) -> Any:
     """The axes of layers and of microbatches swapped, where there are both."""
     return jnp.swapaxes(x, 0, 1) if v in context.batched else x
-
-
-def _zeros(context: Context, v: int) -> jax.Array:
-    """Zeros like a value, of each microbatch where it differs."""
-    leading = (context.microbatches,) if v in context.batched else ()
-    aval = context.program.avals[v]
-    return jnp.zeros((*leading, *aval.shape), aval.dtype)
-
-
-def _zero_sum(context: Context, v: int) -> jax.Array:
-    """Where to sum cotangents of a value over layers, and in float32 over microbatches."""
-    zeros = _zeros(context, v)
-    summed = context.microbatches is not None and v not in context.batched
-    return zeros.astype(jnp.promote_types(zeros.dtype, jnp.float32)) if summed else zeros

@@ -121,6 +121,20 @@ def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
         cotangents[v] = cotangents[v] + d if v in cotangents else d
 
 
+def zeros(context: Context, v: int) -> jax.Array:
+    """Zeros like a value, of each microbatch where it differs."""
+    leading = (context.microbatches,) if v in context.batched else ()
+    aval = context.program.avals[v]
+    return jnp.zeros((*leading, *aval.shape), aval.dtype)
+
+
+def zero_sum(context: Context, v: int) -> jax.Array:
+    """Where to sum cotangents of a value: over microbatches in float32."""
+    summed = context.microbatches is not None and v not in context.batched
+    zero = zeros(context, v)
+    return zero.astype(jnp.promote_types(zero.dtype, jnp.float32)) if summed else zero
+
+
 def _for_each_microbatch(
     fn: Callable[[Any], tuple[Any, Cotangents]], of_batch: Any, segment: Segment, context: Context, known: Cotangents
 ) -> tuple[Any, Cotangents]:
@@ -134,19 +148,13 @@ def _for_each_microbatch(
     active = [v for v in segment.inputs if v in context.active]
     stacked = [v for v in active if v in context.batched]
 
-    def zeros(v: int) -> jax.Array:
-        aval = context.program.avals[v]
-        if v in context.batched:
-            return jnp.zeros((context.microbatches, *aval.shape), aval.dtype)
-        return jnp.zeros(aval.shape, jnp.promote_types(aval.dtype, jnp.float32))
-
     def iteration(written: Cotangents, i_and_batch: Any) -> tuple[Cotangents, Any]:
         i, of_batch = i_and_batch
         outputs, d = fn(of_batch)
         rows = {v: lax.dynamic_update_index_in_dim(written[v], d[v], i, 0) for v in stacked}
         return rows | {v: written[v] + d[v] for v in active if v not in rows}, outputs
 
-    start = {v: after(zeros(v), known) for v in active}
+    start = {v: after(zero_sum(context, v), known) for v in active}
     d_inputs, outputs = lax.scan(iteration, start, (jnp.arange(context.microbatches), of_batch))
     return outputs, d_inputs
 

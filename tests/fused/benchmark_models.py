@@ -9,6 +9,7 @@ import argparse
 import platform
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def compiled(fn, args):
 
 
 def in_turn(times, run):
-    """Medians of ratios of the seconds that `run` returns of 0 and of 1."""
+    """The median of the ratios of the seconds that ``run(0)`` and ``run(1)`` return, each pair in the other order."""
     ratios = []
     for i in range(times):
         seconds = {k: run(k) for k in ((0, 1) if i % 2 else (1, 0))}
@@ -42,7 +43,8 @@ def compare(model):
     """Ratios of compile time, step time and temporaries."""
     step, batch = fuse(model.loss_fn, adalomo(1e-3), has_aux=model.has_aux), model.batch(0)
     state = step.init(model.params, *batch)
-    functions, programs = (step, step.unfused), [None, None]
+    functions: tuple[Any, ...] = (step, step.unfused)
+    programs: list[Any] = [None, None]
     now = [jax.tree.map(jnp.copy, (model.params, state)) for _ in functions]
 
     def compile_one(k):
@@ -56,7 +58,7 @@ def compare(model):
         return seconds
 
     compile_ratio = in_turn(COMPILATIONS, compile_one)
-    in_turn(2, run_one)
+    in_turn(2, run_one)  # the first runs are slower
     step_ratio = in_turn(PAIRS, run_one)
     temporaries = [memory_of(program).temp_size_in_bytes for program in programs]
     return compile_ratio, step_ratio, temporaries[0] / temporaries[1]
