@@ -172,7 +172,7 @@ class FusedStep:
                 "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among those that "
                 "are trained. Leave it at None to round where there are such."
             )
-        key = jax.random.fold_in(jax.random.key(self.options.seed, impl="rbg"), state.count)
+        key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
         scale = self._scale(state)
         return Updater(

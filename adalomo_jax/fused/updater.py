@@ -114,7 +114,7 @@ def sum_of_squares(gradients: Iterable[Any]) -> jax.Array:
 def _update_stacks(
     update_layer: UpdateLayer, axes: Sequence[int], weights: list[Any], gradients: list[Any], own: list[Any]
 ) -> tuple[list[Any], list[Any], Statistics]:
-    """Stacks and their state after the step: a loop, in place, for under vmap rbg keys would give other bits."""
+    """Stacks and their state after the step, in place, layer after layer: the bits of the rounding are per layer."""
 
     def iteration(carry, i):
         layers, of_layers = ([layer_at(x, i, axis) for x, axis in zip(xs, axes)] for xs in (carry.weights, gradients))

@@ -5,3 +5,6 @@ from adalomo_jax.models.config import LlamaConfig as LlamaConfig
 from adalomo_jax.models.llama import Llama as Llama
 from adalomo_jax.models.loss import next_token_loss as next_token_loss
 from adalomo_jax.models.sampling import generate as generate
+from adalomo_jax.models.sharding import batch_sharding as batch_sharding
+from adalomo_jax.models.sharding import make_mesh as make_mesh
+from adalomo_jax.models.sharding import param_shardings as param_shardings

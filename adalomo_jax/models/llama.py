@@ -11,7 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import LlamaConfig
 
 _INIT = nnx.initializers.normal(0.02)
@@ -51,21 +53,30 @@ def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype) -> nnx.Linear
 class Attention(nnx.Module):
     """Causal attention with rotary positions and grouped queries."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        kind: Kind = "blocks",
+        sharding: NamedSharding | None = None,
+    ):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = _linear(D, N * H, rngs=rngs, dtype=dtype)
         self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
         self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
         self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype)
-        self.head_dim = H
+        self.kind: Kind = kind
+        self.head_dim, self.sharding = H, sharding
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
         k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
         v_BTKH = self.v_proj(x_BTD).reshape(heads)
-        out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.kind, sharding=self.sharding)
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
 
@@ -85,9 +96,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then SwiGLU, each on the normalized stream and added to it."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, **attention):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, **attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
@@ -96,11 +107,11 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-def _stacked_blocks(config: LlamaConfig, *, rngs: nnx.Rngs, dtype) -> Block:
+def _stacked_blocks(config: LlamaConfig, *, rngs: nnx.Rngs, **options) -> Block:
     """A ``Block`` whose every leaf has a leading layer axis. A loop, not a vmap: one layer's random bits at a time."""
 
     def block(key: jax.Array) -> Block:
-        return Block(config, rngs=nnx.Rngs(key), dtype=dtype)
+        return Block(config, rngs=nnx.Rngs(key), **options)
 
     keys = jax.random.split(rngs.params(), config.num_hidden_layers)
     graphdef = nnx.graphdef(nnx.eval_shape(block, keys[0]))
@@ -119,6 +130,9 @@ class Llama(nnx.Module):
         dtype: type of the weights, and with it of the activations. Norms, softmax and logits are float32 all the same.
         remat: ``True`` recomputes each layer in the backward pass and saves its input only, ``False`` saves all
             residuals; a policy of ``jax.checkpoint_policies`` chooses.
+        attention: see :func:`~adalomo_jax.models.attention.causal_attention`.
+        batch_sharding: of the batch, where it is spread over a mesh (:mod:`adalomo_jax.models.sharding`); each layer's
+            input is kept so.
 
     Example:
         >>> from flax import nnx
@@ -137,12 +151,14 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
         dtype=jnp.float32,
         remat: bool | Callable[..., bool] = True,
+        attention: Kind = "blocks",
+        batch_sharding: NamedSharding | None = None,
     ):
-        self.config, self.remat = config, remat
+        self.config, self.remat, self.batch_sharding = config, remat, batch_sharding
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, param_dtype=dtype, embedding_init=_INIT, rngs=rngs
         )
-        self.layers = _stacked_blocks(config, rngs=rngs, dtype=dtype)
+        self.layers = _stacked_blocks(config, rngs=rngs, dtype=dtype, kind=attention, sharding=batch_sharding)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs=rngs, dtype=dtype)
@@ -163,10 +179,17 @@ class Llama(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def run_layer(x_BTD, layer):
-            return nnx.merge(graphdef, layer)(x_BTD, cos, sin), None
+            x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin)
+            return self._spread(x_BTD), None
 
-        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), self.embed_tokens(tokens_BT), layers)
+        x_BTD = self._spread(self.embed_tokens(tokens_BT))
+        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), x_BTD, layers)
         return self.norm(x_BTD)
+
+    def _spread(self, x_BTD: jax.Array) -> jax.Array:
+        """The residual stream, each device's sequences whole."""
+        sharding = self.batch_sharding
+        return x_BTD if sharding is None else jax.lax.with_sharding_constraint(x_BTD, sharding)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head alone: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""

@@ -1,0 +1,76 @@
+"""How a Llama's parameters and batches are spread over a mesh of devices: data, FSDP and tensor parallelism.
+
+- ``data``: each device has all parameters, and some sequences of the batch.
+- ``fsdp``: as ``data``, but parameters are cut along the axis of the residual stream, and gathered layer by layer.
+- ``tensor``: heads, SwiGLU's width and the vocabulary are cut; each device computes with its part of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+"""The axes of a mesh, the outermost first."""
+
+_OUT_OF_STREAM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+_INTO_STREAM = ("o_proj", "down_proj", "embed_tokens")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``; those that are not named have the size 1.
+
+    Args:
+      sizes: of the axes.
+      devices: as many as the sizes multiply to; JAX's own where they are not given.
+
+    Raises:
+      ValueError: for other axes, or where the number of devices is another one.
+
+    Example:
+      >>> print(dict(make_mesh({"fsdp": 1}, jax.devices()[:1]).shape))
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = [name for name in sizes if name not in AXES]
+    if unknown or any(size < 1 for size in sizes.values()):
+        raise ValueError(f"A mesh has the axes {', '.join(AXES)} with sizes of at least 1, got {dict(sizes)}.")
+    shape = tuple(sizes.get(name, 1) for name in AXES)
+    if math.prod(shape) != len(devices):
+        say = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"The mesh {say} takes {math.prod(shape)} devices, but there are {len(devices)}.")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis are the sequences of a batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """A tree like ``params`` of ``NamedSharding``s.
+
+    Matrices are cut along the axis of the residual stream by ``fsdp`` and along the other by ``tensor``, where the
+    mesh divides them; layer axes are not cut. Norms are whole on each device.
+
+    Args:
+      params: nested dictionary of a ``Llama``'s parameters, or of their shapes.
+      mesh: made by `make_mesh`.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[-2] in _OUT_OF_STREAM:
+            axes = ("fsdp", "tensor")
+        elif names[-2] in _INTO_STREAM:
+            axes = ("tensor", "fsdp")
+        else:
+            return NamedSharding(mesh, PartitionSpec())
+        cut = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape[-2:])]
+        return NamedSharding(mesh, PartitionSpec(*(None,) * (len(leaf.shape) - 2), *cut))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)

@@ -1,0 +1,68 @@
+"""Attention in blocks, and by the TPU's kernel, against plain attention."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adalomo_jax.models.attention import BLOCK, causal_attention, splash_takes
+
+
+def make_inputs(length, *, heads=4, kv_heads=2, width=8, batch=2):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def values_and_gradients(attention, inputs):
+    *qkv, weights = inputs
+    loss = lambda q, k, v: jnp.sum(attention(q, k, v) * weights)
+    return jax.jit(lambda *qkv: (attention(*qkv), jax.grad(loss, argnums=(0, 1, 2))(*qkv)))(*qkv)
+
+
+plain = partial(jax.nn.dot_product_attention, is_causal=True)
+
+
+@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 7])
+def test_blocks_equal_plain_attention(length):
+    inputs = make_inputs(length)
+    actual, expected = values_and_gradients(causal_attention, inputs), values_and_gradients(plain, inputs)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
+
+
+def test_the_comparison_sees_a_key_of_the_future():
+    q, k, v, _ = make_inputs(BLOCK + 1)
+    actual, expected = causal_attention(q, k, v), jax.nn.dot_product_attention(q, k, v)
+    assert np.max(np.abs(actual - expected)) > 1e-2
+
+
+def test_the_kernel_for_tpus_equals_plain_attention():
+    inputs = make_inputs(256, width=128, batch=1)
+    splash = partial(causal_attention, kind="splash", interpret=True)
+    actual, expected = values_and_gradients(splash, inputs), values_and_gradients(plain, inputs)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4), actual, expected)
+
+
+def test_what_the_kernel_for_tpus_does_not_take_is_refused():
+    assert splash_takes(2048, 128) and not splash_takes(2048, 64) and not splash_takes(100, 128)
+    with pytest.raises(ValueError, match="got 100 positions and heads 8 wide. Take attention='blocks'"):
+        q, k, v, _ = make_inputs(100)
+        causal_attention(q, k, v, "splash")
+
+
+def test_blocks_hold_the_scores_of_one_block():
+    """Of a gradient; where scores of all queries are held, temporaries grow by them."""
+    length, heads = 8 * BLOCK, 2
+    inputs = make_inputs(length, heads=heads, kv_heads=1, batch=1)[:3]
+    temporaries = []
+    for attention in (causal_attention, plain):
+        compiled = (
+            jax.jit(jax.grad(lambda *qkv, f=attention: jnp.sum(f(*qkv)), argnums=(0, 1, 2))).lower(*inputs).compile()
+        )
+        sizes = compiled.memory_analysis()
+        assert sizes is not None
+        temporaries.append(sizes.temp_size_in_bytes)
+    scores = 4 * heads * length * length
+    assert temporaries[0] < scores < temporaries[1]
