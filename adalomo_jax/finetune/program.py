@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from adalomo_jax import FusedStep, fuse
 from adalomo_jax.finetune.config import FinetuneConfig
@@ -50,11 +51,15 @@ class Training(NamedTuple):
     schedule: optax.Schedule
 
 
-def make_training(config: FinetuneConfig, model: LlamaConfig) -> Training:
-    """The step that the options make, of a model of these sizes. Computes nothing."""
+def make_training(config: FinetuneConfig, model: LlamaConfig, batch_sharding: NamedSharding | None = None) -> Training:
+    """The step that the options make, of a model of these sizes. Computes nothing.
+
+    On a mesh the step takes parameters and batches that are sharded over it; the latter's sharding is given.
+    """
 
     def make_model() -> Llama:
-        return Llama(model, rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
+        dtype = jnp.dtype(config.dtype)
+        return Llama(model, rngs=nnx.Rngs(config.seed), dtype=dtype, batch_sharding=batch_sharding)
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     schedule = make_schedule(config)
@@ -66,7 +71,12 @@ def make_training(config: FinetuneConfig, model: LlamaConfig) -> Training:
         make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
         graphdef=graphdef,
         loss_fn=loss_fn,
-        step=fuse(loss_fn, make_optimizer(config, schedule), seed=config.seed),
+        step=fuse(
+            loss_fn,
+            make_optimizer(config, schedule),
+            microbatches=config.microbatches if config.microbatches > 1 else None,
+            seed=config.seed,
+        ),
         tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32),
         schedule=schedule,
     )

@@ -113,8 +113,10 @@ def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fus
         gradient = max(map(at, range(len(plan.stages))), default=0)
     else:
         trained = [leaf.trained for leaf in plan.leaves]
-        gradient = sum(shard_bytes(x) for x, is_trained in zip(jax.tree.leaves(params), trained, strict=True) if is_trained)
-    # What is saved has the batch's axis, and lies as the batch does; the unfused step saves of one microbatch at a time.
+        gradient = sum(
+            shard_bytes(x) for x, is_trained in zip(jax.tree.leaves(params), trained, strict=True) if is_trained
+        )
+    # What is saved lies as the batch does; the unfused step saves of one microbatch at a time.
     batch_share = sum(map(shard_bytes, jax.tree.leaves(args))) / max(1, sum(map(whole_bytes, jax.tree.leaves(args))))
     saved = step.saved_bytes(params, *args) * batch_share / (1 if fused else step.options.microbatches or 1)
     on_chip = lambda tree: sum(shard_bytes(x) for x in jax.tree.leaves(tree) if not on_host(x))

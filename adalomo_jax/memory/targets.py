@@ -1,4 +1,4 @@
-"""Chips to compile for, which need not be there: what JAX is told of them, and how much memory a program has on each."""
+"""Chips to compile for, which need not be there: what JAX is told of them, and the memory of each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from jax.experimental import topologies
 GPU_USABLE_SHARE = 0.95
 """Of a GPU's memory, what a process can have: the driver, the CUDA context and the libraries hold the rest."""
 
-_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""So that libtpu neither asks a cloud's metadata server nor a lock file for a chip that is not there."""
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_HOST_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1",
+}
+"""So that libtpu asks neither a cloud's metadata server nor a lock file for chips, nor says that they are missing."""
 
 
 class Unavailable(Exception):
@@ -76,7 +82,7 @@ def prepare(target: Target, chips: int = 1) -> None:
 
     To be called before JAX has made an array or named a device; later it changes nothing.
     """
-    os.environ.update(_LIBTPU)
+    _set_libtpu()
     jax.config.update("jax_platforms", "cpu")
     if target.platform == "cpu" and chips > 1:
         jax.config.update("jax_num_cpu_devices", chips)
@@ -105,8 +111,7 @@ def devices_of(target: Target, chips: int = 1) -> Sequence[Any]:
             platform="cuda", target_config=target.description, topology=shape, topology_name=shape
         )
         return described.devices
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
+    _set_libtpu()
     shape = torus(chips, target.dimensions)
     # A pod's hosts have four chips or more, and libtpu has to be told of a host with fewer.
     bounds = {"chips_per_host_bounds": (*shape, 1, 1)[:3]} if chips < 4 else {}
@@ -150,6 +155,11 @@ def _of_cpu(chips: int) -> Sequence[Any]:
             f"JAX has {len(devices)} CPU devices here, not {chips}: set jax_num_cpu_devices before it starts"
         )
     return devices[:chips]
+
+
+def _set_libtpu() -> None:
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
 
 
 def _power_above(chips: int) -> int:

@@ -52,3 +52,13 @@ class Usage:
         """Of the peak, what is none of parameters, state, gradients and saved inputs; 0 where those overlap."""
         named = self.params_bytes + self.state_bytes + self.gradient_bytes + self.saved_bytes
         return max(0, self.peak_bytes - named)
+
+
+def format_bytes(count: int | None) -> str:
+    """Decimal units: 1 GB is 10**9 bytes."""
+    if count is None:
+        return "not known"
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
