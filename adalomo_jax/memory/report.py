@@ -57,11 +57,11 @@ def label(row: Row) -> str:
 
 
 def verdict(usage: Usage) -> str:
-    """Whether it fits, and by how much; whether it was the compiler who refused."""
+    """Whether it fits, and by how much; whether the compiler refused it."""
     if usage.fits:
         return f"yes, {format_bytes(usage.spare_bytes)} to spare"
-    refused = "refused by the compiler, " if usage.refused else ""
-    return f"no, {refused}{format_bytes(-usage.spare_bytes)} too much"
+    by_compiler = ", and refused" if usage.refused else ""
+    return f"no, {format_bytes(-usage.spare_bytes)} too much{by_compiler}"
 
 
 def json_line(row: Row) -> str:

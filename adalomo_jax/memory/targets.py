@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -84,8 +85,9 @@ def prepare(target: Target, chips: int = 1) -> None:
     """
     _set_libtpu()
     jax.config.update("jax_platforms", "cpu")
-    if target.platform == "cpu" and chips > 1:
-        jax.config.update("jax_num_cpu_devices", chips)
+    if target.platform == "cpu" and chips > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", chips)
 
 
 def devices_of(target: Target, chips: int = 1) -> Sequence[Any]:
