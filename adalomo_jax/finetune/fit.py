@@ -29,7 +29,7 @@ class Step(NamedTuple):
     fused: bool
 
 
-_NAMES = {"adamw": "optax.adamw, float32 moments", "adafactor": "optax.adafactor"}
+_NAMES = {"adamw": "adamw (optax, float32 moments)", "adafactor": "adafactor (optax)"}
 _COMPARED: tuple[tuple[Optimizer, bool], ...] = (
     ("adalomo", False),
     ("adafactor", False),

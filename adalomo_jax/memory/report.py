@@ -37,17 +37,22 @@ class Row(NamedTuple):
 
 
 def usage_table(rows: Sequence[Row], title: str) -> Table:
-    """A line for each row, in gigabytes."""
+    """A column for each row, so that a terminal 80 characters wide has room for five."""
     table = Table(title=title)
-    table.add_column("step", style="bold")
-    for name in (*_PARTS, "host", "total a chip", "its limit"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
+    table.add_column("a chip", min_width=max(len(word) for name in _PARTS for word in name.split()))
     for row in rows:
-        usage = row.usage
-        parts = [format_bytes(getattr(usage, part)) for part in _PARTS.values()]
-        totals = [format_bytes(n) for n in (usage.host_bytes, usage.peak_bytes, usage.limit_bytes)]
-        table.add_row(label(row), *parts, *totals, verdict(usage))
+        table.add_column(label(row), justify="right")
+    usages = [row.usage for row in rows]
+    for name, attribute in _PARTS.items():
+        table.add_row(name, *(format_bytes(getattr(usage, attribute)) for usage in usages))
+    table.add_section()
+    table.add_row("total", *(format_bytes(usage.peak_bytes) for usage in usages), style="bold")
+    table.add_row("the chip's limit", *(format_bytes(usage.limit_bytes) for usage in usages))
+    table.add_row("fits", *map(verdict, usages), style="bold")
+    table.add_row("to spare", *(format_bytes(max(0, usage.spare_bytes)) for usage in usages))
+    table.add_row("too much", *(format_bytes(max(0, -usage.spare_bytes)) for usage in usages))
+    table.add_section()
+    table.add_row("in the host's memory", *(format_bytes(usage.host_bytes) for usage in usages))
     return table
 
 
@@ -57,11 +62,8 @@ def label(row: Row) -> str:
 
 
 def verdict(usage: Usage) -> str:
-    """Whether it fits, and by how much; whether the compiler refused it."""
-    if usage.fits:
-        return f"yes, {format_bytes(usage.spare_bytes)} to spare"
-    by_compiler = ", and refused" if usage.refused else ""
-    return f"no, {format_bytes(-usage.spare_bytes)} too much{by_compiler}"
+    """Whether it fits, or even was refused by the compiler."""
+    return "yes" if usage.fits else "refused" if usage.refused else "no"
 
 
 def json_line(row: Row) -> str:
