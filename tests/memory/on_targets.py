@@ -9,15 +9,16 @@ import sys
 import pytest
 
 
-def _installed(module):
+def installed(module):
+    """Whether a plugin is."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-needs_libtpu = pytest.mark.skipif(not _installed("libtpu"), reason="libtpu is not installed")
-needs_cuda = pytest.mark.skipif(not _installed("jax_plugins.xla_cuda13"), reason="the CUDA plugin is not installed")
+needs_libtpu = pytest.mark.skipif(not installed("libtpu"), reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(not installed("jax_plugins.xla_cuda13"), reason="the CUDA plugin is not installed")
 
 
 def memory_rows(*options):

@@ -7,7 +7,7 @@ from on_targets import memory_rows, needs_libtpu
 
 pytestmark = needs_libtpu
 
-SIZES = dict(model_type="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=32)
+SIZES = dict(model_type="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=96)
 SIZES |= dict(num_attention_heads=8, max_position_embeddings=256)
 """Each stack of matrices is larger than the 128 MiB of VMEM in a chip, which is not counted."""
 
@@ -42,7 +42,7 @@ def test_a_slice_of_a_pod(small):
 
 
 def test_what_is_too_large_is_refused_with_its_size(config, small):
-    sizes = json.loads(open(config).read()) | {"num_hidden_layers": 1600, "vocab_size": 256}
+    sizes = json.loads(open(config).read()) | {"num_hidden_layers": 2400, "vocab_size": 256}
     path = config.replace("config.json", "large.json")
     with open(path, "w") as file:
         json.dump(sizes, file)

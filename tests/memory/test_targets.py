@@ -1,20 +1,12 @@
 """Which chips there are to compile for, and what is said where their compilers are missing."""
 
-import importlib.util
 import re
 
 import pytest
+from on_targets import installed
 
 from adalomo_jax.memory import TARGETS, Unavailable, devices_of
 from adalomo_jax.memory.targets import torus
-
-
-def has(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
 
 EXTRAS = {"tpu": (["libtpu"], "tpu-aot"), "cuda": (["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"], "cuda-aot")}
 
@@ -22,7 +14,7 @@ EXTRAS = {"tpu": (["libtpu"], "tpu-aot"), "cuda": (["jax_plugins.xla_cuda13", "j
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "cpu"])
 def test_a_missing_plugin_is_one_line_that_names_the_extra(name):
     modules, extra = EXTRAS[TARGETS[name].platform]
-    if any(map(has, modules)):
+    if any(map(installed, modules)):
         pytest.skip("the plugin is installed")
     with pytest.raises(Unavailable) as refused:
         devices_of(TARGETS[name])
