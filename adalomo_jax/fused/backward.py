@@ -119,7 +119,8 @@ def _pull_back(
             own, update_layer = [], None
             if inner is not None and group is not None:
                 own, update_layer = updater.optimizer.own(inner, group), partial(updater, group)
-            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, update_layer, updater.measure)
+            measure = partial(updater.measure, group)
+            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, update_layer, measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
                 owns[group], statistics[group] = done.own, done.statistics
@@ -131,11 +132,13 @@ def _pull_back(
             of_leaves = [plan.program.inputs[i] for i in group.leaves]
             gradients = [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves]
             if inner is None:
-                statistics[group] = updater.measure(gradients)
+                statistics[group] = updater.measure(group, gradients)
             else:
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
                 written |= zip(group.leaves, weights, strict=True)
+                # Else XLA may pull further stages back first, with these gradients still alive.
+                cotangents = {v: after(d, weights) for v, d in cotangents.items()}
     return list(written.values()), owns, statistics
 
 

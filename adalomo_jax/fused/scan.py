@@ -15,6 +15,7 @@ from adalomo_jax.fused import segment
 from adalomo_jax.fused.jaxpr import evaluate
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
+from adalomo_jax.fused.sharding import constrain
 from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
 
 
@@ -110,7 +111,8 @@ def backward(
         d_carry, d_consts, stacks, frozen = state
         i, xs, residuals, d_ys = x
         trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
-        layers, pull_chain = _layers(stage, outer, _slices(stage, trained | frozen, i))
+        slices = _slices(stage, trained | frozen, i)
+        layers, pull_chain = _layers(stage, outer, slices)
         there = constants | xs | layers
         d = _of_outputs(stage, context, d_carry, d_ys)
         for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
@@ -122,7 +124,7 @@ def backward(
         if update_layer is None:
             stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
         else:
-            weights = [layer_at(x, i, axis) for x, axis in zip(stacks.weights, axes)]
+            weights = [jnp.squeeze(slices[stack.value], stack.axis) for stack in stage.trained]
             read_by = (d_carry, d_consts, d_xs, gradients)
             stacks, statistics = update(stacks, axes, i, i + stride, weights, gradients, update_layer, read_by)
         return (d_carry, d_consts, stacks, lax.optimization_barrier(frozen)), (d_xs, statistics)
@@ -179,7 +181,8 @@ def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
 
 def _slices(stage: LayerScan, stacks: Mapping[int, Any], i: Any) -> dict[int, Any]:
     """Layer ``i`` of each stack, its layer axis kept, by the number in the program."""
-    return {stack.value: layer_at(stacks[stack.value], i, stack.axis, keepdims=True) for stack in stage.stacks}
+    layers = {s.value: layer_at(stacks[s.value], i, s.axis, keepdims=True) for s in stage.stacks}
+    return {stack.value: constrain(layers[stack.value], stack.sharding) for stack in stage.stacks}
 
 
 def _layers(

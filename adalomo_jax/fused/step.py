@@ -10,30 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import Signature, check_not_deleted, check_signature, check_state
+from adalomo_jax.fused.checks import check_not_deleted, check_state
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.sharding import constrain, of_own_state
+from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
 from adalomo_jax.fused.unfused import all_gradients
 from adalomo_jax.fused.updater import Updater
 from adalomo_jax.optimizers.per_layer import Group
 from adalomo_jax.optimizers.rounding import rounds_stochastically
-
-
-class FusedState(NamedTuple):
-    """The state of a training step."""
-
-    count: jax.Array
-    """Steps taken, int32; the keys of stochastic rounding are made from it."""
-    skipped: jax.Array
-    """Steps in which something was not finite, and it, or all, was not written; int32."""
-    inner: Any
-    """The state of ``tx``, with a leading layer axis on what it keeps for a stack of layers."""
-    loss_scale: Any
-    """The state of a dynamic loss scale; None without one."""
-    signature: Signature
-    """What the state was made for; no array. For `flax.serialization` import `adalomo_jax.linen`, which teaches it."""
 
 
 class StepResult(NamedTuple):
@@ -87,19 +74,18 @@ class FusedStep:
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
         check_not_deleted(params, "params")
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
-        scale = self.options.loss_scale
-        return FusedState(
-            count=jnp.zeros([], jnp.int32),
-            skipped=jnp.zeros([], jnp.int32),
-            inner=traced.optimizer.init(traced.leaves, traced.axes),
-            loss_scale=scale.init() if isinstance(scale, DynamicLossScale) else None,
-            signature=traced.signature,
-        )
+        return make_state(self._trace(params, args), self.options.loss_scale)
+
+    def abstract_state(self, params: Any, *args: Any) -> FusedState:
+        """What `init` would return, as ``jax.ShapeDtypeStruct``s with their shardings. Allocates nothing.
+
+        To compile a step for devices that are not there, or to restore a checkpoint into.
+        """
+        return make_abstract_state(self._trace(params, args), self.options.loss_scale)
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
-        return trace_call(self.loss_fn, self.tx, self.options, params, args).plan
+        return self._trace(params, args).plan
 
     def saved_bytes(self, params: Any, *args: Any) -> int:
         """Bytes that the forward pass saves for the way back: inputs of layers, and other residuals. Computes nothing.
@@ -111,7 +97,7 @@ class FusedStep:
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        traced = self._trace(params, args, state)
         plan, updater = traced.plan, self._updater(traced, state)
         ran = backward.forward(plan, traced.leaves, traced.args, self.options.microbatches, self._d_loss(state))
         result = self._result_of(traced, ran.outputs)
@@ -130,13 +116,20 @@ class FusedStep:
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        traced = self._trace(params, args, state)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
-        squares = updater.measure(list(gradients.values())).squares
+        squares = updater.measure(None, list(gradients.values())).squares
         updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
+
+    def _trace(self, params: Any, args: Sequence[Any], state: FusedState | None = None) -> Traced:
+        """The call, traced; where a state is given, it must be one for such a call."""
+        if state is not None and not isinstance(state, FusedState):
+            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
+        made_for = None if state is None else state.signature
+        return trace_call(self.loss_fn, self.tx, self.options, params, args, made_for)
 
     def _d_loss(self, state: FusedState) -> jax.Array:
         """The cotangent of each microbatch's loss."""
@@ -158,9 +151,6 @@ class FusedStep:
 
     def _updater(self, traced: Traced, state: FusedState) -> Updater:
         """The updater as far as it is known before the loss."""
-        if not isinstance(state, FusedState):
-            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
-        check_signature(state.signature, traced.signature)
         check_state(
             state.inner, jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), traced.leaves)
         )
@@ -174,7 +164,7 @@ class FusedStep:
             )
         key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
-        scale = self._scale(state)
+        scale, of_tensors = self._scale(state), tuple(leaf.tensor_sharding for leaf in plans)
         return Updater(
             optimizer=traced.optimizer,
             axes=traced.axes,
@@ -182,6 +172,8 @@ class FusedStep:
             keys=tuple(keys),
             unscale=None if scale is None else 1 / jnp.asarray(scale, jnp.float32),
             measures_rms=self.options.rms_metrics,
+            of_tensors=of_tensors,
+            of_own={group: of_own_state(traced.optimizer, group, of_tensors) for group in traced.optimizer.groups},
         )
 
     def _decide(self, updater: Updater, result: tuple[jax.Array, Any], squares: jax.Array | None) -> Updater:
@@ -222,7 +214,8 @@ class FusedStep:
             loss_scale=loss_scale,
             signature=state.signature,
         )
-        return StepResult(traced.treedef.unflatten(done.leaves), state, loss, aux, metrics)
+        leaves = [constrain(x, leaf.sharding) for x, leaf in zip(done.leaves, traced.plan.leaves, strict=True)]
+        return StepResult(traced.treedef.unflatten(leaves), state, loss, aux, metrics)
 
 
 def _by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
