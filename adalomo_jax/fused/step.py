@@ -92,7 +92,7 @@ class FusedStep:
 
         Parameters, which are read again, are not among them, nor is what the last stage before the loss holds.
         """
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        traced = self._trace(params, args)
         return backward.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:

@@ -67,7 +67,7 @@ def compile_usage(step: FusedStep, params: Any, *args: Any, target: Target, fuse
     chips = 1 if mesh is None else mesh.size
     default = SingleDeviceSharding(devices_of(target)[0]) if mesh is None else NamedSharding(mesh, jax.P())
     params, args = place((params, args), default)
-    state = place(jax.eval_shape(step.init, params, *args), default)
+    state = place(step.abstract_state(params, *args), default)
     shares = shares_of(step, params, state, args, fused)
     jitted = step.jit if fused else jax.jit(step.unfused, donate_argnums=(0, 1))
     lowered = jitted.lower(params, state, *args)

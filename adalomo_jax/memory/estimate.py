@@ -39,7 +39,7 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
     """
     began = time.perf_counter()
     params, args = place((params, args), SingleDeviceSharding(jax.devices("cpu")[0]))
-    state = jax.eval_shape(step.init, params, *args)
+    state = step.abstract_state(params, *args)
     shares = shares_of(step, params, state, args, fused)
     given = jax.tree.leaves((params, state))
     structure = jax.tree.structure((params, state, args))
