@@ -1,11 +1,12 @@
 """The temporaries of a traced program, by a walk over its equations, as a compiler would lay them out.
 
-The compiler is modelled by four rules:
+The compiler is modelled by five rules:
 
 - What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
   what reads it. So of a slice, a cast, a broadcast.
 - A reduction's operand need not exist; its result does.
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
+- A matmul reads its operands transposed, if it has to.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
 """
 
@@ -27,6 +28,7 @@ _OPAQUE = (
     *("rng_bit_generator", "pallas_call", "shard_map", "cholesky", "triangular_solve"),
 )
 """What reads and writes whole buffers."""
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "arg", "cum")
 _WRITES = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
 
 
@@ -108,14 +110,19 @@ def _most_alive(
 def _is_whole(operation: _Operation) -> bool:
     """Whether the results exist as buffers, whoever reads them."""
     name = operation.equation.name
-    return name in (*_OPAQUE, *_LOOPS, *_WRITES) or name.startswith(("reduce", "arg", "cum"))
+    return name in (*_OPAQUE, *_LOOPS, *_WRITES) or name.startswith(_REDUCTIONS)
 
 
 def _needed_whole(flat: _Flat) -> set[int]:
     """The values that have to exist as buffers, for what reads them."""
-    needed = set(flat.outputs)
+    needed, transposed = set(flat.outputs), {}
     for operation in flat.operations:
-        if operation.equation.name in (*_OPAQUE, *_LOOPS):
+        name = operation.equation.name
+        if name == "transpose":
+            transposed[operation.outputs[0]] = transposed.get(operation.inputs[0], operation.inputs[0])
+        elif name == "dot_general":
+            needed.update(transposed.get(v, v) for v in operation.inputs)
+        elif name in (*_OPAQUE, *_LOOPS):
             needed.update(operation.inputs)
         if operation.equation.name in _WRITES:
             needed.add(operation.inputs[0])
