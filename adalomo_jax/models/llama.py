@@ -7,16 +7,14 @@ H width of a head, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import LlamaConfig
-from adalomo_jax.models.sharding import out_of_stream
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -195,53 +193,31 @@ class Llama(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head alone: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
-        if self.config.tie_word_embeddings:
-            head_DV = self.embed_tokens.embedding[...].T
-        else:
-            head_DV = self.lm_head.kernel[...]
-        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
-        return project(x_BTD, head_DV, None if mesh is None else out_of_stream(head_DV.shape, mesh))
+        return project(x_BTD, self.head())
+
+    def head(self) -> jax.Array:
+        """The head's matrix ``[D, V]``, or the transposed embedding."""
+        return self.embed_tokens.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x_BTD: jax.Array, head_DV: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
+@jax.custom_vjp
+def project(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """``x @ head``, accumulated in float32, also where both are bfloat16.
 
     The cotangent is rounded to the type of ``x`` before it is multiplied. Without, the two products of the backward
-    pass would be float32 ones, at half the speed of a GPU or less. Where the batch is spread over a mesh, ``sharding``
-    is the head's, and each device sums its part of the head's gradient alone; XLA would sum all of it on each.
+    pass would be float32 ones, at half the speed of a GPU or less.
     """
     return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
-def _project_forward(x_BTD, head_DV, sharding):
-    return project(x_BTD, head_DV, sharding), (x_BTD, head_DV)
+def _project_forward(x_BTD, head_DV):
+    return project(x_BTD, head_DV), (x_BTD, head_DV)
 
 
-def _project_backward(sharding, saved, d_logits_BTV):
+def _project_backward(saved, d_logits_BTV):
     x_BTD, head_DV = saved
     d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
-    d_x_BTD = d_logits_BTV @ head_DV.T
-    if sharding is None:
-        return d_x_BTD, _outer_sum(x_BTD, d_logits_BTV)
-    batch, (rows, columns) = ("data", "fsdp"), sharding.spec
-
-    def of_part(x_BTD, d_logits_BTV):
-        d_head_DV = _outer_sum(x_BTD, d_logits_BTV)
-        if rows is None:
-            return jax.lax.psum(d_head_DV, batch)
-        d_head_DV = jax.lax.psum(jax.lax.psum_scatter(d_head_DV, rows, scatter_dimension=0, tiled=True), "data")
-        # Else XLA sums whole gradients over the loop's iterations, and sums those over the devices after it.
-        return jax.lax.optimization_barrier(d_head_DV)
-
-    of_logits = PartitionSpec(batch, *(None,) * (d_logits_BTV.ndim - 2), columns)
-    in_specs = (PartitionSpec(batch), of_logits)
-    on_parts = jax.shard_map(of_part, mesh=sharding.mesh, in_specs=in_specs, out_specs=sharding.spec)
-    return d_x_BTD, on_parts(x_BTD, d_logits_BTV)
-
-
-def _outer_sum(x_BTD: jax.Array, d_logits_BTV: jax.Array) -> jax.Array:
-    return jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
+    return d_logits_BTV @ head_DV.T, jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
 
 
 project.defvjp(_project_forward, _project_backward)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from adalomo_jax.models.llama import Llama
+from adalomo_jax.models.llama import Llama, project
+from adalomo_jax.models.sharding import out_of_stream
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -52,14 +54,48 @@ def next_token_loss(
     weights_BT = jnp.ones((B, T), jnp.float32) if mask_BT is None else jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32)
     weights_BT = weights_BT.at[:, -1].set(0.0)
 
+    total = _total(model, chunk_size, x_BTD, targets_BT, weights_BT)
+    return total / jnp.maximum(jnp.sum(weights_BT), 1.0)
+
+
+def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """The weighted sum of the loss. On a mesh each device sums over its sequences, for which it gathers the head once.
+
+    Left to itself, XLA sums the whole gradient of the head on each device; that of what is gathered here is summed for
+    the part that a device keeps.
+    """
+    head_DV = model.head()
+    sharding = model.batch_sharding
+    if sharding is None or sharding.mesh.size == 1:
+        return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV)
+    (batch,), rows = sharding.spec, out_of_stream(head_DV.shape, sharding.mesh).spec[0]
+
+    def of_part(x_BTD, targets_BT, weights_BT, head_DV):
+        if rows is not None:
+            head_DV = jax.lax.all_gather(head_DV, rows, axis=0, tiled=True)
+        return jax.lax.psum(_sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV), batch)
+
+    on_parts = jax.shard_map(
+        of_part,
+        mesh=sharding.mesh,
+        in_specs=(*(PartitionSpec(batch),) * 3, PartitionSpec(rows)),
+        out_specs=PartitionSpec(),
+        axis_names=set(batch),
+        check_vma=False,
+    )
+    return on_parts(x_BTD, targets_BT, weights_BT, head_DV)
+
+
+def _sum_of_chunks(
+    chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, head_DV: jax.Array
+) -> jax.Array:
     @jax.checkpoint
     def chunk_loss(total, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        return total + jnp.sum(cross_entropy(model.logits(x_BCD), targets_BC) * weights_BC), None
+        return total + jnp.sum(cross_entropy(project(x_BCD, head_DV), targets_BC) * weights_BC), None
 
     chunks = tuple(_chunked(a, chunk_size) for a in (x_BTD, targets_BT, weights_BT))
-    total, _ = jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)
-    return total / jnp.maximum(jnp.sum(weights_BT), 1.0)
+    return jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)[0]
 
 
 def _chunked(x_BT: jax.Array, chunk_size: int) -> jax.Array:
