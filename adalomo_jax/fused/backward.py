@@ -40,7 +40,12 @@ class Pass(NamedTuple):
 
 
 def forward(
-    plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None, d_loss: jax.Array
+    plan: Plan,
+    leaves: Sequence[Any],
+    args: Sequence[Any],
+    microbatches: int | None,
+    d_loss: jax.Array,
+    offloads: bool = False,
 ) -> Forward:
     """Runs the planned program, and pulls back the stage that comes last where that is not a layer scan.
 
@@ -50,9 +55,10 @@ def forward(
       args: the other inputs; those that differ between microbatches with a leading microbatch axis.
       microbatches: how many there are.
       d_loss: the cotangent of the loss, of each microbatch.
+      offloads: whether what the layers of scans save is put into host memory.
     """
     program = plan.program
-    context = Context(program, plan.active, plan.batched, microbatches, again=range(len(program.avals)))
+    context = Context(program, plan.active, plan.batched, microbatches, range(len(program.avals)), offloads)
     values = {**program.constants, **dict(zip(program.inputs, [*leaves, *args], strict=True))}
     loss, tapes = program.outputs[0], []
     seed = {loss: d_loss.astype(program.avals[loss].dtype)} if loss in plan.active else {}

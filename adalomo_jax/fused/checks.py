@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 
@@ -126,6 +127,18 @@ def check_strict(plan: Plan) -> None:
             f"strict=True, but these cannot be updated layer by layer: {', '.join(misplaced)}. "
             "Let one scan alone run over them, or leave strict out to have them updated whole."
         )
+
+
+def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
+    """Refuses parameters in another memory than ``offload`` says."""
+    on_host = plan.stacks_of_matrices if options.offloads_params else ()
+    for i, (leaf, x) in enumerate(zip(plan.leaves, leaves, strict=True)):
+        if is_on_host(x) != (i in on_host):
+            is_in, due = ("host", "device") if is_on_host(x) else ("device", "host")
+            raise ValueError(
+                f"With offload={options.offload!r}, {leaf.path!r} must be in {due} memory, but it is in {is_in} "
+                "memory. Put the parameters where they belong with params = step.place(params, *args)."
+            )
 
 
 def check_not_deleted(what: Any, name: str) -> None:

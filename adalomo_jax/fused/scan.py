@@ -13,6 +13,7 @@ from jax import lax
 
 from adalomo_jax.fused import segment
 from adalomo_jax.fused.jaxpr import evaluate
+from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
 from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
@@ -65,7 +66,10 @@ def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
         layouts[:] = [layout for _, layout in tapes]
         new_carry = {v: _for_each(context, v, context, out, there[out]) for v, out in zip(carry, scan.body.outputs)}
         ys = [there[scan.body.outputs[p]] for p in stage.read_ys]
-        return (new_carry, lax.optimization_barrier(stacks)), (ys, [residuals for residuals, _ in tapes])
+        residuals = [residuals for residuals, _ in tapes]
+        if outer.offloads:
+            residuals = jax.tree.map(put_on_host, residuals)
+        return (new_carry, lax.optimization_barrier(stacks)), (ys, residuals)
 
     (carry, stacks), (ys, residuals) = lax.scan(
         iteration, (carry, stacks), (jnp.arange(scan.length), xs), reverse=scan.reverse
@@ -108,7 +112,7 @@ def backward(
 
     def iteration(state, x):
         d_carry, d_consts, stacks, frozen = state
-        i, xs, residuals, d_ys = x
+        i, xs, residuals, d_ys = jax.tree.map(fetch, x)
         trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
         layers, pull_chain = _layers(stage, outer, _slices(stage, trained | frozen, i))
         there = constants | xs | layers

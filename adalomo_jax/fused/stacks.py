@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from adalomo_jax.fused.offload import fetch, put_beside
+
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
 
@@ -67,13 +69,13 @@ def update(
 
 
 def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:
-    """Layer ``i`` of a stack, its axes in memory in their order.
+    """Layer ``i`` of a stack, on the device, its axes in memory in their order.
 
     Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
     for a copy of the whole stack before and one after it. Now it copies a layer at most. A CPU's compiler never does
     that, and would copy the layer where it can read it from the stack.
     """
-    layer = lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
+    layer = fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims))
     if layer.ndim < 2:
         return layer
     in_order = Layout(tuple(range(layer.ndim)))
@@ -94,4 +96,4 @@ def after(x: jax.Array, computed: Any) -> jax.Array:
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
-    return lax.dynamic_update_index_in_dim(stack, layer, i, axis)
+    return lax.dynamic_update_index_in_dim(stack, put_beside(layer, stack), i, axis)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import Signature, check_not_deleted, check_signature, check_state
+from adalomo_jax.fused.checks import Signature, check_not_deleted, check_placed, check_signature, check_state
 from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.tracing import Traced, trace_call
@@ -92,10 +93,26 @@ class FusedStep:
         return FusedState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
-            inner=traced.optimizer.init(traced.leaves, traced.axes),
+            inner=traced.optimizer.init(shapes_on_device(traced.leaves), traced.axes),
             loss_scale=scale.init() if isinstance(scale, DynamicLossScale) else None,
             signature=traced.signature,
         )
+
+    def place(self, params: Any, *args: Any) -> Any:
+        """The parameters, each in the memory that ``offload`` says, and spread over devices as they are.
+
+        With ``offload="params"`` those that `Plan.stacks_of_matrices` names go to the host's memory (the memory kind
+        ``"pinned_host"``), all others to the devices'; arrays that are there already are returned as they are. Of a
+        ``jax.ShapeDtypeStruct`` it is a description of that.
+
+        Raises:
+          ValueError: where the backend has no such memory, or an array to be moved lies on several devices without a
+            ``jax.sharding.NamedSharding``.
+        """
+        plan = self.plan(params, *args)
+        on_host = plan.stacks_of_matrices if self.options.offloads_params else ()
+        leaves, treedef = jax.tree.flatten(params)
+        return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
@@ -104,8 +121,10 @@ class FusedStep:
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
         traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
-        plan, updater = traced.plan, self._updater(traced, state)
-        ran = backward.forward(plan, traced.leaves, traced.args, self.options.microbatches, self._d_loss(state))
+        plan, updater, options = traced.plan, self._updater(traced, state), self.options
+        check_placed(plan, traced.leaves, options)
+        d_loss, offloads = self._d_loss(state), options.offloads_activations
+        ran = backward.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
         squares = None
         if self.options.max_grad_norm is not None:
@@ -122,12 +141,13 @@ class FusedStep:
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        traced = trace_call(self.loss_fn, self.tx, self.options, jax.tree.map(fetch, params), args)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
         squares = updater.measure(list(gradients.values())).squares
         updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
+        leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
 
     def _d_loss(self, state: FusedState) -> jax.Array:
@@ -154,7 +174,8 @@ class FusedStep:
             raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
         check_signature(state.signature, traced.signature)
         check_state(
-            state.inner, jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), traced.leaves)
+            state.inner,
+            jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), shapes_on_device(traced.leaves)),
         )
         rounding = self.options.stochastic_rounding
         plans = traced.plan.leaves
@@ -237,6 +258,7 @@ def fuse(
     strict: bool = False,
     stochastic_rounding: bool | None = None,
     seed: int = 0,
+    offload: Literal["params", "activations"] | tuple[str, ...] | None = None,
 ) -> FusedStep:
     """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
 
@@ -324,5 +346,6 @@ def fuse(
         strict=strict,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        offload=offload,
     )
     return FusedStep(loss_fn, optax.with_extra_args_support(tx), options)
