@@ -54,7 +54,7 @@ class StepResult(NamedTuple):
     - ``loss``.
     - ``grad_norm``: the norm of the whole gradient, before clipping, float32.
     - ``skipped``: whether nothing was written.
-    - ``unwritten``: the number of layers, and of sets of whole parameters, that were not written.
+    - ``unwritten``: the number of tensors that were not written; of a stack each layer is one.
     - ``loss_scale``: with a dynamic one, that of this step.
     - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path, of a stack a number for each layer.
     """
@@ -185,7 +185,7 @@ class FusedStep:
                 "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among those that "
                 "are trained. Leave it at None to round where there are such."
             )
-        key = jax.random.fold_in(jax.random.key(self.options.seed, impl="rbg"), state.count)
+        key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
         scale = self._scale(state)
         return Updater(
@@ -293,7 +293,8 @@ def fuse(
       loss_scale: multiplies the loss before it is differentiated, for float16; gradients are divided by it, in
         float32, in each layer's update. A number, or a :class:`DynamicLossScale`, which adapts it.
       skip_nonfinite: leave parameters and state as they are, but for the counter ``state.skipped``, where the loss, or
-        a norm that ``max_grad_norm`` asks for, is not finite; and without that, a layer whose gradient is not finite.
+        a norm that ``max_grad_norm`` asks for, is not finite; and without that, each tensor (of a stack, a layer of it)
+        whose gradient is not finite.
         False writes whatever comes.
       rms_metrics: report the root mean square of the updates and parameters of each layer.
       strict: refuse a loss in which parameters that a scan runs over have to be updated whole.

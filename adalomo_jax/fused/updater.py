@@ -1,6 +1,6 @@
 """The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
     squares: jax.Array
     """The sum of the squares of their gradients, float32."""
     written: jax.Array
-    """Whether they were updated."""
+    """Of each tensor whether it was updated."""
     update_rms: list[jax.Array]
     """Of each tensor's update, where asked for."""
     param_rms: list[jax.Array]
@@ -53,7 +53,8 @@ class Updater:
     ) -> tuple[list[Any], list[Any], Statistics]:
         """The weights and own state after the step."""
         gradients = [_times(g, self.unscale) for g in gradients]
-        statistics = self._measure_unscaled(gradients)
+        squares = [_sum_of_squares(g) for g in gradients]
+        statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
         new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
@@ -62,12 +63,20 @@ class Updater:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
         if self.proceed is None:
             return written, new_own, statistics
-        ok = self.proceed & jnp.isfinite(statistics.squares)
-        return _where(ok, written, weights), _where(ok, new_own, own), statistics._replace(written=ok)
+        # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
+        ok = {i: self.proceed & jnp.isfinite(x) for i, x in zip(group.leaves, squares)}
+        all_ok = self.proceed & jnp.isfinite(statistics.squares)
+        own_ok = [all_ok if owner is None else ok[owner] for owner in self.optimizer.owners(group)]
+        written = list(map(jnp.where, ok.values(), written, weights))
+        return (
+            written,
+            list(map(jnp.where, own_ok, new_own, own)),
+            statistics._replace(written=jnp.stack([*ok.values()])),
+        )
 
     def measure(self, gradients: Sequence[Any]) -> Statistics:
         """The statistics of gradients that are not used."""
-        return self._measure_unscaled([_times(g, self.unscale) for g in gradients])
+        return _statistics([_sum_of_squares(_times(g, self.unscale)) for g in gradients])
 
     def update_all(
         self, inner: optax.OptState, leaves: Sequence[Any], gradients: Mapping[int, Any]
@@ -91,11 +100,8 @@ class Updater:
         """The state after the step, given what is kept for each group."""
         shared = self.optimizer.next_shared(inner)
         if self.proceed is not None:
-            shared = _where(self.proceed, shared, self.shared)
+            shared = [jnp.where(self.proceed, new, old) for new, old in zip(shared, self.shared, strict=True)]
         return self.optimizer.assemble(shared, [owns[g] for g in self.optimizer.groups])
-
-    def _measure_unscaled(self, gradients: Sequence[Any]) -> Statistics:
-        return Statistics(sum_of_squares(gradients), jnp.array(True), [], [])
 
     def _write(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]
@@ -106,15 +112,21 @@ class Updater:
         return list(map(apply_update, weights, updates, keys))
 
 
-def sum_of_squares(gradients: Iterable[Any]) -> jax.Array:
+def _statistics(squares: Sequence[jax.Array]) -> Statistics:
+    """Of tensors, given the sums of the squares of their gradients, and that all are written."""
+    total = sum(squares, start=jnp.zeros([], jnp.float32))
+    return Statistics(total, jnp.ones(len(squares), bool), [], [])
+
+
+def _sum_of_squares(gradient: Any) -> jax.Array:
     """Over all entries, in float32."""
-    return sum((jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients), start=jnp.zeros([], jnp.float32))
+    return jnp.sum(jnp.square(gradient.astype(jnp.float32)))
 
 
 def _update_stacks(
     update_layer: UpdateLayer, axes: Sequence[int], weights: list[Any], gradients: list[Any], own: list[Any]
 ) -> tuple[list[Any], list[Any], Statistics]:
-    """Stacks and their state after the step: a loop, in place, for under vmap rbg keys would give other bits."""
+    """Stacks and their state after the step, in place, layer after layer: the bits of the rounding are per layer."""
 
     def iteration(carry, i):
         layers, of_layers = ([layer_at(x, i, axis) for x, axis in zip(xs, axes)] for xs in (carry.weights, gradients))
@@ -127,10 +139,6 @@ def _update_stacks(
 def _times(gradient: Any, factor: jax.Array | None) -> Any:
     """In float32 where there is a factor."""
     return gradient if factor is None else gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) * factor
-
-
-def _where(condition: jax.Array, new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
-    return [jnp.where(condition, n, o) for n, o in zip(new, old, strict=True)]
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -104,4 +104,5 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, interpret: 
     mask = splash.MultiHeadMask([splash.CausalMask((T, T)) for _ in range(N)])
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH / math.sqrt(H), k_BTKH, v_BTKH)]
-    return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2).astype(q_BTNH.dtype)
+    out_BNTH = jnp.asarray(jax.vmap(kernel)(*heads_first))
+    return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)

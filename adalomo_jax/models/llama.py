@@ -68,7 +68,8 @@ class Attention(nnx.Module):
         self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
         self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
         self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype)
-        self.head_dim, self.kind, self.sharding = H, kind, sharding
+        self.kind: Kind = kind
+        self.head_dim, self.sharding = H, sharding
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)

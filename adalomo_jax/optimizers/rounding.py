@@ -1,8 +1,12 @@
 """Writing updates to weights, with stochastic rounding where they are narrower than float32.
 
 Most of AdaLomo's steps are smaller than half a unit in the last place of a bfloat16 weight: rounded to nearest, they
-vanish. Rounded up or down at random, in proportion to the distances, they are right on average.
+vanish. Rounded up or down at random, in proportion to the distances, they are right on average. The random bits are a
+hash of the key and of the entry's position, computed where they are used: no array of them exists, and on a mesh each
+device makes its own.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +30,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     Args:
       x: float32, any shape.
       dtype: bfloat16 or float16.
-      key: a typed PRNG key; 16 random bits are drawn for each entry.
+      key: a typed PRNG key; 16 random bits are made of it for each entry.
 
     Returns:
       An array like ``x`` of ``dtype``.
@@ -38,7 +42,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
       >>> print(sorted(set(y.tolist())), round(float(y.astype(jnp.float32).mean()), 3))
       [1.0, 1.0078125] 1.001
     """
-    random = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    random = hashed_bits(key, x.shape) >> 16
     dropped = _FLOAT32_MANTISSA - jnp.finfo(dtype).nmant
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     # Adding to the bits adds to the magnitude; the carry out of the dropped bits has the probability of what they hold.
@@ -50,6 +54,23 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
         subnormal = jnp.sign(x) * units * spacing.astype(jnp.float32)
         y = jnp.where(jnp.abs(x) < tiny.astype(jnp.float32), subnormal, y)
     return jnp.where(jnp.isfinite(x), y, x).astype(dtype)
+
+
+def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """32 bits for each entry of an array, uint32, from a typed PRNG key and the entry's position (modulo 2**32)."""
+    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(len(shape))]
+    positions = [lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
+    bits = sum((p * jnp.uint32(n) for p, n in zip(positions, strides)), start=jnp.zeros(shape, jnp.uint32))
+    for word in jax.random.key_data(key):
+        bits = _mix(bits ^ word)
+    return bits
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit numbers in which each bit depends on all (C. Wellons' hash prospector, lowbias32)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -68,8 +89,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
     Args:
       params: a tree of arrays.
       updates: a tree like ``params``.
-      key: a typed PRNG key, a new one for each step; None equals ``optax.apply_updates``. The default generator,
-        threefry, costs more than the update; ``jax.random.key(seed, impl="rbg")`` is cheap.
+      key: a typed PRNG key, a new one for each step; None equals ``optax.apply_updates``.
 
     Returns:
       A tree like ``params``, with the same dtypes.

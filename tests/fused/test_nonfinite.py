@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_finite_leaves_all_as_it_is(rule, most, twin):
         result = run(planted, state, tokens)
         assert not np.isfinite(result.loss)
         assert_nothing_is_written(result, planted, state)
-        assert result.metrics["unwritten"] == 4 + len([("head", "norm"), ("embed",)])
+        assert result.metrics["unwritten"] == 4 * len(params["layers0"]) + len(["head", "norm", "embed"])
     assert not run(params, state, tokens).metrics["skipped"]
 
 
@@ -80,22 +80,22 @@ def test_nan_in_the_data(rule, twin):
 
 @TWINS
 @pytest.mark.parametrize("rule", RULES)
-def test_a_layer_whose_gradient_is_not_finite_is_not_written_while_others_are(rule, twin):
+def test_a_tensor_whose_gradient_is_not_finite_is_not_written_while_others_are(rule, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X)
     params["layers"]["root"] = params["layers"]["root"].at[2].set(0.0)
     result = run(params, state, X)
     assert np.isfinite(result.loss) and not np.isfinite(result.metrics["grad_norm"])
     assert not result.metrics["skipped"] and result.metrics["unwritten"] == 1
     assert result.state.skipped == 1 and result.state.count == state.count + 1
-    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
-    chex.assert_trees_all_equal(at(result.params["layers"], 2), at(params["layers"], 2))
-    for i in (0, 1, 3):
-        assert np.all(np.any(np.asarray(at(result.params["layers"]["w"], i) != at(params["layers"]["w"], i)), axis=-1))
+    is_root = lambda path: "root" in jax.tree_util.keystr(path)
+    roots = 0
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(result[:2]), jax.tree.leaves((params, state))):
+        if new.ndim and "head" not in jax.tree_util.keystr(path):
+            changed = [bool(np.any(new[i] != old[i])) for i in range(4)]
+            assert changed == [True, True, not is_root(path), True]
+            roots += is_root(path)
+    assert roots == 1 + (2 if rule == "adamw" else 1)  # the parameter, and what the rule keeps for it
     assert np.all(result.params["head"] != params["head"])
-    for new, old in zip(jax.tree.leaves(result.state.inner), jax.tree.leaves(state.inner)):
-        if new.ndim >= 2 and new.shape != params["head"].shape and new.shape[0] == 4:  # of a stack
-            np.testing.assert_array_equal(new[2], old[2])
-            assert all(np.any(new[i] != old[i]) for i in (0, 1, 3))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))
 
 

@@ -33,8 +33,8 @@ def test_blocks_equal_plain_attention(length):
 
 
 def test_the_comparison_sees_a_key_of_the_future():
-    inputs = make_inputs(BLOCK + 1)
-    actual, expected = causal_attention(*inputs[:3]), jax.nn.dot_product_attention(*inputs[:3])
+    q, k, v, _ = make_inputs(BLOCK + 1)
+    actual, expected = causal_attention(q, k, v), jax.nn.dot_product_attention(q, k, v)
     assert np.max(np.abs(actual - expected)) > 1e-2
 
 
@@ -48,7 +48,8 @@ def test_the_kernel_for_tpus_equals_plain_attention():
 def test_what_the_kernel_for_tpus_does_not_take_is_refused():
     assert splash_takes(2048, 128) and not splash_takes(2048, 64) and not splash_takes(100, 128)
     with pytest.raises(ValueError, match="got 100 positions and heads 8 wide. Take attention='blocks'"):
-        causal_attention(*make_inputs(100)[:3], kind="splash")
+        q, k, v, _ = make_inputs(100)
+        causal_attention(q, k, v, "splash")
 
 
 def test_blocks_hold_the_scores_of_one_block():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adalomo_jax.optimizers import apply_updates, stochastic_round
-from adalomo_jax.optimizers.rounding import rounds_stochastically
+from adalomo_jax.optimizers.rounding import hashed_bits, rounds_stochastically
 
 NARROW = ["bfloat16", "float16"]
 SUBNORMAL = 2.0**-24  # the spacing of float16 below 2**-14
@@ -171,3 +171,30 @@ def test_leaves_of_equal_values_are_rounded_independently():
 @pytest.mark.parametrize("dtype, narrow", [("bfloat16", True), ("float16", True), ("float32", False), ("int32", False)])
 def test_which_dtypes_are_rounded_stochastically(dtype: str, narrow: bool):
     assert rounds_stochastically(dtype) == narrow
+
+
+def as_signs(bits: jax.Array) -> np.ndarray:
+    """Of each of 32 bits 1.0 or -1.0, ``[32, ...]``."""
+    return 2.0 * ((np.asarray(bits) >> np.arange(32, dtype=np.uint32).reshape(-1, *[1] * bits.ndim)) & 1) - 1.0
+
+
+def test_bits_are_fair_and_independent_of_their_neighbours_and_of_other_keys():
+    one, other = as_signs(hashed_bits(key(0), (300, 400))), as_signs(hashed_bits(key(1), (300, 400)))
+    pairs = [one[:, :-1] * one[:, 1:], one[:, :, :-1] * one[:, :, 1:], one[1:] * one[:-1], one * other]
+    for products in (one, other, *pairs):
+        errors = products.reshape(products.shape[0], -1).mean(axis=1) * np.sqrt(products[0].size)
+        assert np.abs(errors).max() < 5  # by chance once in 1.7 million
+
+
+def test_bits_of_a_counter_alone_would_not_pass():
+    counter = as_signs(jnp.arange(120_000, dtype=jnp.uint32).reshape(300, 400))
+    assert np.abs((counter[:, :, :-1] * counter[:, :, 1:]).mean(axis=(1, 2))).max() > 0.5
+
+
+def test_bits_are_the_same_on_a_mesh():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    x = jax.random.normal(key(2), (64, 32))
+    on_mesh = round_many(jax.device_put(x, sharding), "bfloat16", key(3))
+    assert on_mesh.sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(np.asarray(on_mesh), np.asarray(round_many(x, "bfloat16", key(3))))
