@@ -1,7 +1,6 @@
 """The forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import scan, segment
+from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
 from adalomo_jax.fused.stacks import after
-from adalomo_jax.fused.updater import Statistics, Updater
+from adalomo_jax.fused.updater import Statistics, Updater, all_statistics
 from adalomo_jax.optimizers.per_layer import Group
 
 
@@ -110,13 +110,15 @@ def _pull_back(
     for index, (stage, tape) in reversed(list(enumerate(zip(plan.stages, ran.tapes)))):
         if isinstance(stage, LayerScan):
             group = plan.group_of(index, whole=False)
-            own, update_layer = [], None
+            own, parts = [], None
             if inner is not None and group is not None:
-                own, update_layer = updater.optimizer.own(inner, group), partial(updater, group)
-            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, update_layer, updater.measure)
+                one_by_one = any(is_on_host(leaves[i]) for i in group.leaves)
+                own, parts = updater.optimizer.own(inner, group), updater.parts(group, one_by_one)
+            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, updater.measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
-                owns[group], statistics[group] = done.own, done.statistics
+                owns[group] = done.own
+                statistics[group] = done.statistics if parts is None else all_statistics(done.statistics)
                 written |= zip(group.leaves, done.weights, strict=True)
         elif tape is not None:
             there = _after_cotangents(stage, ran.values, plan.program.inputs, cotangents)

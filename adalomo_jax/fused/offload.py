@@ -49,12 +49,10 @@ def place(x: Any, *, on_host: bool) -> Any:
     Raises:
       ValueError: where it is to be in host memory, and the backend has no such memory.
     """
-    kind = HOST if on_host else DEVICE
     sharding = getattr(x, "sharding", None)
     if not on_host and (sharding is None or sharding.memory_kind != HOST):
         return x
-    sharding = _named(sharding).with_memory_kind(kind)
-    _check_has(sharding, kind)
+    sharding = _of_kind(_named(sharding), HOST if on_host else DEVICE)
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(sharding=sharding)
     return jax.device_put(x, sharding)
@@ -73,11 +71,11 @@ def _named(sharding: Sharding | None) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
 
 
-def _check_has(sharding: Sharding, kind: str) -> None:
-    for device in sharding.device_set:
-        kinds = sorted(memory.kind for memory in device.addressable_memories())
-        if kind not in kinds:
-            raise ValueError(
-                f"offload='params' needs the memory kind {kind!r}, but {device} has {', '.join(kinds)}. "
-                "Leave offload out on this backend."
-            )
+def _of_kind(sharding: NamedSharding, kind: str) -> NamedSharding:
+    try:
+        return sharding.with_memory_kind(kind)
+    except ValueError as error:
+        raise ValueError(
+            f"step.place moves stacks of matrices to the memory kind {kind!r} for offload='params', and there is none. "
+            f"Leave offload out on this backend. ({error})"
+        ) from error

@@ -20,6 +20,14 @@ UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
 
 
+class Part(NamedTuple):
+    """Stacks that are updated together, by the positions in `Stacks`."""
+
+    weights: tuple[int, ...]
+    own: tuple[int, ...]
+    update_layer: UpdateLayer
+
+
 class Stacks(NamedTuple):
     """What a loop carries to update stacks."""
 
@@ -66,6 +74,50 @@ def update(
         own_layer=[layer_at(x, jnp.clip(following, 0, x.shape[0] - 1)) for x in own],
     )
     return written, statistics
+
+
+def update_parts(
+    stacks: Stacks,
+    axes: Sequence[int],
+    i: jax.Array,
+    following: jax.Array,
+    weights: list[Any],
+    gradients: list[Any],
+    parts: Sequence[Part],
+    order: Sequence[int],
+    read_by: Any = (),
+) -> tuple[Stacks, list[Any]]:
+    """`update` of each part, in this order: none begins before the stacks of the one before have been written.
+
+    So what was written need not wait on the device, nor its gradient. Returns the statistics of each part, too.
+    """
+    new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
+    previous, found = (), {}
+    for p in order:
+        part = parts[p]
+        of_part = [gradients[k] for k in part.weights]
+        of_part, written = lax.optimization_barrier((of_part, [new.weights[k] for k in previous]))
+        _put(new.weights, previous, written)
+        done, statistics = update(
+            Stacks(*([xs[k] for k in at] for xs, at in zip(new, (part.weights, part.own, part.own)))),
+            [axes[k] for k in part.weights],
+            i,
+            following,
+            [weights[k] for k in part.weights],
+            of_part,
+            part.update_layer,
+            read_by,
+        )
+        for xs, at, ys in zip(new, (part.weights, part.own, part.own), done):
+            _put(xs, at, ys)
+        found[p] = statistics
+        previous = part.weights
+    return new, [found[p] for p in range(len(parts))]
+
+
+def _put(xs: list[Any], positions: Sequence[int], ys: Sequence[Any]) -> None:
+    for k, y in zip(positions, ys, strict=True):
+        xs[k] = y
 
 
 def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:

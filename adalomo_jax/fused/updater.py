@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.rounding import apply_update
@@ -74,6 +74,15 @@ class Updater:
             statistics._replace(written=jnp.stack([*ok.values()])),
         )
 
+    def parts(self, group: Group, one_by_one: bool) -> list[Part]:
+        """The group's stacks as they are updated: all together, or one after the other."""
+        owners, positions = self.optimizer.owners(group), range(len(group.leaves))
+        if not one_by_one or None in owners:
+            return [Part(tuple(positions), tuple(range(len(owners))), partial(self, group))]
+        own = lambda leaf: tuple(k for k, owner in enumerate(owners) if owner == leaf)
+        of_leaf = lambda leaf: partial(self, Group((leaf,), group.layers))
+        return [Part((k,), own(leaf), of_leaf(leaf)) for k, leaf in enumerate(group.leaves)]
+
     def measure(self, gradients: Sequence[Any]) -> Statistics:
         """The statistics of gradients that are not used."""
         return _statistics([_sum_of_squares(_times(g, self.unscale)) for g in gradients])
@@ -110,6 +119,14 @@ class Updater:
         if layer is not None:
             keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
         return list(map(apply_update, weights, updates, keys))
+
+
+def all_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Of all tensors, given those of some at a time."""
+    squares = sum((part.squares for part in parts), start=jnp.zeros([], jnp.float32))
+    written = jnp.concatenate([part.written for part in parts], axis=-1)
+    rms_of = lambda name: [x for part in parts for x in getattr(part, name)]
+    return Statistics(squares, written, rms_of("update_rms"), rms_of("param_rms"))
 
 
 def _statistics(squares: Sequence[jax.Array]) -> Statistics:
