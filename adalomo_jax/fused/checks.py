@@ -129,9 +129,20 @@ def check_strict(plan: Plan) -> None:
         )
 
 
+def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:
+    """The positions of the parameters that ``offload`` keeps in host memory; refuses to find none."""
+    if options.offloads_params and not plan.stacks_of_matrices:
+        raise ValueError(
+            "offload='params' keeps stacks of matrices in host memory, but no scan runs over one, along an axis before "
+            "its last two. Leave 'params' out, or stack the layers along the first axis. The plan is:\n"
+            f"{plan}"
+        )
+    return plan.stacks_of_matrices if options.offloads_params else ()
+
+
 def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
     """Refuses parameters in another memory than ``offload`` says."""
-    on_host = plan.stacks_of_matrices if options.offloads_params else ()
+    on_host = leaves_on_host(plan, options)
     for i, (leaf, x) in enumerate(zip(plan.leaves, leaves, strict=True)):
         if is_on_host(x) != (i in on_host):
             is_in, due = ("host", "device") if is_on_host(x) else ("device", "host")

@@ -1,8 +1,8 @@
 """Stacks in host memory, and the transfers of one layer of them at a time.
 
 The type of an array says in which memory it is, so nothing else has to: what reads a layer of a stack in host memory
-fetches it, and what writes one puts it back there. Only whole matrices are moved: a TPU's compiler cannot slice a
-stack of vectors in host memory, and those weigh nothing.
+fetches it, and what writes one puts it back there. Only whole matrices are moved: a TPU's compiler cuts nothing else
+out of an array in host memory (libtpu 0.0.52), and vectors weigh nothing.
 """
 
 from collections.abc import Sequence

@@ -142,10 +142,10 @@ class Plan:
     def stacks_of_matrices(self) -> tuple[int, ...]:
         """The positions of the leaves that ``offload="params"`` keeps in host memory.
 
-        Layer scans run over them, trained or not, and one layer has two axes or more.
+        Layer scans run over them, trained or not, on an axis before their last two: a layer is whole matrices.
         """
         stacks = [stack for stage in self.stages if isinstance(stage, LayerScan) for stack in stage.stacks]
-        return tuple(sorted(stack.leaf for stack in stacks if len(self.leaves[stack.leaf].shape) >= 3))
+        return tuple(sorted(stack.leaf for stack in stacks if stack.axis < len(self.leaves[stack.leaf].shape) - 2))
 
     @property
     def gradient_bytes(self) -> int:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import Signature, check_not_deleted, check_placed, check_signature, check_state
+from adalomo_jax.fused.checks import (
+    Signature,
+    check_not_deleted,
+    check_placed,
+    check_signature,
+    check_state,
+    leaves_on_host,
+)
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
@@ -106,11 +113,11 @@ class FusedStep:
         ``jax.ShapeDtypeStruct`` it is a description of that.
 
         Raises:
-          ValueError: where the backend has no such memory, or an array to be moved lies on several devices without a
-            ``jax.sharding.NamedSharding``.
+          ValueError: where there is no stack of matrices to move, where the backend has no such memory, or where an
+            array to be moved lies on several devices without a ``jax.sharding.NamedSharding``.
         """
         plan = self.plan(params, *args)
-        on_host = plan.stacks_of_matrices if self.options.offloads_params else ()
+        on_host = leaves_on_host(plan, self.options)
         leaves, treedef = jax.tree.flatten(params)
         return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
 

@@ -28,22 +28,15 @@ OPTIONS = {
     "frozen": {"trainable": lambda path: "up" in path or "embed" in path},
     "bfloat16 microbatches": {"dtype": jnp.bfloat16, "microbatches": 2},
     "no remat": {"remat": "no remat"},
-    "axis 1": {"axis": 1},
 }
 CASES = [(offload, case) for offload in ("params", "activations") for case in ("adalomo", "bfloat16 microbatches")]
 CASES += [(BOTH, case) for case in OPTIONS]
 
 
-def run(offload, *, dtype=jnp.float32, remat="remat", tx=None, axis=0, spread=lambda params: params, **options):
+def run(offload, *, dtype=jnp.float32, remat="remat", tx=None, spread=lambda params: params, **options):
     """The result of the last of some steps, and the parameters before the first."""
-
-    def loss_fn(params, tokens):
-        layers = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), params["layers0"])
-        return make_loss(remat)(params | {"layers0": layers}, tokens)
-
-    step = fuse(loss_fn, tx or adalomo(1e-2), offload=offload, **options)
+    step = fuse(make_loss(remat), tx or adalomo(1e-2), offload=offload, **options)
     params = init_params(3, dtype=dtype)
-    params["layers0"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), params["layers0"])
     before = jax.tree.map(np.asarray, params)
     params = step.place(spread(params), BATCHES[0])
     state, result = step.init(params, BATCHES[0]), cast(StepResult, None)
@@ -163,6 +156,35 @@ def test_place_refuses_a_backend_without_such_memory(monkeypatch):
     step = fuse(make_loss(), adalomo(1e-2), offload="params")
     with pytest.raises(ValueError, match="memory kind 'no such memory' .* and there is none. Leave offload"):
         step.place(init_params(3), BATCHES[0])
+
+
+def on_axis_1(params, x):
+    """Layers of one matrix stacked on axis 1, and of two matrices: only of the latter a layer is whole matrices."""
+    one, two = (jnp.moveaxis(params[name], 1, 0) for name in ("one", "two"))
+    layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w[0] + x @ w[1][0] - x @ w[1][1]), None))
+    return jnp.mean(jax.lax.scan(layer, x, (one, two))[0])
+
+
+def test_layers_on_axis_1():
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {"one": jax.random.normal(keys[0], (8, 3, 8)), "two": jax.random.normal(keys[1], (2, 3, 8, 8))}
+    x, results = jnp.ones((4, 8)), []
+    for offload in (None, BOTH):
+        step = fuse(on_axis_1, adalomo(1e-2), offload=offload)
+        placed = step.place(jax.tree.map(jnp.copy, params), x)
+        assert paths_on_host(placed) == (["two"] if offload else [])
+        results.append(step.jit(placed, step.init(placed, x), x))
+    assert_equal(*results)
+    assert paths_on_host(results[1].params) == ["two"]
+
+
+def test_refuses_a_model_with_nothing_to_offload():
+    step = fuse(lambda params, x: jnp.mean(x @ params), adalomo(1e-2), offload="params")
+    params, x = jnp.ones((8, 8)), jnp.ones((4, 8))
+    with pytest.raises(ValueError, match="no scan runs over one.*Leave 'params' out"):
+        step.place(params, x)
+    with pytest.raises(ValueError, match="no scan runs over one.*Leave 'params' out"):
+        step(params, step.init(params, x), x)
 
 
 @pytest.mark.parametrize("offload", ["weights", ("params", "state")])

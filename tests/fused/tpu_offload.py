@@ -17,35 +17,27 @@ from adalomo_jax import adalomo, fuse
 
 LAYERS, DIM, HIDDEN, VOCAB, BATCH, LENGTH = 32, 1024, 2048, 256, 4, 1024
 CASES = {
-    "plain": (None, 0, {}),
-    "params": ("params", 0, {}),
-    "params, axis 1": ("params", 1, {}),
-    "activations": ("activations", 0, {}),
-    "both": (("params", "activations"), 0, {}),
-    "both, clipped microbatches": (("params", "activations"), 0, {"max_grad_norm": 1.0, "microbatches": 2}),
+    "plain": (None, {}),
+    "params": ("params", {}),
+    "activations": ("activations", {}),
+    "both": (("params", "activations"), {}),
+    "both, clipped microbatches": (("params", "activations"), {"max_grad_norm": 1.0, "microbatches": 2}),
 }
 
 
-def bytes_of(offload, axis, options, device):
+def bytes_of(offload, options, device):
     """What the compiler says of the step, and the bytes of the stacks of matrices and of the saved layer inputs."""
-
-    def loss_fn(params, tokens):
-        layers = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), params["layers0"])
-        return make_loss()(params | {"layers0": layers}, tokens)
-
-    def init():
-        params = init_params(LAYERS, dim=DIM, hidden=HIDDEN, vocab=VOCAB, dtype=jnp.bfloat16)
-        return params | {"layers0": jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), params["layers0"])}
-
+    init = lambda: init_params(LAYERS, dim=DIM, hidden=HIDDEN, vocab=VOCAB, dtype=jnp.bfloat16)
     sharding = jax.sharding.SingleDeviceSharding(device)
     on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    step = fuse(loss_fn, adalomo(1e-2), offload=offload, **options)
+    step = fuse(make_loss(), adalomo(1e-2), offload=offload, **options)
     tokens = on_device(jax.eval_shape(lambda: batch(batch_size=BATCH, length=LENGTH, vocab=VOCAB)))
     params = jax.tree.map(on_device, jax.eval_shape(init))
     state = jax.tree.map(on_device, jax.eval_shape(lambda: step.init(params, tokens)))
     sizes = memory_of(step.jit.lower(step.place(params, tokens), state, tokens).compile())
     return {
         "matrices": tree_bytes([x for x in params["layers0"].values() if x.ndim == 3]),
+        "layers": LAYERS,
         "layer_inputs": 2 * LAYERS * BATCH * LENGTH * DIM,
         "arguments": sizes.argument_size_in_bytes,
         "temporaries": sizes.temp_size_in_bytes,
