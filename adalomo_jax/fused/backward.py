@@ -1,6 +1,7 @@
 """The forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -114,7 +115,8 @@ def _pull_back(
             if inner is not None and group is not None:
                 one_by_one = any(is_on_host(leaves[i]) for i in group.leaves)
                 own, parts = updater.optimizer.own(inner, group), updater.parts(group, one_by_one)
-            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, updater.measure)
+            measure = partial(updater.measure, group)
+            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
                 owns[group] = done.own
@@ -127,11 +129,13 @@ def _pull_back(
             of_leaves = [plan.program.inputs[i] for i in group.leaves]
             gradients = [cotangents[v] if v in cotangents else plan.program.zeros(v) for v in of_leaves]
             if inner is None:
-                statistics[group] = updater.measure(gradients)
+                statistics[group] = updater.measure(group, gradients)
             else:
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
                 written |= zip(group.leaves, weights, strict=True)
+                # Else XLA may pull further stages back first, with these gradients still alive.
+                cotangents = {v: after(d, weights) for v, d in cotangents.items()}
     return list(written.values()), owns, statistics
 
 

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.sharding import Sharding, sharding_of
 
 
 @jax.tree_util.register_static
@@ -22,12 +23,21 @@ class Signature:
     """Of each parameter the path, shape and dtype."""
     args: tuple[str, ...]
     """The paths in the other arguments of the loss."""
+    shardings: tuple[Sharding, ...] = ()
+    """Of each parameter how it was spread."""
+    args_shardings: tuple[Sharding, ...] = ()
+    """Of each leaf of the other arguments."""
 
 
 def signature_of(params: Any, args: Sequence[Any]) -> Signature:
     """The signature of a call."""
     leaves = [(path_name(path), jnp.shape(x), str(jnp.result_type(x))) for path, x in _leaves(params)]
-    return Signature(tuple(leaves), tuple(f"args{jax.tree_util.keystr(path)}" for path, _ in _leaves(args)))
+    return Signature(
+        params=tuple(leaves),
+        args=tuple(f"args{jax.tree_util.keystr(path)}" for path, _ in _leaves(args)),
+        shardings=tuple(sharding_of(x) for x in jax.tree.leaves(params)),
+        args_shardings=tuple(sharding_of(x) for x in jax.tree.leaves(args)),
+    )
 
 
 def path_name(path: Any) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import source_info_util
 from jax.extend import core
+from jax.sharding import AxisType, PartitionSpec
 
 _CALLS = ("jit", "closed_call")
 _CHECKPOINT = "remat2"
@@ -55,9 +56,13 @@ class Program:
     avals: Sequence[Any]
     """Of each number the shape and dtype."""
 
-    def zeros(self, v: int) -> jax.Array:
-        """Zeros like a value."""
-        return jnp.zeros(self.avals[v].shape, self.avals[v].dtype)
+    def zeros(self, v: int, leading: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
+        """Zeros like a value, on an explicit mesh spread like it; with further axes in front, or of another dtype."""
+        aval = self.avals[v]
+        sharding = None
+        if AxisType.Explicit in aval.sharding.mesh.axis_types:
+            sharding = aval.sharding.update(spec=PartitionSpec(*(None,) * len(leading), *aval.sharding.spec))
+        return jnp.zeros((*leading, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from adalomo_jax.fused.jaxpr import Equation, Program, Scan
+from adalomo_jax.fused.sharding import Sharding, of_layer
 from adalomo_jax.optimizers.per_layer import Group
 
 
@@ -34,6 +35,8 @@ class Stack(NamedTuple):
     """The axis along which its layers are stacked."""
     trained: bool
     """Whether the scan updates it."""
+    sharding: Sharding
+    """Of one layer, its layer axis kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +100,18 @@ class LeafPlan:
     """Why it is updated there."""
     misplaced: bool
     """Whether a scan runs over its layers, and yet it has to be updated whole."""
+    sharding: Sharding = field(default=None, repr=False)
+    """How it is spread over an automatic mesh."""
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of what is updated at once: of a stack, that of one layer."""
         return self.shape if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    @property
+    def tensor_sharding(self) -> Sharding:
+        """Of what is updated at once."""
+        return of_layer(self.sharding, self.axis)
 
     def gradient_bytes_at(self, stage: int) -> int:
         """Bytes of its gradient that are alive while a stage is pulled back: of a stack, one layer's."""

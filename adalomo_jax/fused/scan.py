@@ -16,6 +16,7 @@ from adalomo_jax.fused.jaxpr import evaluate, reads_in_order
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
+from adalomo_jax.fused.sharding import constrain
 from adalomo_jax.fused.stacks import Part, layer_at, start, update_parts
 
 
@@ -115,7 +116,8 @@ def backward(
         d_carry, d_consts, stacks, frozen = state
         i, xs, residuals, d_ys = jax.tree.map(fetch, x)
         trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
-        layers, pull_chain = _layers(stage, outer, _slices(stage, trained | frozen, i))
+        slices = _slices(stage, trained | frozen, i)
+        layers, pull_chain = _layers(stage, outer, slices)
         there = constants | xs | layers
         d = _of_outputs(stage, context, d_carry, d_ys)
         for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
@@ -127,7 +129,7 @@ def backward(
         if parts is None:
             stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
         else:
-            weights = [layer_at(x, i, axis) for x, axis in zip(stacks.weights, axes)]
+            weights = [jnp.squeeze(slices[stack.value], stack.axis) for stack in stage.trained]
             read_by = (d_carry, d_consts, d_xs, gradients)
             stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, order, read_by)
         return (d_carry, d_consts, stacks, lax.optimization_barrier(frozen)), (d_xs, statistics)
@@ -194,7 +196,8 @@ def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
 
 def _slices(stage: LayerScan, stacks: Mapping[int, Any], i: Any) -> dict[int, Any]:
     """Layer ``i`` of each stack, its layer axis kept, by the number in the program."""
-    return {stack.value: layer_at(stacks[stack.value], i, stack.axis, keepdims=True) for stack in stage.stacks}
+    layers = {s.value: layer_at(stacks[s.value], i, s.axis, keepdims=True) for s in stage.stacks}
+    return {stack.value: constrain(layers[stack.value], stack.sharding) for stack in stage.stacks}
 
 
 def _layers(

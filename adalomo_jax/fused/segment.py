@@ -125,16 +125,15 @@ def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
 
 def zeros(context: Context, v: int) -> jax.Array:
     """Zeros like a value, of each microbatch where it differs."""
-    leading = (context.microbatches,) if v in context.batched else ()
-    aval = context.program.avals[v]
-    return jnp.zeros((*leading, *aval.shape), aval.dtype)
+    leading = (context.microbatches or 1,) if v in context.batched else ()
+    return context.program.zeros(v, leading)
 
 
 def zero_sum(context: Context, v: int) -> jax.Array:
     """Where to sum cotangents of a value: over microbatches in float32."""
-    summed = context.microbatches is not None and v not in context.batched
-    zero = zeros(context, v)
-    return zero.astype(jnp.promote_types(zero.dtype, jnp.float32)) if summed else zero
+    if context.microbatches is None or v in context.batched:
+        return zeros(context, v)
+    return context.program.zeros(v, dtype=jnp.promote_types(context.program.avals[v].dtype, jnp.float32))
 
 
 def _for_each_microbatch(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 
 from adalomo_jax.fused.offload import fetch, put_beside
 
@@ -67,7 +68,7 @@ def update(
     """
     weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
     own = [_write(x, layer, i, 0) for x, layer in zip(stacks.own, own_layer)]
-    i_when_read = after(i, read_by)
+    i_when_read = lax.platform_dependent(i, read_by, cpu=after, default=lambda i, _: i)
     written = Stacks(
         weights=[_write(x, layer, i_when_read, axis) for x, layer, axis in zip(stacks.weights, weights, axes)],
         own=own,
@@ -96,8 +97,9 @@ def update_parts(
     for p in order:
         part = parts[p]
         of_part = [gradients[k] for k in part.weights]
-        of_part, written = lax.optimization_barrier((of_part, [new.weights[k] for k in previous]))
-        _put(new.weights, previous, written)
+        if previous:
+            of_part, written = lax.optimization_barrier((of_part, [new.weights[k] for k in previous]))
+            _put(new.weights, previous, written)
         done, statistics = update(
             Stacks(*([xs[k] for k in at] for xs, at in zip(new, (part.weights, part.own, part.own)))),
             [axes[k] for k in part.weights],
@@ -135,16 +137,29 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:
-    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
+    """``x`` itself, but so that XLA must have computed each of the arrays before it is known."""
+    computed = jax.tree.leaves(computed)
+    with_barrier = lambda x, computed: lax.optimization_barrier((x, computed))[0]
+    if any(map(_is_explicit, [x, *computed])):
+        return with_barrier(x, computed)
+    return lax.platform_dependent(x, computed, cpu=_after_by_arithmetic, default=with_barrier)
 
-    What is added is always 0, the sign bit shifted out; XLA does not fold that. An `optimization_barrier` would say it
-    better, but the CPU compiler drops those before it orders reads and writes. tests/fused/test_memory.py sees copies
+
+def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
+    """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
+
+    What is added is always 0, the sign bit shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
     of stacks where this fails.
     """
-    for y in jax.tree.leaves(computed):
+    for y in computed:
         bits = lax.bitcast_convert_type(jnp.real(y).ravel()[:1].astype(jnp.float32), jnp.uint32)
         x = x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
     return x
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    """Whether the array's type says how it is spread over a mesh; then it has no first entry without a transfer."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:

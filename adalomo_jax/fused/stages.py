@@ -16,10 +16,15 @@ from adalomo_jax.fused.jaxpr import (
     scan_of,
 )
 from adalomo_jax.fused.plan import LayerScan, LeafPlan, Plan, Segment, Stack, Stage
+from adalomo_jax.fused.sharding import Sharding, of_layer
 
 
 def make_plan(
-    program: Program, paths: Sequence[str], trained: Sequence[bool], batched_inputs: Iterable[int] = ()
+    program: Program,
+    paths: Sequence[str],
+    trained: Sequence[bool],
+    batched_inputs: Iterable[int] = (),
+    shardings: Sequence[Sharding] = (),
 ) -> Plan:
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
 
@@ -28,13 +33,16 @@ def make_plan(
       paths: of each parameter.
       trained: of each parameter whether it is.
       batched_inputs: the inputs that differ between microbatches.
+      shardings: of each parameter, where they are known.
     """
+    shardings = shardings or [None] * len(paths)
     values = program.inputs[: len(paths)]
     active = frozenset(active_values(program, [v for v, is_trained in zip(values, trained) if is_trained]))
     homes, chains = find_homes(program, values)
     is_stage = [bool(active.intersection(scan.inputs) or active.intersection(chain.axes)) for scan, chain in chains]
+    stack = lambda i, v, axis: Stack(i, v, axis, trained[i], of_layer(shardings[i], axis, keepdims=True))
     layer_scans = [
-        (scan, chain, [Stack(i, v, chain.axes[v], trained[i]) for i, v in enumerate(values) if v in chain.axes])
+        (scan, chain, [stack(i, v, chain.axes[v]) for i, v in enumerate(values) if v in chain.axes])
         for (scan, chain), counts in zip(chains, is_stage)
         if counts
     ]
@@ -59,6 +67,7 @@ def make_plan(
                 read_by=read_by,
                 reason=home.reason if trained[i] else "it is not trained",
                 misplaced=home.misplaced and trained[i],
+                sharding=shardings[i],
             )
         )
     return Plan(tuple(leaves), program, stages, active, batched)

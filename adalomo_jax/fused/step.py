@@ -10,38 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import (
-    Signature,
-    check_not_deleted,
-    check_placed,
-    check_signature,
-    check_state,
-    leaves_on_host,
-)
+from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.sharding import constrain, of_own_state
+from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
 from adalomo_jax.fused.unfused import all_gradients
 from adalomo_jax.fused.updater import Updater
 from adalomo_jax.optimizers.per_layer import Group
 from adalomo_jax.optimizers.rounding import rounds_stochastically
-
-
-class FusedState(NamedTuple):
-    """The state of a training step."""
-
-    count: jax.Array
-    """Steps taken, int32; the keys of stochastic rounding are made from it."""
-    skipped: jax.Array
-    """Steps in which something was not finite, and it, or all, was not written; int32."""
-    inner: Any
-    """The state of ``tx``, with a leading layer axis on what it keeps for a stack of layers."""
-    loss_scale: Any
-    """The state of a dynamic loss scale; None without one."""
-    signature: Signature
-    """What the state was made for; no array. For `flax.serialization` import `adalomo_jax.linen`, which teaches it."""
 
 
 class StepResult(NamedTuple):
@@ -95,15 +75,14 @@ class FusedStep:
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
         check_not_deleted(params, "params")
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
-        scale = self.options.loss_scale
-        return FusedState(
-            count=jnp.zeros([], jnp.int32),
-            skipped=jnp.zeros([], jnp.int32),
-            inner=traced.optimizer.init(shapes_on_device(traced.leaves), traced.axes),
-            loss_scale=scale.init() if isinstance(scale, DynamicLossScale) else None,
-            signature=traced.signature,
-        )
+        return make_state(self._trace(params, args), self.options.loss_scale)
+
+    def abstract_state(self, params: Any, *args: Any) -> FusedState:
+        """What `init` would return, as ``jax.ShapeDtypeStruct``s with their shardings. Allocates nothing.
+
+        To compile a step for devices that are not there, or to restore a checkpoint into.
+        """
+        return make_abstract_state(self._trace(params, args), self.options.loss_scale)
 
     def place(self, params: Any, *args: Any) -> Any:
         """The parameters, each in the memory that ``offload`` says, and spread over devices as they are.
@@ -123,11 +102,11 @@ class FusedStep:
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
-        return trace_call(self.loss_fn, self.tx, self.options, params, args).plan
+        return self._trace(params, args).plan
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
-        traced = trace_call(self.loss_fn, self.tx, self.options, params, args)
+        traced = self._trace(params, args, state)
         plan, updater, options = traced.plan, self._updater(traced, state), self.options
         check_placed(plan, traced.leaves, options)
         d_loss, offloads = self._d_loss(state), options.offloads_activations
@@ -148,14 +127,21 @@ class FusedStep:
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = trace_call(self.loss_fn, self.tx, self.options, jax.tree.map(fetch, params), args)
+        traced = self._trace(jax.tree.map(fetch, params), args, state)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
-        squares = updater.measure(list(gradients.values())).squares
+        squares = updater.measure(None, list(gradients.values())).squares
         updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
+
+    def _trace(self, params: Any, args: Sequence[Any], state: FusedState | None = None) -> Traced:
+        """The call, traced; where a state is given, it must be one for such a call."""
+        if state is not None and not isinstance(state, FusedState):
+            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
+        made_for = None if state is None else state.signature
+        return trace_call(self.loss_fn, self.tx, self.options, params, args, made_for)
 
     def _d_loss(self, state: FusedState) -> jax.Array:
         """The cotangent of each microbatch's loss."""
@@ -177,9 +163,6 @@ class FusedStep:
 
     def _updater(self, traced: Traced, state: FusedState) -> Updater:
         """The updater as far as it is known before the loss."""
-        if not isinstance(state, FusedState):
-            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
-        check_signature(state.signature, traced.signature)
         check_state(
             state.inner,
             jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), shapes_on_device(traced.leaves)),
@@ -194,7 +177,7 @@ class FusedStep:
             )
         key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
         keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
-        scale = self._scale(state)
+        scale, of_tensors = self._scale(state), tuple(leaf.tensor_sharding for leaf in plans)
         return Updater(
             optimizer=traced.optimizer,
             axes=traced.axes,
@@ -202,6 +185,8 @@ class FusedStep:
             keys=tuple(keys),
             unscale=None if scale is None else 1 / jnp.asarray(scale, jnp.float32),
             measures_rms=self.options.rms_metrics,
+            of_tensors=of_tensors,
+            of_own={group: of_own_state(traced.optimizer, group, of_tensors) for group in traced.optimizer.groups},
         )
 
     def _decide(self, updater: Updater, result: tuple[jax.Array, Any], squares: jax.Array | None) -> Updater:
@@ -242,7 +227,8 @@ class FusedStep:
             loss_scale=loss_scale,
             signature=state.signature,
         )
-        return StepResult(traced.treedef.unflatten(done.leaves), state, loss, aux, metrics)
+        leaves = [constrain(x, leaf.sharding) for x, leaf in zip(done.leaves, traced.plan.leaves, strict=True)]
+        return StepResult(traced.treedef.unflatten(leaves), state, loss, aux, metrics)
 
 
 def _by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:

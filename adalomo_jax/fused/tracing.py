@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import AxisType
 
 from adalomo_jax.fused.checks import (
     Signature,
     check_batch,
     check_loss,
+    check_signature,
     check_strict,
     path_name,
     signature_of,
@@ -21,6 +24,7 @@ from adalomo_jax.fused.leafwise import check_leafwise
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stages import make_plan
 from adalomo_jax.optimizers.per_layer import PerLayer
 
@@ -54,31 +58,49 @@ def trace_call(
     options: Options,
     params: Any,
     args: Sequence[Any],
+    made_for: Signature | None = None,
 ) -> Traced:
-    """Traces ``loss_fn(params, *args)``, of one microbatch where there are several. Computes nothing of it."""
+    """Traces ``loss_fn(params, *args)``, of one microbatch where there are several. Computes nothing of it.
+
+    ``made_for`` is the signature of the state that the call is given: it knows how arrays are spread that may be traced
+    now.
+    """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     trained = trained_leaves(params, options.trainable)
     check_batch(options, args)
+    signature = signature_of(params, args)
+    if made_for is not None:
+        check_signature(made_for, signature)
+    known = made_for or signature
     flat, args_treedef = jax.tree.flatten(tuple(args))
     sliced = tuple(options.is_batch(position) for position, arg in enumerate(args) for _ in jax.tree.leaves(arg))
-    flat = [_slices(x, options.microbatches or 1) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
+    flat = [
+        _slices(x, options.microbatches or 1, sharding) if is_sliced else x
+        for x, is_sliced, sharding in zip(flat, sliced, known.args_shardings)
+    ]
     of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
     on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
     of_args = program.inputs[len(leaves) :]
-    plan = make_plan(program, paths, trained, [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced])
+    batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]
+    plan = make_plan(program, paths, trained, batched, known.shardings)
     if options.strict:
         check_strict(plan)
     tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, leaf.dtype) for leaf in plan.leaves)
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
     check_leafwise(optimizer, paths)
-    signature = signature_of(params, args)
     return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)
 
 
-def _slices(x: Any, n: int) -> Any:
-    """An array with its first axis split into ``n`` microbatches."""
-    split = lambda x: jnp.reshape(x, (n, x.shape[0] // n, *x.shape[1:]))
+def _slices(x: Any, n: int, sharding: Sharding) -> Any:
+    """An array with its first axis split into ``n`` microbatches, each spread as the batch is."""
+
+    def split(x: jax.Array) -> jax.Array:
+        shape, of_type = (n, x.shape[0] // n, *x.shape[1:]), jax.typeof(x).sharding
+        explicit = AxisType.Explicit in of_type.mesh.axis_types
+        slices = lax.reshape(x, shape, out_sharding=of_stack(of_type) if explicit else None)
+        return constrain(slices, of_stack(sharding))
+
     return jax.eval_shape(split, x) if isinstance(x, jax.ShapeDtypeStruct) else split(jnp.asarray(x))

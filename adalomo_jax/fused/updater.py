@@ -1,7 +1,7 @@
 """The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
@@ -47,18 +48,23 @@ class Updater:
     proceed: jax.Array | None = None
     """Whether to write anything; None writes all, finite or not."""
     measures_rms: bool = False
+    of_tensors: tuple[Sharding, ...] = ()
+    """Of one tensor of each leaf how it is spread."""
+    of_own: Mapping[Group, list[Sharding]] = field(default_factory=dict)
+    """Of what is kept for one tensor of each leaf of a group how it is spread."""
 
     def __call__(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], gradients: Sequence[Any], own: list[Any]
     ) -> tuple[list[Any], list[Any], Statistics]:
         """The weights and own state after the step."""
-        gradients = [_times(g, self.unscale) for g in gradients]
+        gradients = [_times(g, self.unscale) for g in self._spread(group, gradients)]
         squares = [_sum_of_squares(g) for g in gradients]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
         new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
-        written = self._write(group, layer, weights, updates)
+        new_own = list(map(constrain, new_own, self.of_own[group]))
+        written = self._spread(group, self._write(group, layer, weights, updates))
         if self.measures_rms:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
         if self.proceed is None:
@@ -79,13 +85,17 @@ class Updater:
         owners, positions = self.optimizer.owners(group), range(len(group.leaves))
         if not one_by_one or None in owners:
             return [Part(tuple(positions), tuple(range(len(owners))), partial(self, group))]
-        own = lambda leaf: tuple(k for k, owner in enumerate(owners) if owner == leaf)
-        of_leaf = lambda leaf: partial(self, Group((leaf,), group.layers))
-        return [Part((k,), own(leaf), of_leaf(leaf)) for k, leaf in enumerate(group.leaves)]
+        parts = []
+        for k, leaf in enumerate(group.leaves):
+            of_leaf, own = Group((leaf,), group.layers), tuple(p for p, owner in enumerate(owners) if owner == leaf)
+            updater = replace(self, of_own={of_leaf: [self.of_own[group][p] for p in own]})
+            parts.append(Part((k,), own, partial(updater, of_leaf)))
+        return parts
 
-    def measure(self, gradients: Sequence[Any]) -> Statistics:
+    def measure(self, group: Group | None, gradients: Sequence[Any]) -> Statistics:
         """The statistics of gradients that are not used."""
-        return _statistics([_sum_of_squares(_times(g, self.unscale)) for g in gradients])
+        spread = gradients if group is None else self._spread(group, gradients)
+        return _statistics([_sum_of_squares(_times(g, self.unscale)) for g in spread])
 
     def update_all(
         self, inner: optax.OptState, leaves: Sequence[Any], gradients: Mapping[int, Any]
@@ -110,7 +120,15 @@ class Updater:
         shared = self.optimizer.next_shared(inner)
         if self.proceed is not None:
             shared = [jnp.where(self.proceed, new, old) for new, old in zip(shared, self.shared, strict=True)]
-        return self.optimizer.assemble(shared, [owns[g] for g in self.optimizer.groups])
+        spread = []
+        for group in self.optimizer.groups:
+            shardings = self.of_own[group] if group.layers is None else map(of_stack, self.of_own[group])
+            spread.append(list(map(constrain, owns[group], shardings)))
+        return self.optimizer.assemble(shared, spread)
+
+    def _spread(self, group: Group, tensors: Sequence[Any]) -> list[Any]:
+        """A tensor of each leaf, spread as the leaf is."""
+        return [constrain(x, self.of_tensors[i]) for i, x in zip(group.leaves, tensors, strict=True)]
 
     def _write(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,10 @@ class PerLayer:
         by_path = dict(jax.tree_util.tree_leaves_with_path(state))
         return [by_path[path] for path in self._own_paths(group)]
 
+    def init_own(self, group: Group, tensors: Sequence[Any]) -> list[Any]:
+        """What ``tx.init`` keeps for one tensor of each of the group's leaves; of a stack, for one layer."""
+        return self._init_tensors(group, tensors)[0]
+
     def shared(self, state: optax.OptState) -> list[Any]:
         """The leaves of the state that belong to no parameter: step counts, hyperparameters."""
         by_path = dict(jax.tree_util.tree_leaves_with_path(state))
@@ -143,17 +147,19 @@ class PerLayer:
         """The own and the shared state."""
         of_group = [leaves[i] for i in group.leaves]
 
-        def init(tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            with asking_for(group):
-                by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
-            return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
-
+        init = partial(self._init_tensors, group)
         if group.layers is None:
             return init(of_group)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in of_group):
             return jax.vmap(init, in_axes=([axes[i] for i in group.leaves],), out_axes=(0, None))(of_group)
         own, shared = init([self.tensors[i] for i in group.leaves])
         return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own], shared
+
+    def _init_tensors(self, group: Group, tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The own and the shared state of one tensor of each leaf."""
+        with asking_for(group):
+            by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
+        return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
 
     def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
         with asking_for(None):

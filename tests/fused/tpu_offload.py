@@ -49,8 +49,8 @@ def bytes_of(offload, options, device):
 
 def main():
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1))
-    for name, case in CASES.items():
-        print(json.dumps([name, bytes_of(*case, topology.devices[0])]), flush=True)
+    for name, (offload, options) in CASES.items():
+        print(json.dumps([name, bytes_of(offload, options, topology.devices[0])]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,78 @@
+"""The state of a training step, as it is before the first one."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adalomo_jax.fused.checks import Signature
+from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
+from adalomo_jax.fused.offload import shapes_on_device
+from adalomo_jax.fused.sharding import of_own_state, of_stack
+from adalomo_jax.fused.tracing import Traced
+
+LossScale = float | DynamicLossScale | None
+
+
+class FusedState(NamedTuple):
+    """The state of a training step."""
+
+    count: jax.Array
+    """Steps taken, int32; the keys of stochastic rounding are made from it."""
+    skipped: jax.Array
+    """Steps in which something was not finite, and it, or all, was not written; int32."""
+    inner: Any
+    """The state of ``tx``, with a leading layer axis on what it keeps for a stack of layers."""
+    loss_scale: Any
+    """The state of a dynamic loss scale; None without one."""
+    signature: Signature
+    """What the state was made for; no array. For `flax.serialization` import `adalomo_jax.linen`, which teaches it."""
+
+
+def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
+    """Of parameters that are arrays or shapes; spread as they are."""
+    leaves = shapes_on_device(traced.leaves)
+    arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
+    make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(leaves)], loss_scale)
+    if not any(traced.signature.shardings):
+        return make(arrays)
+    return jax.jit(make, out_shardings=_shardings(traced, loss_scale))(arrays)
+
+
+def make_abstract_state(traced: Traced, loss_scale: LossScale) -> FusedState:
+    """The shapes and shardings of what `make_state` makes."""
+    leaves = shapes_on_device(traced.leaves)
+    state = jax.eval_shape(lambda leaves: _make(traced, leaves, loss_scale), leaves)
+    if not any(traced.signature.shardings):
+        return state
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, _shardings(traced, loss_scale))
+
+
+def _make(traced: Traced, leaves: Sequence[Any], loss_scale: LossScale) -> FusedState:
+    return FusedState(
+        count=jnp.zeros([], jnp.int32),
+        skipped=jnp.zeros([], jnp.int32),
+        inner=traced.optimizer.init(leaves, traced.axes),
+        loss_scale=loss_scale.init() if isinstance(loss_scale, DynamicLossScale) else None,
+        signature=traced.signature,
+    )
+
+
+def _shardings(traced: Traced, loss_scale: LossScale) -> FusedState:
+    """Of each array; what belongs to no parameter, or to one that is not spread, is whole on each device."""
+    optimizer, mesh = traced.optimizer, next(s.mesh for s in traced.signature.shardings if s is not None)
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    of_tensors = [leaf.tensor_sharding for leaf in traced.plan.leaves]
+    owns = []
+    for group in optimizer.groups:
+        own = [s or everywhere for s in of_own_state(optimizer, group, of_tensors)]
+        owns.append(own if group.layers is None else list(map(of_stack, own)))
+    return FusedState(
+        count=everywhere,
+        skipped=everywhere,
+        inner=optimizer.assemble([everywhere for _ in optimizer.shared_paths], owns),
+        loss_scale=LossScaleState(everywhere, everywhere) if isinstance(loss_scale, DynamicLossScale) else None,
+        signature=traced.signature,
+    )

@@ -1,0 +1,149 @@
+"""The step on eight devices: the numbers of one, parameters and state spread as they were, gradients too."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import relative_error
+from compiled import memory_of
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded_model import DIM, HIDDEN, SPREADS, batch, init_params, make_loss, put
+
+from adalomo_jax import adalomo, fuse, lomo
+
+RULES = {"adalomo": adalomo(1e-2), "lomo": lomo(1e-1), "adamw": optax.adamw(1e-2)}
+OPTIONS = {"max_grad_norm": 0.1, "microbatches": 2}
+AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def run(step, params, place, steps=5):
+    """The result after some steps, and the losses."""
+    state, losses = step.init(params, *place(batch(0))), []
+    for i in range(steps):
+        result = step.jit(params, state, *place(batch(i)))
+        params, state = result.params, result.state
+        losses.append(float(result.loss))
+    return result, losses
+
+
+@functools.cache
+def on_one_device(rule, **options):
+    result, losses = run(fuse(make_loss(), RULES[rule], **options), init_params(), lambda args: args)
+    return jax.tree.map(np.asarray, (result.params, result.state.inner)), losses, float(result.metrics["grad_norm"])
+
+
+def on_mesh(spread, axis_type, rule, **options):
+    mesh = SPREADS[spread].mesh(AXIS_TYPES[axis_type])
+    place = lambda args: put(args, (P("fsdp"), P("fsdp")), mesh)
+    with jax.set_mesh(mesh):
+        params = put(init_params(), SPREADS[spread].specs, mesh)
+        return run(fuse(make_loss(axis_type == "explicit"), RULES[rule], **options), params, place)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("rule", ["adalomo", "lomo"])
+def test_numbers_are_those_of_one_device(rule, spread, axis_type):
+    (params, inner), losses, norm = on_one_device(rule, **OPTIONS)
+    result, losses_on_mesh = on_mesh(spread, axis_type, rule, **OPTIONS)
+    assert relative_error(result.params, params) < 1e-5
+    assert relative_error(result.state.inner, inner) < 1e-5
+    np.testing.assert_allclose(losses_on_mesh, losses, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def test_the_comparison_sees_a_step_too_few():
+    (params, _), _, _ = on_one_device("adalomo", **OPTIONS)
+    mesh = SPREADS["fsdp"].mesh(AxisType.Auto)
+    place = lambda args: put(args, (P("fsdp"), P("fsdp")), mesh)
+    step = fuse(make_loss(), RULES["adalomo"], **OPTIONS)
+    result, _ = run(step, put(init_params(), SPREADS["fsdp"].specs, mesh), place, steps=4)
+    assert relative_error(result.params, params) > 1e-4
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_parameters_and_state_stay_spread(axis_type):
+    spread = SPREADS["fsdp and tensor"]
+    result, _ = on_mesh("fsdp and tensor", axis_type, "adalomo")
+    specs = jax.tree.map(lambda x: tuple(x.sharding.spec), (result.params, result.state.inner[0].moments))
+    pad = lambda spec, x: (*spec, *(None,) * (x.ndim - len(spec)))
+    expected = jax.tree.map(lambda x, spec: pad(spec, x), result.params, spread.specs)
+    trimmed = lambda tree: jax.tree.map(
+        trim, tree, is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
+    )
+    assert trimmed(specs[0]) == trimmed(expected)
+    moments = trimmed(specs[1])
+    assert moments["layers"]["up"] == ((None, "fsdp"), (None, "tensor"))
+    assert moments["layers"]["down"] == ((None, "tensor"), (None, "fsdp"))
+    assert moments["embed"] == ((), ("fsdp",))
+
+
+def trim(spec):
+    """Without what it does not say: trailing Nones."""
+    while spec and spec[-1] is None:
+        spec = spec[:-1]
+    return spec
+
+
+@pytest.mark.parametrize("rule", ["adalomo", "adamw"])
+def test_arguments_are_donated_where_they_lie(rule):
+    compiled, params, state = compile_on_mesh("fsdp and tensor", RULES[rule])
+    bytes_a_device = sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves((params, state))
+    )
+    assert memory_of(compiled).alias_size_in_bytes >= bytes_a_device
+
+
+def compile_on_mesh(spread, tx, **options):
+    """By shapes alone, as for devices that are not there."""
+    mesh = SPREADS[spread].mesh(AxisType.Auto)
+    described = lambda tree, specs: jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
+    )
+    params = described(init_params(), SPREADS[spread].specs)
+    args = described(batch(0), (P("fsdp"), P("fsdp")))
+    step = fuse(make_loss(), tx, **options)
+    state = step.abstract_state(params, *args)
+    return step.jit.lower(params, state, *args).compile(), params, state
+
+
+def all_reduced_shapes(compiled):
+    found = re.findall(r" = \(?([^=]*?)\)? all-reduce(?:-start)?\(", compiled.as_text())
+    return [tuple(map(int, dims.split(","))) for types in found for dims in re.findall(r"\[([\d,]+)\]", types)]
+
+
+def test_gradients_of_matrices_are_never_whole():
+    """Under FSDP each is summed only where it is kept."""
+    compiled, *_ = compile_on_mesh("fsdp", RULES["adalomo"])
+    matrices = {(DIM, HIDDEN), (HIDDEN, DIM)}
+    assert not matrices.intersection(all_reduced_shapes(compiled))
+    compiled, *_ = compile_on_mesh("data", RULES["adalomo"])
+    assert matrices <= set(all_reduced_shapes(compiled)) | {s[::-1] for s in all_reduced_shapes(compiled)}
+
+
+def test_abstract_state_is_what_init_makes():
+    mesh, spread = SPREADS["fsdp and tensor"].mesh(AxisType.Auto), SPREADS["fsdp and tensor"]
+    params, args = put(init_params(), spread.specs, mesh), put(batch(0), (P("fsdp"), P("fsdp")), mesh)
+    step = fuse(make_loss(), RULES["adamw"])
+    state, abstract = step.init(params, *args), step.abstract_state(params, *args)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for x, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract)):
+        assert (x.shape, x.dtype) == (shape.shape, shape.dtype) and x.sharding.is_equivalent_to(shape.sharding, x.ndim)
+
+
+def test_bfloat16_weights_get_the_same_bits():
+    """Each device rounds its part with the bits that one device would have taken."""
+    spread, mesh = SPREADS["fsdp and tensor"], SPREADS["fsdp and tensor"].mesh(AxisType.Auto)
+    params = init_params(jnp.bfloat16)
+    loss_fn = lambda params, x: sum(jnp.sum(p.astype(jnp.float32)) for p in jax.tree.leaves(params)) * jnp.sum(x)
+    step = fuse(loss_fn, lomo(1e-3))
+    x = jnp.ones(2)
+    expected = step(params, step.init(params, x), x).params
+    spread_params = put(params, spread.specs, mesh)
+    actual = step.jit(spread_params, step.init(spread_params, x), x).params
+    assert relative_error(actual, expected) == 0.0
