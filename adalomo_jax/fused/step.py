@@ -94,6 +94,18 @@ class FusedStep:
         Raises:
           ValueError: where there is no stack of matrices to move, where the backend has no such memory, or where an
             array to be moved lies on several devices without a ``jax.sharding.NamedSharding``.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from adalomo_jax import adalomo, fuse
+          >>> layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w), None))
+          >>> loss_fn = lambda params, x: jnp.mean(jax.lax.scan(layer, x, params)[0])
+          >>> step = fuse(loss_fn, adalomo(1e-2), offload=("params", "activations"))
+          >>> x = jnp.ones((2, 4))
+          >>> params = step.place(jnp.full((12, 4, 4), 0.1), x)
+          >>> result = step.jit(params, step.init(params, x), x)
+          >>> print(result.params.sharding.memory_kind)
+          pinned_host
         """
         plan = self.plan(params, *args)
         on_host = leaves_on_host(plan, self.options)
@@ -295,14 +307,20 @@ def fuse(
         rounds all to nearest; True is None, and an error where no parameter is of those types.
       seed: of the stochastic rounding. Keys are made from the seed, the step, the leaf and the layer, so a resumed run
         repeats the same bits.
+      offload: what is kept in the host's memory, and moved to the device and back layer by layer: the same numbers,
+        more slowly. ``"params"``: the stacks of matrices that layer scans run over (of a stack a layer is whole
+        matrices: the layer axis is not among the last two); put them there with ``params = step.place(params, *args)``
+        before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
+        what each layer of a scan saves for the way back. Or both, as a tuple.
 
     Returns:
-      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``.
+      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``.
 
     Raises:
       ValueError: for options that contradict each other; and while tracing, for a loss that is no scalar, a parameter
         that cannot be trained, a batch that the microbatches do not divide, a ``tx`` that mixes leaves, draws random
-        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, or arrays that a step has used.
+        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, parameters in another memory than ``offload`` says,
+        or arrays that a step has used.
 
     Example:
       >>> import jax, jax.numpy as jnp
