@@ -319,8 +319,8 @@ def fuse(
     Raises:
       ValueError: for options that contradict each other; and while tracing, for a loss that is no scalar, a parameter
         that cannot be trained, a batch that the microbatches do not divide, a ``tx`` that mixes leaves, draws random
-        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, parameters in another memory than
-        ``offload`` says, or arrays that a step has used.
+        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, parameters in another memory
+        than ``offload`` says, or arrays that a step has used.
 
     Example:
       >>> import jax, jax.numpy as jnp
