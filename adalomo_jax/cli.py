@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from adalomo_jax.finetune.config import FinetuneConfig
+    from adalomo_jax.finetune.fit_config import MemoryConfig
 
 EXTRA = ("flax", "matplotlib", "rich", "safetensors", "tyro")
 """What the extra ``finetune`` installs: the script is there without it."""
@@ -38,12 +39,14 @@ def _parse(args: Sequence[str] | None) -> Any:
     import tyro
 
     from adalomo_jax.finetune.config import FinetuneConfig, InputError
+    from adalomo_jax.finetune.fit_config import MemoryConfig
 
+    commands = {"finetune": FinetuneConfig, "memory": MemoryConfig}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             return tyro.extras.subcommand_cli_from_dict(
-                {"finetune": FinetuneConfig},
+                commands,
                 prog="adalomo-jax",
                 description="Full-parameter training in the memory of the weights.",
                 args=args,
@@ -52,7 +55,9 @@ def _parse(args: Sequence[str] | None) -> Any:
     except SystemExit as stopped:
         if stopped.code != 2:  # --help
             raise
-    raise InputError(_first_paragraph(printed.getvalue()))
+    given = sys.argv[1:] if args is None else args
+    command = f" {given[0]}" if given and given[0] in commands else ""
+    raise InputError(f"{_first_paragraph(printed.getvalue())}; see adalomo-jax{command} --help")
 
 
 def _first_paragraph(box: str) -> str:
@@ -61,14 +66,21 @@ def _first_paragraph(box: str) -> str:
     below_title = [line.strip(" │") for line in plain.splitlines()[1:]]
     says = lambda line: line.strip("-─") != ""  # the title has a rule below it where stdout is not UTF-8
     first = itertools.takewhile(says, itertools.dropwhile(lambda line: not says(line), below_title))
-    return " ".join(first).rstrip(".") + "; see adalomo-jax finetune --help"
+    return " ".join(first).rstrip(".")
 
 
-def _run(command: FinetuneConfig) -> None:
+def _run(command: FinetuneConfig | MemoryConfig) -> None:
     """Imports what a command needs only when it runs, so that ``--help`` is quick."""
-    from adalomo_jax.finetune.run import run
+    from adalomo_jax.finetune.config import FinetuneConfig
 
-    run(command)
+    if isinstance(command, FinetuneConfig):
+        from adalomo_jax.finetune.run import run
+
+        run(command)
+    else:
+        from adalomo_jax.finetune.fit import run as run_memory
+
+        run_memory(command)
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -25,6 +25,7 @@ MODULES = {
         *("loss_scale", "options", "offload", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan", "stages"),
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward", "unfused", "step"),
     ],
+    "memory": ["targets", "usage", "compile", "liveness", "estimate", "report"],
 }
 """Within a layer, from the bottom to the top."""
 

@@ -26,7 +26,7 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
 
 
-def _default(meaning: str, metavar: str | None = None) -> object:
+def default(meaning: str, metavar: str | None = None) -> object:
     """What ``--help`` shows as the default, where its value would say nothing, and as the option's value."""
     return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
 
@@ -44,7 +44,7 @@ class FinetuneConfig:
     It gives the sizes; the weights start random."""
     data: Annotated[
         tuple[Path, ...] | None,
-        _default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
+        default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
     ] = None
     """Text files, and folders whose text files are read, recursively; hidden ones and those with zero bytes are not.
     A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file."""
@@ -52,13 +52,15 @@ class FinetuneConfig:
     """Number of training steps."""
     batch_size: int = 8
     """Sequences a step."""
+    microbatches: int = 1
+    """Parts of a batch that pass through the model one after the other; their gradients are summed, layer by layer."""
     seq_len: int = 256
     """Length of a sequence, in tokens (bytes)."""
-    learning_rate: Annotated[float | None, _default("by optimizer, for the tiny model from random weights")] = None
+    learning_rate: Annotated[float | None, default("by optimizer, for the tiny model from random weights")] = None
     """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warmup: constant, or falling to 0 at the last step."""
-    warmup_steps: Annotated[int | None, _default("10, at most a tenth of the steps")] = None
+    warmup_steps: Annotated[int | None, default("10, at most a tenth of the steps")] = None
     """Steps in which the learning rate rises to its peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay.
@@ -72,18 +74,22 @@ class FinetuneConfig:
     """Seed of the initial weights, the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; bfloat16 weights are rounded stochastically."""
-    output: Annotated[Path | None, _default("runs/<model>-<time> under the current folder")] = None
+    output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
     """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet."""
 
 
 def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) -> None:
     """Raise InputError for the first option that cannot be used, before anything is read, compiled or written."""
-    _check_preset(config.model, list(presets))
+    check_preset(config.model, list(presets))
     longest, rate, warmup = presets[config.model].max_position_embeddings, config.learning_rate, config.warmup_steps
+    parts = config.microbatches
     checks = {
         "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
         f"--steps must be at least 1, got {config.steps}": config.steps >= 1,
         f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
+        f"--microbatches must be at least 1 and divide the {config.batch_size} of --batch-size, got {parts}": (
+            parts >= 1 and config.batch_size % parts == 0
+        ),
         f"--seq-len must be at least 2 tokens, one to read and one to predict, got {config.seq_len}": (
             config.seq_len >= 2
         ),
@@ -120,9 +126,10 @@ def output_folder(config: FinetuneConfig) -> Path:
     return folder
 
 
-def _check_preset(name: str, presets: list[str]) -> None:
+def check_preset(name: str, presets: list[str], or_file: str = "") -> None:
+    """Raise InputError for a name that is no preset; the message offers the nearest, and what else may be given."""
     if name in presets:
         return
     close = difflib.get_close_matches(name, presets, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    raise InputError(f"unknown model {name!r}; {guess}presets: {', '.join(presets)}")
+    raise InputError(f"unknown model {name!r}; {guess}presets: {', '.join(presets)}{or_file and f', {or_file}'}")

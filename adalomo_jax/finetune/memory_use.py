@@ -15,16 +15,6 @@ def peak_bytes() -> int | None:
     return _peak_resident_bytes()
 
 
-def format_bytes(count: int | None) -> str:
-    """Decimal units: 1 GB is 10**9 bytes."""
-    if count is None:
-        return "not known"
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
-
-
 def _peak_resident_bytes() -> int | None:
     try:
         import resource

@@ -6,6 +6,7 @@ import optax
 
 from adalomo_jax import adalomo, lomo
 from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.optimizers.precision import in_float32
 
 LEARNING_RATES = {"adalomo": 3e-2, "lomo": 3e-1, "adamw": 3e-3, "adafactor": 3e-2}
 """Peak learning rates that suit the tiny model from random weights; fine-tuning takes far smaller ones."""
@@ -28,10 +29,12 @@ def make_schedule(config: FinetuneConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The rule that the options name."""
+    """The rule that the options name. The moments of adamw are float32, whatever the weights are."""
     if config.optimizer == "adafactor":
         return optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None)
-    rule = {"adalomo": adalomo, "lomo": lomo, "adamw": optax.adamw}[config.optimizer]
+    if config.optimizer == "adamw":
+        return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay), needs_params=True)
+    rule = {"adalomo": adalomo, "lomo": lomo}[config.optimizer]
     return rule(schedule, weight_decay=config.weight_decay)
 
 

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from adalomo_jax import fuse
+from adalomo_jax import FusedStep, fuse
 from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
-from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.models import PRESETS, Llama, LlamaConfig, next_token_loss
 
 
 class Program(NamedTuple):
@@ -35,16 +37,55 @@ class Program(NamedTuple):
     """Arguments, outputs and temporaries of the compiled step; None where the backend does not say."""
 
 
-def build_program(config: FinetuneConfig) -> Program:
-    """Random weights, a fresh optimizer state, and the step, compiled once."""
-    graphdef, params = _initial_model(config)
+class Training(NamedTuple):
+    """A run's step before it is compiled, for arrays or shapes."""
+
+    make_params: Callable[[], Any]
+    """Random weights, as a nested dictionary; ``nnx.merge(graphdef, params)`` is the model."""
+    graphdef: Any
+    loss_fn: Callable[..., jax.Array]
+    """``loss_fn(params, tokens_BT)``: nats a token."""
+    step: FusedStep
+    tokens: jax.ShapeDtypeStruct
+    """A batch, ``[batch_size, seq_len]``."""
+    schedule: optax.Schedule
+
+
+def make_training(config: FinetuneConfig, model: LlamaConfig, batch_sharding: NamedSharding | None = None) -> Training:
+    """The step that the options make, of a model of these sizes. Computes nothing.
+
+    On a mesh the step takes parameters and batches that are sharded over it; the latter's sharding is given.
+    """
+
+    def make_model() -> Llama:
+        dtype = jnp.dtype(config.dtype)
+        return Llama(model, rngs=nnx.Rngs(config.seed), dtype=dtype, batch_sharding=batch_sharding)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     schedule = make_schedule(config)
 
     def loss_fn(params, tokens_BT):
         return next_token_loss(nnx.merge(graphdef, params), tokens_BT)
 
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
-    step = fuse(loss_fn, make_optimizer(config, schedule), seed=config.seed)
+    return Training(
+        make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
+        graphdef=graphdef,
+        loss_fn=loss_fn,
+        step=fuse(
+            loss_fn,
+            make_optimizer(config, schedule),
+            microbatches=config.microbatches if config.microbatches > 1 else None,
+            seed=config.seed,
+        ),
+        tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32),
+        schedule=schedule,
+    )
+
+
+def build_program(config: FinetuneConfig) -> Program:
+    """Random weights, a fresh optimizer state, and the step, compiled once."""
+    make_params, graphdef, loss_fn, step, tokens, schedule = make_training(config, PRESETS[config.model])
+    params = jax.jit(make_params)()
     state = step.init(params, tokens)
     jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
     compiled = jitted.lower(params, state, tokens).compile()
@@ -64,14 +105,6 @@ def build_program(config: FinetuneConfig) -> Program:
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _initial_model(config: FinetuneConfig) -> tuple[Any, Any]:
-    def model() -> Llama:
-        return Llama(PRESETS[config.model], rngs=nnx.Rngs(config.seed), dtype=jnp.dtype(config.dtype))
-
-    graphdef = nnx.graphdef(nnx.eval_shape(model))
-    return graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(model(), nnx.Param)))()
 
 
 def _compiled_bytes(compiled: Any) -> int | None:

@@ -11,9 +11,10 @@ from rich.table import Table
 
 from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.loop import Trained
-from adalomo_jax.finetune.memory_use import format_bytes, peak_bytes
+from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program, tree_bytes
+from adalomo_jax.memory.usage import format_bytes
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The forward pass, and the backward pass that updates each parameter as soon as its gradient is complete."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,6 +79,17 @@ def forward(
         tapes.append(None)
     outputs = [_of_each(plan, microbatches, v, values[v]) for v in program.outputs]
     return Forward(outputs, context, values, tapes, cotangents)
+
+
+def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None) -> int:
+    """Bytes of the residuals that `forward` leaves, from shapes alone."""
+
+    def residuals(leaves, args):
+        tapes = forward(plan, leaves, args, microbatches, jnp.ones([], jnp.float32)).tapes
+        return [tape.residuals if isinstance(tape, scan.Tape) else tape[0] for tape in tapes if tape is not None]
+
+    shapes = jax.tree.leaves(jax.eval_shape(residuals, list(leaves), list(args)))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
 
 def backward(plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState, leaves: Sequence[Any]) -> Pass:

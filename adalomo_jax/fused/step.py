@@ -116,6 +116,14 @@ class FusedStep:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
         return self._trace(params, args).plan
 
+    def saved_bytes(self, params: Any, *args: Any) -> int:
+        """Bytes that the forward pass saves for the way back: inputs of layers, and other residuals. Computes nothing.
+
+        Parameters, which are read again, are not among them, nor is what the last stage before the loss holds.
+        """
+        traced = self._trace(params, args)
+        return backward.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
+
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
         traced = self._trace(params, args, state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +110,45 @@ PRESETS: dict[str, LlamaConfig] = {
     ),
 }
 """Models by name. ``tiny`` reads bytes; the others have the sizes, not the weights, of the published models."""
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> LlamaConfig:
+    """The sizes in the contents of a Hugging Face ``config.json`` of a Llama.
+
+    Args:
+        config: what the file holds, as a dictionary. ``num_key_value_heads``, ``head_dim`` and what has a default here
+            may be missing, as in Hugging Face's own reader.
+
+    Raises:
+        ValueError: another architecture, rotary positions that are scaled, biases, or a size that is missing.
+
+    Example:
+        >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        >>> rest = dict(model_type="llama", vocab_size=256, max_position_embeddings=512)
+        >>> from_hugging_face(sizes | rest).head_dim
+        16
+    """
+    if config.get("model_type") != "llama":
+        raise ValueError(f"model_type must be 'llama', got {config.get('model_type')!r}")
+    for name, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if config.get(name, plain) != plain:
+            raise ValueError(f"{name} must be {plain!r}, got {config[name]!r}")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rotary positions must not be scaled, got rope scaling of the type {kind!r}")
+    theta = {name: value for name, value in rope.items() if name == "rope_theta"}
+    given = {name: value for name, value in config.items() if value is not None}
+    found = {**_derived(config), **theta, **given}
+    fields = dataclasses.fields(LlamaConfig)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
+    if missing:
+        raise ValueError(f"the sizes {', '.join(missing)} are missing")
+    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
+
+
+def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's defaults of what other sizes give."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    derived = {"num_key_value_heads": heads, "head_dim": width // heads if heads and width else None}
+    return {name: value for name, value in derived.items() if value is not None}

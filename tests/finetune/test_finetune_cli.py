@@ -23,8 +23,8 @@ import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import EXTRA, main
 from adalomo_jax.finetune.config import RUN_FILES, FinetuneConfig
 from adalomo_jax.finetune.data import evaluation_batches, load_text
-from adalomo_jax.finetune.memory_use import format_bytes
 from adalomo_jax.finetune.optimizer import LEARNING_RATES
+from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, Llama, next_token_loss
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
@@ -217,6 +217,10 @@ def places(tmp_path, corpus, finished):
         ("--seq-len 1", "--seq-len must be at least 2"),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--batch-size 0", "--batch-size must be at least 1"),
+        (
+            "--batch-size 6 --microbatches 4",
+            "--microbatches must be at least 1 and divide the 6 of --batch-size, got 4",
+        ),
         ("--learning-rate 0", "--learning-rate must be above 0, got 0.0"),
         ("--learning-rate -1e-3", "--learning-rate must be above 0, got -0.001"),
         ("--learning-rate nan", "--learning-rate must be above 0, got nan"),
@@ -278,8 +282,9 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
         ("finetune --schedule foo", "invalid choice 'foo' for argument '--schedule'. .*'constant', 'linear', 'cosine'"),
         ("finetune --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. .*'adamw', 'adafactor'"),
         ("finetune --foo", "Unrecognized options: --foo"),
+        ("memory --device tpu-v9", "invalid choice 'tpu-v9' for argument '--device'. .*'tpu-v5e', .*'cpu'"),
         ("pretrain", "Unrecognized options: pretrain"),
-        ("", "Expected one of {finetune}"),
+        ("", "Expected one of {finetune, memory}"),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, encoding, monkeypatch, capsys):
@@ -288,7 +293,8 @@ def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, enco
         main(arguments.split())
     pattern = ".*".join(map(re.escape, message.split(".*")))
     assert stopped.value.code == 2
-    assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax finetune --help\n", capsys.readouterr().err)
+    command = f" {arguments.split()[0]}" if arguments.startswith(("finetune", "memory")) else ""
+    assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax{command} --help\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", EXTRA)

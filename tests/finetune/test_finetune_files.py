@@ -8,8 +8,9 @@ import pytest
 
 from adalomo_jax.finetune.export import hugging_face_config, to_hugging_face
 from adalomo_jax.finetune.files import write_whole
-from adalomo_jax.finetune.memory_use import format_bytes, peak_bytes
+from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row
+from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS
 
 

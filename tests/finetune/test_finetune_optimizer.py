@@ -45,3 +45,12 @@ def test_every_optimizer_descends_and_decays(optimizer):
         return float(jax.tree.leaves(updates)[0][0, 0])
 
     assert moved(weight_decay=0.5) < moved() < 0
+
+
+@pytest.mark.parametrize("optimizer", ["adalomo", "adamw"])
+def test_moments_are_float32_of_bfloat16_weights(optimizer):
+    config = FinetuneConfig(steps=10, optimizer=optimizer, dtype="bfloat16")
+    tx = make_optimizer(config, make_schedule(config))
+    state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)})
+    floats = {str(x.dtype) for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {"float32"}

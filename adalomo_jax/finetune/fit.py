@@ -1,0 +1,125 @@
+"""The command ``memory``: the steps of a training run, compiled for a chip, and what they need there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from rich.console import Console
+
+from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer
+from adalomo_jax.finetune.files import write_whole
+from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, mesh_sizes, model_sizes, picture
+from adalomo_jax.finetune.program import make_training
+from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
+from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
+from adalomo_jax.models import PRESETS, LlamaConfig
+from adalomo_jax.models.sharding import batch_sharding, make_mesh, param_shardings
+
+
+class Step(NamedTuple):
+    """A step to look at."""
+
+    name: str
+    optimizer: Optimizer
+    fused: bool
+
+
+_NAMES = {"adamw": "adamw (optax, float32 moments)", "adafactor": "adafactor (optax)"}
+_COMPARED: tuple[tuple[Optimizer, bool], ...] = (
+    ("adalomo", False),
+    ("adafactor", False),
+    ("adamw", False),
+    ("lomo", True),
+)
+
+
+def run(config: MemoryConfig, console: Console | None = None) -> list[Row]:
+    """Compile, or estimate, each row; print the table and draw it, or print JSON.
+
+    Raises:
+        InputError: an option cannot be used, or a compiler is not installed. Nothing has been compiled or written then.
+    """
+    check_memory_options(config)
+    path, target = picture(config), TARGETS[config.device]
+    model = model_sizes(config.model, PRESETS)
+    prepare(target, config.chips)
+    console = console or Console()
+    rows = []
+    for row in _rows(config, model, target, console):
+        if config.json:
+            print(json_line(row), flush=True)
+        rows.append(row)
+    title = _title(config)
+    if not config.json:
+        console.print(usage_table(rows, title))
+    if path is not None:
+        write_whole(path, lambda partial: plot_usage(partial, rows, title))
+    if path is not None and not config.json:
+        console.print(f"drawn to {path}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def steps_of(config: MemoryConfig) -> list[Step]:
+    """The step that the options name, and with ``--compare`` the others."""
+    wanted = [(config.optimizer, config.fused), *(_COMPARED if config.compare else ())]
+    return [Step(_name(optimizer, fused), optimizer, fused) for optimizer, fused in dict.fromkeys(wanted)]
+
+
+def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Step) -> Usage:
+    """What one step needs: the step that finetune would run with these options."""
+    mesh = None if config.chips == 1 else make_mesh(mesh_sizes(config), devices_of(target, config.chips))
+    of_batch = None if mesh is None else batch_sharding(mesh)
+    training = make_training(_as_finetune(config, step), _with_positions(model, config.seq_len), of_batch)
+    params, tokens = jax.eval_shape(training.make_params), training.tokens
+    if mesh is not None:
+        params = jax.tree.map(_sharded, params, param_shardings(params, mesh))
+        tokens = _sharded(tokens, of_batch)
+    usage = estimate_usage if config.estimate else compile_usage
+    return usage(training.step, params, tokens, target=target, fused=step.fused)
+
+
+def _rows(config: MemoryConfig, model: LlamaConfig, target: Target, console: Console) -> Iterator[Row]:
+    for step in steps_of(config):
+        doing = "estimating" if config.estimate else f"compiling for {target.name}"
+        status = contextlib.nullcontext() if config.json else console.status(f"{doing}: {step.name}")
+        try:
+            with status:
+                usage = usage_of(config, model, target, step)
+        except Unavailable as error:
+            raise InputError(str(error)) from None
+        yield Row(step.name, step.optimizer, step.fused, target.name, usage)
+
+
+def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
+    """The options of finetune that have a say in the step."""
+    return FinetuneConfig(
+        batch_size=config.batch_size,
+        microbatches=config.microbatches,
+        seq_len=config.seq_len,
+        optimizer=step.optimizer,
+        fused=step.fused,
+        dtype=config.dtype,
+    )
+
+
+def _with_positions(model: LlamaConfig, seq_len: int) -> LlamaConfig:
+    """Rotary positions are computed, so that a longer limit takes no memory."""
+    return dataclasses.replace(model, max_position_embeddings=max(model.max_position_embeddings, seq_len))
+
+
+def _sharded(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _name(optimizer: str, fused: bool) -> str:
+    return f"{_NAMES.get(optimizer, optimizer)}, {'fused' if fused else 'unfused'}"
+
+
+def _title(config: MemoryConfig) -> str:
+    where = config.device if config.chips == 1 else f"{config.chips} x {config.device} ({config.shard})"
+    return f"{config.model}, {config.batch_size} x {config.seq_len}, {config.dtype}, on {where}"

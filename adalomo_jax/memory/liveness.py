@@ -1,0 +1,203 @@
+"""The temporaries of a traced program, by a walk over its equations, as a compiler would lay them out.
+
+The compiler is modelled by five rules:
+
+- What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
+  what reads it. So of a slice, a cast, a broadcast.
+- A reduction's operand need not exist; its result does.
+- A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
+- A matmul reads its operands transposed, if it has to.
+- A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adalomo_jax.fused.jaxpr import Equation, Program, program_of, scan_of
+
+_CALLS = ("remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "closed_call")
+_LOOPS = ("scan", "while", "cond")
+_OPAQUE = (
+    *("dot_general", "ragged_dot_general", "conv_general_dilated", "sort", "top_k", "fft"),
+    *("rng_bit_generator", "pallas_call", "shard_map", "cholesky", "triangular_solve"),
+)
+"""What reads and writes whole buffers."""
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "arg", "cum")
+_WRITES = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
+
+
+class _Operation(NamedTuple):
+    """An equation of the flattened program."""
+
+    equation: Equation
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class _Flat(NamedTuple):
+    """A program without calls, its values numbered anew."""
+
+    operations: list[_Operation]
+    inputs: list[int]
+    outputs: list[int]
+    sizes: dict[int, int]
+
+
+def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Collection[int] = ()) -> int:
+    """The most bytes that a program has in use besides its inputs, and the outputs that take an input's place.
+
+    Args:
+        program: traced.
+        in_place: of outputs that take the place of an input, the input's position by the output's.
+        scanned: the positions of inputs that are slices of arrays that exist outside.
+    """
+    flat = _flatten(program)
+    needed = _needed_whole(flat)
+    slices = [flat.inputs[p] for p in scanned]
+    sources = {v: frozenset([v]) for v in flat.inputs}
+    sources |= {v: frozenset() for v in slices if v not in needed}
+    allocated = [[v for v in slices if v in needed]]
+    given = {flat.inputs[p] for p in in_place.values()}
+    replacing = {flat.outputs[out] for out in in_place}
+    last_direct = {v: i for i, operation in enumerate(flat.operations) for v in operation.inputs}
+    last_direct |= dict.fromkeys(flat.outputs, len(flat.operations))
+    kept = set(flat.inputs).difference(slices, given)
+    last_read: dict[int, int] = {}
+    inner = [0]
+    for i, operation in enumerate(flat.operations):
+        reads = frozenset[int]().union(*(sources.get(v, frozenset()) for v in operation.inputs))
+        reused = _reused(operation, sources, lambda v, i=i: last_direct[v] <= i and not kept & sources[v])
+        new, exists = [], False
+        for v in operation.outputs:
+            if v in reused:
+                sources[v], exists = sources[reused[v]], True
+            elif v in needed or _is_whole(operation):
+                sources[v], exists = frozenset([v]), True
+                new += [] if v in replacing else [v]
+            else:
+                sources[v] = reads
+        if exists:
+            last_read |= dict.fromkeys(reads, i)
+        allocated.append(new)
+        inner.append(_inside(operation))
+    for v in flat.outputs:
+        last_read |= dict.fromkeys(sources.get(v, ()), len(flat.operations))
+    return _most_alive(allocated, inner, last_read, flat.sizes)
+
+
+def _most_alive(
+    allocated: Sequence[Sequence[int]], inner: Sequence[int], last_read: Mapping[int, int], sizes: Mapping[int, int]
+) -> int:
+    """Given what each operation allocates and needs inside; the first is what is there before any."""
+    freed: dict[int, list[int]] = {}
+    for i, buffers in enumerate(allocated):
+        for v in buffers:
+            freed.setdefault(max(last_read.get(v, i - 1) + 1, i), []).append(v)
+    alive = most = 0
+    for i, (buffers, inside) in enumerate(zip(allocated, inner, strict=True)):
+        alive += sum(sizes[v] for v in buffers)
+        most = max(most, alive + inside)
+        alive -= sum(sizes[v] for v in freed.get(i, ()))
+    return most
+
+
+def _is_whole(operation: _Operation) -> bool:
+    """Whether the results exist as buffers, whoever reads them."""
+    name = operation.equation.name
+    return name in (*_OPAQUE, *_LOOPS, *_WRITES) or name.startswith(_REDUCTIONS)
+
+
+def _needed_whole(flat: _Flat) -> set[int]:
+    """The values that have to exist as buffers, for what reads them."""
+    needed, transposed = set(flat.outputs), {}
+    for operation in flat.operations:
+        name = operation.equation.name
+        if name == "transpose":
+            transposed[operation.outputs[0]] = transposed.get(operation.inputs[0], operation.inputs[0])
+        elif name == "dot_general":
+            needed.update(transposed.get(v, v) for v in operation.inputs)
+        elif name in (*_OPAQUE, *_LOOPS):
+            needed.update(operation.inputs)
+        if operation.equation.name in _WRITES:
+            needed.add(operation.inputs[0])
+    for operation in reversed(flat.operations):
+        if operation.equation.name == "optimization_barrier":
+            needed.update(v for v, out in zip(operation.inputs, operation.outputs) if out in needed)
+    return needed
+
+
+def _reused(operation: _Operation, sources: Mapping[int, frozenset[int]], may_reuse: Any) -> dict[int, int]:
+    """Of results that lie where an operand lay, the operand."""
+    name, (inputs, outputs) = operation.equation.name, operation[1:]
+    if name == "optimization_barrier":
+        return dict(zip(outputs, inputs))
+    if name in _WRITES:
+        carried = [(outputs[0], inputs[0])]
+    elif name == "scan":
+        scan = scan_of(operation.equation)
+        carried = list(zip(outputs[: scan.num_carry], inputs[scan.num_consts : scan.first_xs]))
+    elif name == "while":
+        carried = list(zip(outputs, inputs[len(inputs) - len(outputs) :]))
+    else:
+        return {}
+    return {out: v for out, v in carried if sources.get(v) and may_reuse(v)}
+
+
+def _inside(operation: _Operation) -> int:
+    """What one iteration of a loop, or a branch, needs."""
+    name, params = operation.equation.name, operation.equation.params
+    if name == "scan":
+        scan = scan_of(operation.equation)
+        in_place = {k: scan.num_consts + k for k in range(scan.num_carry)}
+        return temporary_bytes(scan.body, in_place, range(scan.first_xs, len(scan.body.inputs)))
+    if name == "while":
+        body = program_of(params["body_jaxpr"])
+        first = len(body.inputs) - len(body.outputs)
+        return temporary_bytes(body, {k: first + k for k in range(len(body.outputs))})
+    if name == "cond":
+        return max(temporary_bytes(program_of(branch), {}) for branch in params["branches"])
+    return 0
+
+
+def _flatten(program: Program) -> _Flat:
+    flat = _Flat([], [], [], {})
+
+    def number(aval: Any) -> int:
+        v = len(flat.sizes)
+        flat.sizes[v] = _bytes(aval)
+        return v
+
+    def add(program: Program, given: Iterable[int]) -> list[int]:
+        numbers = dict(zip(program.inputs, given, strict=True))
+        for v in program.constants:
+            numbers[v] = number(program.avals[v])
+        for equation in program.equations:
+            inputs = tuple(numbers[v] for v in equation.inputs)
+            if equation.name in _CALLS:
+                outputs = tuple(add(_called(equation), inputs))
+            else:
+                outputs = tuple(number(program.avals[v]) for v in equation.outputs)
+                flat.operations.append(_Operation(equation, inputs, outputs))
+            numbers |= zip(equation.outputs, outputs, strict=True)
+        return [numbers[v] for v in program.outputs]
+
+    flat.inputs.extend(number(program.avals[v]) for v in program.inputs)
+    flat.outputs.extend(add(program, flat.inputs))
+    return flat
+
+
+def _called(equation: Equation) -> Program:
+    jaxpr = equation.params.get("jaxpr", equation.params.get("call_jaxpr", equation.params.get("fun_jaxpr")))
+    return program_of(jaxpr)
+
+
+def _bytes(aval: Any) -> int:
+    dtype = aval.dtype
+    size = jnp.dtype(dtype).itemsize if not jnp.issubdtype(dtype, jax.dtypes.extended) else 16
+    return math.prod(aval.shape) * size

@@ -1,0 +1,64 @@
+"""The memory of a training step on one chip, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes that a training step needs on each chip. What a refused program's compiler did not say is None."""
+
+    params_bytes: int
+    """Of the parameters that lie on the chip."""
+    state_bytes: int
+    """Of the optimizer's state."""
+    gradient_bytes: int
+    """The most gradients alive at once, in the parameters' dtypes."""
+    saved_bytes: int
+    """What the forward pass saves for the way back: the inputs of rematerialized layers, or all residuals of others."""
+    argument_bytes: int | None
+    """What the step is given: parameters, state, batch."""
+    alias_bytes: int | None
+    """Of it, what results share their memory with: parameters and state, updated in place."""
+    output_bytes: int | None
+    """What the step returns."""
+    temp_bytes: int | None
+    """What it needs besides, saved inputs and gradients included."""
+    peak_bytes: int
+    """``argument_bytes + output_bytes - alias_bytes + temp_bytes``; of a refused program what its compiler named."""
+    host_bytes: int
+    """The same sum, of the host's memory."""
+    limit_bytes: int
+    """What a program may use on the chip."""
+    compile_seconds: float
+    estimated: bool = False
+    """Whether this was computed from shapes, and by no compiler."""
+    refused: bool = False
+    """Whether the compiler refused the program for lack of memory."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step can run."""
+        return not self.refused and self.peak_bytes <= self.limit_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What remains of the limit; negative where the step does not fit."""
+        return self.limit_bytes - self.peak_bytes
+
+    @property
+    def other_bytes(self) -> int:
+        """Of the peak, what is none of parameters, state, gradients and saved inputs; 0 where those overlap."""
+        named = self.params_bytes + self.state_bytes + self.gradient_bytes + self.saved_bytes
+        return max(0, self.peak_bytes - named)
+
+
+def format_bytes(count: int | None) -> str:
+    """Decimal units: 1 GB is 10**9 bytes."""
+    if count is None:
+        return "not known"
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
