@@ -22,8 +22,8 @@ LAYERS = [
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
     "fused": [
-        *("loss_scale", "options", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan", "stages", "checks"),
-        *("tracing", "state", "stacks", "segment", "updater", "scan", "backward", "unfused", "step"),
+        *("loss_scale", "options", "offload", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan", "stages"),
+        *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward", "unfused", "step"),
     ],
     "memory": ["targets", "usage", "compile", "liveness", "estimate", "report"],
 }

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import scan, segment
+from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
 from adalomo_jax.fused.stacks import after
-from adalomo_jax.fused.updater import Statistics, Updater
+from adalomo_jax.fused.updater import Statistics, Updater, all_statistics
 from adalomo_jax.optimizers.per_layer import Group
 
 
@@ -41,7 +42,12 @@ class Pass(NamedTuple):
 
 
 def forward(
-    plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None, d_loss: jax.Array
+    plan: Plan,
+    leaves: Sequence[Any],
+    args: Sequence[Any],
+    microbatches: int | None,
+    d_loss: jax.Array,
+    offloads: bool = False,
 ) -> Forward:
     """Runs the planned program, and pulls back the stage that comes last where that is not a layer scan.
 
@@ -51,9 +57,10 @@ def forward(
       args: the other inputs; those that differ between microbatches with a leading microbatch axis.
       microbatches: how many there are.
       d_loss: the cotangent of the loss, of each microbatch.
+      offloads: whether what the layers of scans save is put into host memory.
     """
     program = plan.program
-    context = Context(program, plan.active, plan.batched, microbatches, again=range(len(program.avals)))
+    context = Context(program, plan.active, plan.batched, microbatches, range(len(program.avals)), offloads)
     values = {**program.constants, **dict(zip(program.inputs, [*leaves, *args], strict=True))}
     loss, tapes = program.outputs[0], []
     seed = {loss: d_loss.astype(program.avals[loss].dtype)} if loss in plan.active else {}
@@ -116,14 +123,16 @@ def _pull_back(
     for index, (stage, tape) in reversed(list(enumerate(zip(plan.stages, ran.tapes)))):
         if isinstance(stage, LayerScan):
             group = plan.group_of(index, whole=False)
-            own, update_layer = [], None
+            own, parts = [], None
             if inner is not None and group is not None:
-                own, update_layer = updater.optimizer.own(inner, group), partial(updater, group)
+                one_by_one = any(is_on_host(leaves[i]) for i in group.leaves)
+                own, parts = updater.optimizer.own(inner, group), updater.parts(group, one_by_one)
             measure = partial(updater.measure, group)
-            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, update_layer, measure)
+            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
-                owns[group], statistics[group] = done.own, done.statistics
+                owns[group] = done.own
+                statistics[group] = done.statistics if parts is None else all_statistics(done.statistics)
                 written |= zip(group.leaves, done.weights, strict=True)
         elif tape is not None:
             there = _after_cotangents(stage, ran.values, plan.program.inputs, cotangents)

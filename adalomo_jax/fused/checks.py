@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.sharding import Sharding, sharding_of
@@ -136,6 +137,29 @@ def check_strict(plan: Plan) -> None:
             f"strict=True, but these cannot be updated layer by layer: {', '.join(misplaced)}. "
             "Let one scan alone run over them, or leave strict out to have them updated whole."
         )
+
+
+def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:
+    """The positions of the parameters that ``offload`` keeps in host memory; refuses to find none."""
+    if options.offloads_params and not plan.stacks_of_matrices:
+        raise ValueError(
+            "offload='params' keeps stacks of matrices in host memory, but no scan runs over one, along an axis before "
+            "its last two. Leave 'params' out, or stack the layers along the first axis. The plan is:\n"
+            f"{plan}"
+        )
+    return plan.stacks_of_matrices if options.offloads_params else ()
+
+
+def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
+    """Refuses parameters in another memory than ``offload`` says."""
+    on_host = leaves_on_host(plan, options)
+    for i, (leaf, x) in enumerate(zip(plan.leaves, leaves, strict=True)):
+        if is_on_host(x) != (i in on_host):
+            is_in, due = ("host", "device") if is_on_host(x) else ("device", "host")
+            raise ValueError(
+                f"With offload={options.offload!r}, {leaf.path!r} must be in {due} memory, but it is in {is_in} "
+                "memory. Put the parameters where they belong with params = step.place(params, *args)."
+            )
 
 
 def check_not_deleted(what: Any, name: str) -> None:

@@ -125,6 +125,15 @@ def scan_of(equation: Equation) -> Scan:
     return Scan(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
 
 
+def reads_in_order(program: Program) -> list[int]:
+    """The inputs in the order in which the equations first read them, those within calls and checkpoints too."""
+    reads: list[int] = []
+    for equation in program.equations:
+        pairs = zip(equation.source.invars, equation.inputs)
+        reads += _reads(equation.source, {var: v for var, v in pairs if not isinstance(var, core.Literal)})
+    return [v for v in dict.fromkeys(reads) if v in program.inputs]
+
+
 def is_differentiable(aval: Any) -> bool:
     """Whether values of this type have cotangents of their own type."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
@@ -240,6 +249,16 @@ def _open(jaxpr: Any) -> Any:
 
 def _called(eqn: core.JaxprEqn) -> Any:
     return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+
+
+def _reads(eqn: core.JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
+    """The numbered variables in the order in which an equation, or those that it calls, reads them."""
+    known = [None if isinstance(atom, core.Literal) else numbers.get(atom) for atom in eqn.invars]
+    inner = _called(eqn)
+    if inner is None or len(_open(inner).invars) != len(known):
+        return [v for v in known if v is not None]
+    within = {var: v for var, v in zip(_open(inner).invars, known) if v is not None}
+    return [v for inner_eqn in _open(inner).eqns for v in _reads(inner_eqn, within)]
 
 
 def _only_groups(eqn: core.JaxprEqn, are_leaves: Sequence[bool]) -> bool:

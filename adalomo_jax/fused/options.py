@@ -23,6 +23,7 @@ class Options:
     strict: bool
     stochastic_rounding: bool | None
     seed: int
+    offload: str | tuple[str, ...] | None
 
     def __post_init__(self):
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -40,6 +41,11 @@ class Options:
             raise ValueError(
                 "batch_argnums counts the arguments of loss_fn; 0 are the parameters, which no batch slices."
             )
+        if not {"params", "activations"}.issuperset(self._offloaded):
+            raise ValueError(
+                "offload names what is kept in host memory: it must be 'params', 'activations', or a tuple of both, "
+                f"got {self.offload!r}. None keeps all on the device."
+            )
         if isinstance(self.loss_scale, DynamicLossScale):
             if not self.skip_nonfinite:
                 raise ValueError(
@@ -48,6 +54,20 @@ class Options:
                 )
         elif self.loss_scale is not None and not self.loss_scale > 0:
             raise ValueError(f"loss_scale must be positive, got {self.loss_scale}. None does not scale.")
+
+    @property
+    def offloads_params(self) -> bool:
+        """Whether stacks of matrices are kept in host memory."""
+        return "params" in self._offloaded
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what layers save for the way back is kept in host memory."""
+        return "activations" in self._offloaded
+
+    @property
+    def _offloaded(self) -> tuple[str, ...]:
+        return () if self.offload is None else (self.offload,) if isinstance(self.offload, str) else tuple(self.offload)
 
     @property
     def _argnums(self) -> tuple[int, ...]:

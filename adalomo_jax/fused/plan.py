@@ -148,6 +148,15 @@ class Plan:
         groups = [group for group in self.groups if (group.layers is None) == whole]
         return next((group for group in groups if self.leaves[group.leaves[0]].stage == stage), None)
 
+    @cached_property
+    def stacks_of_matrices(self) -> tuple[int, ...]:
+        """The positions of the leaves that ``offload="params"`` keeps in host memory.
+
+        Layer scans run over them, trained or not, on an axis before their last two: a layer is whole matrices.
+        """
+        stacks = [stack for stage in self.stages if isinstance(stage, LayerScan) for stack in stage.stacks]
+        return tuple(sorted(stack.leaf for stack in stacks if stack.axis < len(self.leaves[stack.leaf].shape) - 2))
+
     @property
     def gradient_bytes(self) -> int:
         """The most bytes of gradients alive at once: of one layer, and of whole leaves until they are updated."""

@@ -4,7 +4,7 @@ In the forward loop, too, the stacks are in the carry, behind a barrier: else XL
 for a copy of all the weights in the narrower dtype.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from adalomo_jax.fused import segment
-from adalomo_jax.fused.jaxpr import evaluate
+from adalomo_jax.fused.jaxpr import evaluate, reads_in_order
+from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
 from adalomo_jax.fused.sharding import constrain
-from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, layer_at, start, update_parts
 
 
 class Tape(NamedTuple):
@@ -37,7 +38,7 @@ class Pulled(NamedTuple):
     own: list[Any]
     """The optimizer's state of them."""
     statistics: Any
-    """Of each layer, with a leading layer axis."""
+    """Of each part of a layer, or of a layer where it is not updated; with a leading layer axis."""
     cotangents: Cotangents
     """Of the values that the scan reads."""
 
@@ -66,7 +67,10 @@ def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
         layouts[:] = [layout for _, layout in tapes]
         new_carry = {v: _for_each(context, v, context, out, there[out]) for v, out in zip(carry, scan.body.outputs)}
         ys = [there[scan.body.outputs[p]] for p in stage.read_ys]
-        return (new_carry, lax.optimization_barrier(stacks)), (ys, [residuals for residuals, _ in tapes])
+        residuals = [residuals for residuals, _ in tapes]
+        if outer.offloads:
+            residuals = jax.tree.map(put_on_host, residuals)
+        return (new_carry, lax.optimization_barrier(stacks)), (ys, residuals)
 
     (carry, stacks), (ys, residuals) = lax.scan(
         iteration, (carry, stacks), (jnp.arange(scan.length), xs), reverse=scan.reverse
@@ -84,7 +88,7 @@ def backward(
     values: Mapping[int, Any],
     cotangents: Cotangents,
     own: list[Any],
-    update_layer: UpdateLayer | None,
+    parts: Sequence[Part] | None,
     measure: Callable[[list[Any]], Any],
 ) -> Pulled:
     """Pulls the scan back layer by layer, updating each layer with the gradient taken at its old weights.
@@ -96,7 +100,7 @@ def backward(
       values: the program's values.
       cotangents: of the scan's outputs, where there are any.
       own: the optimizer state of the trained stacks, with a leading layer axis.
-      update_layer: the optimizer's step on one layer; None leaves all as it is.
+      parts: the optimizer's step on one layer of some trained stacks at a time; None leaves all as it is.
       measure: makes the statistics of a layer's gradients where it is not updated.
     """
     scan, body, context = stage.scan, stage.scan.body, _context(stage, outer)
@@ -105,11 +109,12 @@ def backward(
     d_carry = {v: d_outputs.get(p, zeros(context, v)) for p, v in enumerate(carry) if v in stage.active}
     d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
     constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
+    order = _order(stage, parts or ())
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
     def iteration(state, x):
         d_carry, d_consts, stacks, frozen = state
-        i, xs, residuals, d_ys = x
+        i, xs, residuals, d_ys = jax.tree.map(fetch, x)
         trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
         slices = _slices(stage, trained | frozen, i)
         layers, pull_chain = _layers(stage, outer, slices)
@@ -121,12 +126,12 @@ def backward(
         d_carry = {v: d.get(v, zeros(context, v)).astype(body.avals[v].dtype) for v in d_carry}
         d_consts = {v: (total + d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
         d_xs = {v: d.get(v, zeros(context, v)) for v in xs if v in stage.active}
-        if update_layer is None:
+        if parts is None:
             stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
         else:
             weights = [jnp.squeeze(slices[stack.value], stack.axis) for stack in stage.trained]
             read_by = (d_carry, d_consts, d_xs, gradients)
-            stacks, statistics = update(stacks, axes, i, i + stride, weights, gradients, update_layer, read_by)
+            stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, order, read_by)
         return (d_carry, d_consts, stacks, lax.optimization_barrier(frozen)), (d_xs, statistics)
 
     stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
@@ -148,6 +153,16 @@ def backward(
         if v in d_inner:
             accumulate(d_inputs, {operand: _once(context, v, outer, operand, d_inner[v])})
     return Pulled(stacks.weights, stacks.own, statistics, d_inputs)
+
+
+def _order(stage: LayerScan, parts: Sequence[Part]) -> list[int]:
+    """The parts in the order in which their gradients are there: what the body reads last comes first."""
+    reads = reads_in_order(stage.scan.body)
+    of_value = {value: reads.index(v) for v, value in stage.layers if v in reads}
+    for equation in reversed(stage.chain):
+        of_value |= {v: of_value.get(equation.outputs[0], 0) for v in equation.inputs if v not in of_value}
+    first_read = [of_value.get(stack.value, 0) for stack in stage.trained]
+    return sorted(range(len(parts)), key=lambda p: -max(first_read[k] for k in parts[p].weights))
 
 
 def _context(stage: LayerScan, outer: Context) -> Context:

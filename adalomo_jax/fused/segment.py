@@ -31,6 +31,8 @@ class Context(NamedTuple):
     microbatches: int | None
     again: Collection[int]
     """The values that will be there on the way back."""
+    offloads: bool = False
+    """Whether what the layers of a scan save for the way back is put into host memory."""
 
 
 class Source(NamedTuple):

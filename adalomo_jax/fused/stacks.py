@@ -15,8 +15,18 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
+from adalomo_jax.fused.offload import fetch, put_beside
+
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
+
+
+class Part(NamedTuple):
+    """Stacks that are updated together, by the positions in `Stacks`."""
+
+    weights: tuple[int, ...]
+    own: tuple[int, ...]
+    update_layer: UpdateLayer
 
 
 class Stacks(NamedTuple):
@@ -67,14 +77,59 @@ def update(
     return written, statistics
 
 
+def update_parts(
+    stacks: Stacks,
+    axes: Sequence[int],
+    i: jax.Array,
+    following: jax.Array,
+    weights: list[Any],
+    gradients: list[Any],
+    parts: Sequence[Part],
+    order: Sequence[int],
+    read_by: Any = (),
+) -> tuple[Stacks, list[Any]]:
+    """`update` of each part, in this order: none begins before the stacks of the one before have been written.
+
+    So what was written need not wait on the device, nor its gradient. Returns the statistics of each part, too.
+    """
+    new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
+    previous, found = (), {}
+    for p in order:
+        part = parts[p]
+        of_part = [gradients[k] for k in part.weights]
+        if previous:
+            of_part, written = lax.optimization_barrier((of_part, [new.weights[k] for k in previous]))
+            _put(new.weights, previous, written)
+        done, statistics = update(
+            Stacks(*([xs[k] for k in at] for xs, at in zip(new, (part.weights, part.own, part.own)))),
+            [axes[k] for k in part.weights],
+            i,
+            following,
+            [weights[k] for k in part.weights],
+            of_part,
+            part.update_layer,
+            read_by,
+        )
+        for xs, at, ys in zip(new, (part.weights, part.own, part.own), done):
+            _put(xs, at, ys)
+        found[p] = statistics
+        previous = part.weights
+    return new, [found[p] for p in range(len(parts))]
+
+
+def _put(xs: list[Any], positions: Sequence[int], ys: Sequence[Any]) -> None:
+    for k, y in zip(positions, ys, strict=True):
+        xs[k] = y
+
+
 def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:
-    """Layer ``i`` of a stack, its axes in memory in their order.
+    """Layer ``i`` of a stack, on the device, its axes in memory in their order.
 
     Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
     for a copy of the whole stack before and one after it. Now it copies a layer at most. A CPU's compiler never does
     that, and would copy the layer where it can read it from the stack.
     """
-    layer = lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)
+    layer = fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims))
     if layer.ndim < 2:
         return layer
     in_order = Layout(tuple(range(layer.ndim)))
@@ -108,4 +163,4 @@ def _is_explicit(x: jax.Array) -> bool:
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
-    return lax.dynamic_update_index_in_dim(stack, layer, i, axis)
+    return lax.dynamic_update_index_in_dim(stack, put_beside(layer, stack), i, axis)

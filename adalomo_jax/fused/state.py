@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.fused.checks import Signature
 from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
+from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.sharding import of_own_state, of_stack
 from adalomo_jax.fused.tracing import Traced
 
@@ -32,8 +33,9 @@ class FusedState(NamedTuple):
 
 def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
     """Of parameters that are arrays or shapes; spread as they are."""
-    arrays = {i: x for i, x in enumerate(traced.leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
-    make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(traced.leaves)], loss_scale)
+    leaves = shapes_on_device(traced.leaves)
+    arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
+    make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(leaves)], loss_scale)
     if not any(traced.signature.shardings):
         return make(arrays)
     return jax.jit(make, out_shardings=_shardings(traced, loss_scale))(arrays)
@@ -41,7 +43,8 @@ def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
 
 def make_abstract_state(traced: Traced, loss_scale: LossScale) -> FusedState:
     """The shapes and shardings of what `make_state` makes."""
-    state = jax.eval_shape(lambda leaves: _make(traced, leaves, loss_scale), traced.leaves)
+    leaves = shapes_on_device(traced.leaves)
+    state = jax.eval_shape(lambda leaves: _make(traced, leaves, loss_scale), leaves)
     if not any(traced.signature.shardings):
         return state
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, _shardings(traced, loss_scale))

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import check_not_deleted, check_state
+from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host
 from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.sharding import constrain, of_own_state
@@ -83,6 +84,34 @@ class FusedStep:
         """
         return make_abstract_state(self._trace(params, args), self.options.loss_scale)
 
+    def place(self, params: Any, *args: Any) -> Any:
+        """The parameters, each in the memory that ``offload`` says, and spread over devices as they are.
+
+        With ``offload="params"`` those that `Plan.stacks_of_matrices` names go to the host's memory (the memory kind
+        ``"pinned_host"``), all others to the devices'; arrays that are there already are returned as they are. Of a
+        ``jax.ShapeDtypeStruct`` it is a description of that.
+
+        Raises:
+          ValueError: where there is no stack of matrices to move, where the backend has no such memory, or where an
+            array to be moved lies on several devices without a ``jax.sharding.NamedSharding``.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from adalomo_jax import adalomo, fuse
+          >>> layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ w), None))
+          >>> loss_fn = lambda params, x: jnp.mean(jax.lax.scan(layer, x, params)[0])
+          >>> step = fuse(loss_fn, adalomo(1e-2), offload=("params", "activations"))
+          >>> x = jnp.ones((2, 4))
+          >>> params = step.place(jnp.full((12, 4, 4), 0.1), x)
+          >>> result = step.jit(params, step.init(params, x), x)
+          >>> print(result.params.sharding.memory_kind)
+          pinned_host
+        """
+        plan = self.plan(params, *args)
+        on_host = leaves_on_host(plan, self.options)
+        leaves, treedef = jax.tree.flatten(params)
+        return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
+
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
         return self._trace(params, args).plan
@@ -98,8 +127,10 @@ class FusedStep:
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
         traced = self._trace(params, args, state)
-        plan, updater = traced.plan, self._updater(traced, state)
-        ran = backward.forward(plan, traced.leaves, traced.args, self.options.microbatches, self._d_loss(state))
+        plan, updater, options = traced.plan, self._updater(traced, state), self.options
+        check_placed(plan, traced.leaves, options)
+        d_loss, offloads = self._d_loss(state), options.offloads_activations
+        ran = backward.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
         squares = None
         if self.options.max_grad_norm is not None:
@@ -116,12 +147,13 @@ class FusedStep:
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = self._trace(params, args, state)
+        traced = self._trace(jax.tree.map(fetch, params), args, state)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
         squares = updater.measure(None, list(gradients.values())).squares
         updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
+        leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
 
     def _trace(self, params: Any, args: Sequence[Any], state: FusedState | None = None) -> Traced:
@@ -152,7 +184,8 @@ class FusedStep:
     def _updater(self, traced: Traced, state: FusedState) -> Updater:
         """The updater as far as it is known before the loss."""
         check_state(
-            state.inner, jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), traced.leaves)
+            state.inner,
+            jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), shapes_on_device(traced.leaves)),
         )
         rounding = self.options.stochastic_rounding
         plans = traced.plan.leaves
@@ -238,6 +271,7 @@ def fuse(
     strict: bool = False,
     stochastic_rounding: bool | None = None,
     seed: int = 0,
+    offload: Literal["params", "activations"] | tuple[str, ...] | None = None,
 ) -> FusedStep:
     """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
 
@@ -281,14 +315,20 @@ def fuse(
         rounds all to nearest; True is None, and an error where no parameter is of those types.
       seed: of the stochastic rounding. Keys are made from the seed, the step, the leaf and the layer, so a resumed run
         repeats the same bits.
+      offload: what is kept in the host's memory, and moved to the device and back layer by layer: the same numbers,
+        more slowly. ``"params"``: the stacks of matrices that layer scans run over (of a stack a layer is whole
+        matrices: the layer axis is not among the last two); put them there with ``params = step.place(params, *args)``
+        before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
+        what each layer of a scan saves for the way back. Or both, as a tuple.
 
     Returns:
-      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``.
+      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``.
 
     Raises:
       ValueError: for options that contradict each other; and while tracing, for a loss that is no scalar, a parameter
         that cannot be trained, a batch that the microbatches do not divide, a ``tx`` that mixes leaves, draws random
-        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, or arrays that a step has used.
+        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, parameters in another memory
+        than ``offload`` says, or arrays that a step has used.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -326,5 +366,6 @@ def fuse(
         strict=strict,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        offload=offload,
     )
     return FusedStep(loss_fn, optax.with_extra_args_support(tx), options)

@@ -21,6 +21,7 @@ from adalomo_jax.fused.checks import (
 )
 from adalomo_jax.fused.jaxpr import trace
 from adalomo_jax.fused.leafwise import check_leafwise
+from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
@@ -80,7 +81,7 @@ def trace_call(
     ]
     of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
     on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
-    program, result_treedef = trace(on_leaves, leaves, *args_treedef.unflatten(of_one))
+    program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
     of_args = program.inputs[len(leaves) :]
     batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]

@@ -1,7 +1,7 @@
 """The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacks import UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.rounding import apply_update
@@ -80,6 +80,18 @@ class Updater:
             statistics._replace(written=jnp.stack([*ok.values()])),
         )
 
+    def parts(self, group: Group, one_by_one: bool) -> list[Part]:
+        """The group's stacks as they are updated: all together, or one after the other."""
+        owners, positions = self.optimizer.owners(group), range(len(group.leaves))
+        if not one_by_one or None in owners:
+            return [Part(tuple(positions), tuple(range(len(owners))), partial(self, group))]
+        parts = []
+        for k, leaf in enumerate(group.leaves):
+            of_leaf, own = Group((leaf,), group.layers), tuple(p for p, owner in enumerate(owners) if owner == leaf)
+            updater = replace(self, of_own={of_leaf: [self.of_own[group][p] for p in own]})
+            parts.append(Part((k,), own, partial(updater, of_leaf)))
+        return parts
+
     def measure(self, group: Group | None, gradients: Sequence[Any]) -> Statistics:
         """The statistics of gradients that are not used."""
         spread = gradients if group is None else self._spread(group, gradients)
@@ -125,6 +137,14 @@ class Updater:
         if layer is not None:
             keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
         return list(map(apply_update, weights, updates, keys))
+
+
+def all_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Of all tensors, given those of some at a time."""
+    squares = sum((part.squares for part in parts), start=jnp.zeros([], jnp.float32))
+    written = jnp.concatenate([part.written for part in parts], axis=-1)
+    rms_of = lambda name: [x for part in parts for x in getattr(part, name)]
+    return Statistics(squares, written, rms_of("update_rms"), rms_of("param_rms"))
 
 
 def _statistics(squares: Sequence[jax.Array]) -> Statistics:

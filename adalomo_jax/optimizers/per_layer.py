@@ -77,7 +77,7 @@ class PerLayer:
         Returns:
           The updates, and the new own and shared state.
         """
-        paths, treedef = self._group_layouts[group]
+        paths, treedef = self._layout_of(group)
         by_path = dict(zip(self._own_paths(group), own)) | dict(zip(self.shared_paths, shared))
         state = jax.tree.unflatten(treedef, [by_path[path] for path in paths])
         params = None if leaves is None else self.tree_of(group.leaves, leaves)
@@ -182,12 +182,16 @@ class PerLayer:
         """The paths of the state's leaves that belong to no parameter."""
         return self._abstract_init(self.tree_of([], []))[0]
 
+    def _layout_of(self, group: Group) -> tuple[list[Any], Any]:
+        """Of the state that `tx` keeps for the leaves of a group, or for some of them."""
+        if group not in self._layouts:
+            tensors = [self.tensors[i] for i in group.leaves]
+            self._layouts[group] = self._abstract_init(self.tree_of(group.leaves, tensors))
+        return self._layouts[group]
+
     @cached_property
-    def _group_layouts(self) -> dict[Group, tuple[list[Any], Any]]:
-        return {
-            group: self._abstract_init(self.tree_of(group.leaves, [self.tensors[i] for i in group.leaves]))
-            for group in self.groups
-        }
+    def _layouts(self) -> dict[Group, tuple[list[Any], Any]]:
+        return {}
 
     def owners(self, group: Group) -> list[int | None]:
         """Of each leaf of a group's own state the parameter that it is kept for; None where it is for several."""
@@ -199,7 +203,7 @@ class PerLayer:
         return [leaves[0] if len(leaves) == 1 else None for leaves in found.values()]
 
     def _own_paths(self, group: Group) -> list[Any]:
-        return [path for path in self._group_layouts[group][0] if path not in self.shared_paths]
+        return [path for path in self._layout_of(group)[0] if path not in self.shared_paths]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalomo_jax.fused.jaxpr import active_values, evaluate, scan_of, trace
+from adalomo_jax.fused.jaxpr import active_values, evaluate, reads_in_order, scan_of, trace
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
 TABLE = np.arange(4.0, dtype=np.float32)
@@ -104,3 +104,14 @@ def test_active_values_depend_on_a_leaf():
     program, _ = trace(fn, [X], X)
     active = active_values(program, program.inputs[:1])
     assert [v in active for v in program.outputs] == [True, False, False, False, False]
+
+
+def test_reads_are_in_order_of_the_program_also_within_calls():
+    def fn(leaves, x):
+        first, second, unread, fourth, third = leaves
+        x = jax.checkpoint(lambda x, second, first: (x + first) * jax.jit(jnp.sin)(second))(x, second, first)
+        return jax.lax.scan(lambda x, w: (x * w * fourth, None), x * third, first)[0]
+
+    program, _ = trace(fn, [X] * 5, X)
+    first, second, _, fourth, third, x = program.inputs
+    assert reads_in_order(program) == [x, first, second, third, fourth]

@@ -1,0 +1,81 @@
+"""Stacks in host memory, and the transfers of one layer of them at a time.
+
+The type of an array says in which memory it is, so nothing else has to: what reads a layer of a stack in host memory
+fetches it, and what writes one puts it back there. Only whole matrices are moved: a TPU's compiler cuts nothing else
+out of an array in host memory (libtpu 0.0.52), and vectors weigh nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+HOST = "pinned_host"
+"""The memory kind: the memory of the host that an accelerator reads by itself."""
+DEVICE = "device"
+"""The memory kind: the accelerator's own memory."""
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether an array, or a traced one, is in host memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def fetch(x: Any) -> Any:
+    """The array on the device, itself where it is there already."""
+    return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
+
+
+def put_beside(x: Any, other: Any) -> Any:
+    """``x`` in the memory that ``other`` is in."""
+    return jax.device_put(x, jax.memory.Space.Host) if is_on_host(other) else x
+
+
+def put_on_host(x: Any) -> Any:
+    """A matrix, or what has more axes, in host memory; others stay."""
+    return jax.device_put(x, jax.memory.Space.Host) if x.ndim >= 2 else x
+
+
+def shapes_on_device(leaves: Sequence[Any]) -> list[Any]:
+    """The arrays, of those in host memory only what they are once fetched: shape, dtype, sharding."""
+    return [jax.eval_shape(fetch, x) if is_on_host(x) else x for x in leaves]
+
+
+def place(x: Any, *, on_host: bool) -> Any:
+    """An array in this memory, spread over devices as it is; of a ``jax.ShapeDtypeStruct`` the description of that.
+
+    Raises:
+      ValueError: where it is to be in host memory, and the backend has no such memory.
+    """
+    sharding = getattr(x, "sharding", None)
+    if not on_host and (sharding is None or sharding.memory_kind != HOST):
+        return x
+    sharding = _of_kind(_named(sharding), HOST if on_host else DEVICE)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x.update(sharding=sharding)
+    return jax.device_put(x, sharding)
+
+
+def _named(sharding: Sharding | None) -> NamedSharding:
+    """With a mesh: of a description, JAX takes the memory kind from such a sharding only (seen up to 0.12)."""
+    if isinstance(sharding, NamedSharding):
+        return sharding
+    devices = jax.devices()[:1] if sharding is None else list(sharding.device_set)
+    if len(devices) > 1:
+        raise ValueError(
+            f"A stack that is offloaded must have a NamedSharding, or be on one device, but it has {sharding}. "
+            "Move it to one with jax.device_put first."
+        )
+    return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
+
+
+def _of_kind(sharding: NamedSharding, kind: str) -> NamedSharding:
+    try:
+        return sharding.with_memory_kind(kind)
+    except ValueError as error:
+        raise ValueError(
+            f"step.place moves stacks of matrices to the memory kind {kind!r} for offload='params', and there is none. "
+            f"Leave offload out on this backend. ({error})"
+        ) from error
