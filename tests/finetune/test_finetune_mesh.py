@@ -1,0 +1,100 @@
+"""A run spread over devices and processes has the loss curve of one device."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from adalomo_jax.cli import main
+from adalomo_jax.finetune.config import RUN_FILES
+
+OPTIONS = ["--steps", "3", "--batch-size", "8", "--microbatches", "2", "--seq-len", "32", "--warmup-steps", "0"]
+MESH = ["--mesh", "fsdp=4,tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(400)))
+    return path
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row.get("loss", row.get("eval_loss")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    main(["finetune", "--data", str(corpus), "--output", str(folder), *OPTIONS])
+    return losses(folder)
+
+
+def test_a_mesh_of_eight_devices(corpus, tmp_path, on_one_device, capsys):
+    main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *OPTIONS, *MESH])
+    assert len(on_one_device) == 7 and np.ptp(on_one_device) > 0.1
+    np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
+    assert "fsdp=4,tensor=2: bytes a device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "adalomo_jax", "finetune", "--data", str(corpus), "--output", str(folder)]
+    command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
+    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [
+        subprocess.Popen(
+            [*command, "--process", str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(processes)
+    ]
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * processes, printed[0][1][-3000:]
+    np.testing.assert_allclose(losses(folder), on_one_device, rtol=1e-5)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RUN_FILES)
+    said = ["written to" in out for out, _ in printed]
+    assert said == [True] + [False] * (processes - 1)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--mesh fsdp=2", "--mesh fsdp=2: The mesh fsdp 2 takes 2 devices, but there are 8"),
+        ("--mesh model=8", "--mesh takes each of data, fsdp, tensor once, as axis=size .*, got 'model=8'"),
+        ("--mesh fsdp=8 --batch-size 12", "--batch-size 12 must be a multiple of 8"),
+        ("--mesh fsdp=8 --microbatches 2", "--batch-size 8 must be a multiple of 16: 2 microbatches"),
+        ("--coordinator localhost:1 --mesh fsdp=8", "takes --processes and --process too"),
+        ("--processes 2 --process 0", "are of --coordinator: give it too"),
+        (
+            "--coordinator localhost:1 --processes 2 --process 2 --mesh fsdp=8",
+            "--process must be from 0 .*, got 2 of 2",
+        ),
+        ("--coordinator localhost:1 --processes 2 --process 0", "say how with --mesh"),
+        (
+            "--mesh fsdp=8 --seq-len 256",
+            "the evaluation text has . sequences of --seq-len 256, fewer than the 8 devices",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_in_one_line(options, says, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", "--data", str(corpus), *options.split()])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.count("\n") == 1
+    assert re.search(says, captured.err), captured.err
+    assert list(tmp_path.iterdir()) == []
