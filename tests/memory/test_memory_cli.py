@@ -137,7 +137,7 @@ def test_an_estimate_says_so_and_needs_no_compiler(capsys, monkeypatch):
     (row,) = json_rows(capsys, "--device", "tpu-v5e", "--estimate")
     assert row["estimated"] and row["limit_bytes"] == TARGETS["tpu-v5e"].limit_bytes
     main(["memory", *SMALL, "--device", "tpu-v5e", "--estimate"])
-    assert "fused (estimate)" in capsys.readouterr().out
+    assert "estimate, not compiled: tiny, 1 x 16" in capsys.readouterr().out
 
 
 def test_a_mesh_of_this_machines_devices(capsys):
