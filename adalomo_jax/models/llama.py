@@ -7,14 +7,16 @@ H width of a head, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import LlamaConfig
+from adalomo_jax.models.sharding import out_of_stream
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -197,27 +199,47 @@ class Llama(nnx.Module):
             head_DV = self.embed_tokens.embedding[...].T
         else:
             head_DV = self.lm_head.kernel[...]
-        return project(x_BTD, head_DV)
+        mesh = None if self.batch_sharding is None else self.batch_sharding.mesh
+        return project(x_BTD, head_DV, None if mesh is None else out_of_stream(head_DV.shape, mesh))
 
 
-@jax.custom_vjp
-def project(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x_BTD: jax.Array, head_DV: jax.Array, sharding: NamedSharding | None = None) -> jax.Array:
     """``x @ head``, accumulated in float32, also where both are bfloat16.
 
     The cotangent is rounded to the type of ``x`` before it is multiplied. Without, the two products of the backward
-    pass would be float32 ones, at half the speed of a GPU or less.
+    pass would be float32 ones, at half the speed of a GPU or less. Where the batch is spread over a mesh, ``sharding``
+    is the head's, and each device sums its part of the head's gradient alone; XLA would sum all of it on each.
     """
     return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.float32)
 
 
-def _project_forward(x_BTD, head_DV):
-    return project(x_BTD, head_DV), (x_BTD, head_DV)
+def _project_forward(x_BTD, head_DV, sharding):
+    return project(x_BTD, head_DV, sharding), (x_BTD, head_DV)
 
 
-def _project_backward(saved, d_logits_BTV):
+def _project_backward(sharding, saved, d_logits_BTV):
     x_BTD, head_DV = saved
     d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
-    return d_logits_BTV @ head_DV.T, jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
+    d_x_BTD = d_logits_BTV @ head_DV.T
+    if sharding is None:
+        return d_x_BTD, _outer_sum(x_BTD, d_logits_BTV)
+    batch, (rows, columns) = ("data", "fsdp"), sharding.spec
+
+    def of_part(x_BTD, d_logits_BTV):
+        d_head_DV = _outer_sum(x_BTD, d_logits_BTV)
+        if rows is None:
+            return jax.lax.psum(d_head_DV, batch)
+        return jax.lax.psum(jax.lax.psum_scatter(d_head_DV, rows, scatter_dimension=0, tiled=True), "data")
+
+    of_logits = PartitionSpec(batch, *(None,) * (d_logits_BTV.ndim - 2), columns)
+    in_specs = (PartitionSpec(batch), of_logits)
+    on_parts = jax.shard_map(of_part, mesh=sharding.mesh, in_specs=in_specs, out_specs=sharding.spec)
+    return d_x_BTD, on_parts(x_BTD, d_logits_BTV)
+
+
+def _outer_sum(x_BTD: jax.Array, d_logits_BTV: jax.Array) -> jax.Array:
+    return jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
 
 
 project.defvjp(_project_forward, _project_backward)

@@ -65,12 +65,20 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if names[-2] in _OUT_OF_STREAM:
-            axes = ("fsdp", "tensor")
-        elif names[-2] in _INTO_STREAM:
-            axes = ("tensor", "fsdp")
-        else:
-            return NamedSharding(mesh, PartitionSpec())
-        cut = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape[-2:])]
-        return NamedSharding(mesh, PartitionSpec(*(None,) * (len(leaf.shape) - 2), *cut))
+            return out_of_stream(leaf.shape, mesh)
+        if names[-2] in _INTO_STREAM:
+            return _cut(leaf.shape, ("tensor", "fsdp"), mesh)
+        return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def out_of_stream(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Of a matrix, or a stack of them, whose rows belong to the residual stream: the head's, for one."""
+    return _cut(shape, ("fsdp", "tensor"), mesh)
+
+
+def _cut(shape: Sequence[int], axes: tuple[str, str], mesh: Mesh) -> NamedSharding:
+    """The last two axes cut by those of the mesh that divide them."""
+    cut = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape[-2:])]
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *cut))
