@@ -203,6 +203,17 @@ def test_unusable_input_is_one_line_and_status_2(options, message, tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_axes_that_a_torus_has_no_room_for_are_refused(capsys, monkeypatch):
+    def no_assignment(sizes, devices):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    monkeypatch.setattr(fit, "devices_of", lambda target, chips: [None] * chips)
+    monkeypatch.setattr(fit, "make_mesh", no_assignment)
+    with pytest.raises(SystemExit):
+        main("memory --model tiny --device tpu-v5p --chips 512 --shard fsdp=128,tensor=4 --batch-size 128".split())
+    assert "--shard fsdp=128,tensor=4 cannot be laid on 512 chips, a torus of 8 x 8 x 8" in capsys.readouterr().err
+
+
 def test_good_input_does_compile(monkeypatch):
     monkeypatch.setattr(fit, "usage_of", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
