@@ -16,6 +16,9 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
 
+AXES = ("data", "fsdp", "tensor")
+"""What a mesh may have."""
+
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "model.safetensors", "config.json")
@@ -70,6 +73,19 @@ class FinetuneConfig:
     fused: bool = True
     """Update each layer during the backward pass, so that the gradients of the whole model never exist.
     Without: all gradients first, then the same update, with more memory."""
+    attention: Literal["auto", "blocks", "splash", "cudnn"] = "auto"
+    """How attention is computed: in blocks of plain operations, or by a kernel: splash on TPUs, cudnn on GPUs.
+    auto takes the kernel where it can be had."""
+    mesh: Annotated[str | None, default("one device", metavar="AXIS=N[,AXIS=N]")] = None
+    """How to spread the run over all devices: axes of a mesh and their sizes, such as fsdp=4,tensor=2.
+    data gives each device a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""
+    coordinator: Annotated[str | None, default("this process alone", metavar="HOST:PORT|auto")] = None
+    """Where several processes train together, the address of the first, which the others connect to.
+    auto asks JAX, which knows Cloud TPUs, Slurm and Open MPI. Each process is started with the same options."""
+    processes: Annotated[int | None, default("as JAX finds out")] = None
+    """How many processes train together."""
+    process: Annotated[int | None, default("as JAX finds out")] = None
+    """Which of them this one is, from 0; the first one writes the output."""
     seed: int = 0
     """Seed of the initial weights, the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -83,6 +99,10 @@ def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) ->
     check_preset(config.model, list(presets))
     longest, rate, warmup = presets[config.model].max_position_embeddings, config.learning_rate, config.warmup_steps
     parts = config.microbatches
+    sizes = mesh_sizes(config.mesh, "--mesh")
+    rows = batch_parts(sizes)
+    processes, process = config.processes, config.process
+    number, is_told = process or 0, processes is not None and process is not None
     checks = {
         "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
         f"--steps must be at least 1, got {config.steps}": config.steps >= 1,
@@ -103,11 +123,41 @@ def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) ->
         f"--weight-decay must be 0 or more, got {config.weight_decay}": (
             math.isfinite(config.weight_decay) and config.weight_decay >= 0
         ),
+        f"--batch-size {config.batch_size} must be a multiple of {rows * max(parts, 1)}: {parts} microbatches, each "
+        f"spread over {rows} devices by data and fsdp in --mesh": config.batch_size % (max(parts, 1) * rows) == 0,
+        "--processes and --process are of --coordinator: give it too": (
+            config.coordinator is not None or (processes is None and process is None)
+        ),
+        "--coordinator with an address takes --processes and --process too": (
+            config.coordinator in (None, "auto") or is_told
+        ),
+        f"--process must be from 0 to one less than --processes, got {process} of {processes}": (
+            not is_told or 0 <= number < (processes or 0)
+        ),
+        "--coordinator spreads a run over processes: say how with --mesh": config.coordinator is None or bool(sizes),
         f"--seed must be from 0 to 2**32 - 1, got {config.seed}": 0 <= config.seed < 2**32,
     }
     for message, holds in checks.items():
         if not holds:
             raise InputError(message)
+
+
+def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
+    """The sizes of a mesh by axis, from the text of an option; none where it is not given."""
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text else ():
+        axis, _, size = part.partition("=")
+        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"{option} takes each of {', '.join(AXES)} once, as axis=size with a size of at least 1, got {part!r}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def batch_parts(sizes: Mapping[str, int]) -> int:
+    """Over how many devices a mesh of these sizes spreads a batch."""
+    return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
 def output_folder(config: FinetuneConfig) -> Path:

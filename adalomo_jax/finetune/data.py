@@ -103,10 +103,19 @@ def training_batch(text: Text, *, seed: int, step: int, batch_size: int, seq_len
     return _sequences(text.train, starts, seq_len)
 
 
-def evaluation_batches(text: Text, *, batch_size: int, seq_len: int) -> np.ndarray:
-    """``[batches, batch_size, seq_len]`` int32: fixed sequences, evenly spaced and disjoint. Small texts: fewer."""
+def evaluation_batches(text: Text, *, batch_size: int, seq_len: int, parts: int = 1) -> np.ndarray:
+    """``[batches, batch_size, seq_len]`` int32: fixed sequences, evenly spaced and disjoint. Small texts: fewer.
+
+    Raises:
+        InputError: a batch has fewer sequences than the ``parts`` that it is spread over.
+    """
     available = len(text.evaluation) // seq_len
-    batch_size = min(batch_size, available)
+    batch_size = min(batch_size, available) // parts * parts
+    if not batch_size:
+        raise InputError(
+            f"the evaluation text has {available} sequences of --seq-len {seq_len}, fewer than the {parts} devices "
+            "that --mesh spreads a batch over; give more text or a shorter sequence"
+        )
     batches = min(EVALUATION_BATCHES, available // batch_size)
     starts = np.linspace(0, len(text.evaluation) - seq_len, batches * batch_size).astype(np.int64)
     return _sequences(text.evaluation, starts, seq_len).reshape(batches, batch_size, seq_len)

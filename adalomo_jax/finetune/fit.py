@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer
+from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer, mesh_sizes
 from adalomo_jax.finetune.files import write_whole
-from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, mesh_sizes, model_sizes, picture
+from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, model_sizes, picture
 from adalomo_jax.finetune.program import make_training
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
@@ -75,7 +75,9 @@ def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Ste
     """What one step needs: the step that finetune would run with these options."""
     mesh = None if config.chips == 1 else _mesh(config, target)
     of_batch = None if mesh is None else batch_sharding(mesh)
-    training = make_training(_as_finetune(config, step), _with_positions(model, config.seq_len), of_batch)
+    training = make_training(
+        _as_finetune(config, step), _with_positions(model, config.seq_len), of_batch, platform=target.platform
+    )
     params, tokens = jax.eval_shape(training.make_params), training.tokens
     if mesh is not None:
         params = jax.tree.map(_sharded, params, param_shardings(params, mesh))
@@ -99,7 +101,7 @@ def _rows(config: MemoryConfig, model: LlamaConfig, target: Target, console: Con
 def _mesh(config: MemoryConfig, target: Target) -> Mesh:
     devices = devices_of(target, config.chips)
     try:
-        return make_mesh(mesh_sizes(config), devices)
+        return make_mesh(mesh_sizes(config.shard, "--shard"), devices)
     except NotImplementedError:  # of a torus of chips whose sides cannot be made into such axes
         sides = " x ".join(map(str, torus(config.chips, target.dimensions)))
         raise InputError(

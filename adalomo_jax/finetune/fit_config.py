@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.finetune.config import InputError, Optimizer, check_preset, default
+from adalomo_jax.finetune.config import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
-
-AXES = ("data", "fsdp", "tensor")
-"""What ``--shard`` may name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +62,8 @@ class MemoryConfig:
 
 def check_memory_options(config: MemoryConfig) -> None:
     """Raise InputError for the first option that cannot be used, before anything is compiled or written."""
-    sizes = mesh_sizes(config)
-    rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    sizes = mesh_sizes(config.shard, "--shard")
+    rows = batch_parts(sizes)
     product = " x ".join(map(str, sizes.values())) or "none"
     parts = config.microbatches
     checks = {
@@ -90,19 +87,6 @@ def check_memory_options(config: MemoryConfig) -> None:
     for message, holds in checks.items():
         if not holds:
             raise InputError(message)
-
-
-def mesh_sizes(config: MemoryConfig) -> dict[str, int]:
-    """The sizes in ``--shard`` by axis."""
-    sizes: dict[str, int] = {}
-    for part in config.shard.split(",") if config.shard else ():
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(
-                f"--shard takes each of {', '.join(AXES)} once, as axis=size with a size of at least 1, got {part!r}"
-            )
-        sizes[axis] = int(size)
-    return sizes
 
 
 def model_sizes(name: str, presets: Mapping[str, LlamaConfig]) -> LlamaConfig:

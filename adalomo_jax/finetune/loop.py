@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, mesh_sizes
 from adalomo_jax.finetune.data import Text, evaluation_batches, training_batch
+from adalomo_jax.finetune.devices import spread, spread_batches
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 
@@ -44,7 +43,9 @@ class Stopwatch:
 def train(program: Program, config: FinetuneConfig, text: Text, on_row: Callable[[Row], None]) -> Trained:
     """Run all steps; ``on_row`` gets some 200 step rows and some ten evaluations. Consumes ``program``'s arrays."""
     params, state = program.params, program.state
-    tokens_NBT = jnp.asarray(evaluation_batches(text, batch_size=config.batch_size, seq_len=config.seq_len))
+    parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
+    batches_NBT = evaluation_batches(text, batch_size=config.batch_size, seq_len=config.seq_len, parts=parts)
+    tokens_NBT = spread(batches_NBT, spread_batches(program.batch_sharding))
     log_every, evaluate_every = max(1, config.steps // 200), max(1, config.steps // 10)
     on_row(EvaluationRow(0, float(program.evaluate(params, tokens_NBT))))
     watch, last = Stopwatch(), 0
@@ -52,7 +53,7 @@ def train(program: Program, config: FinetuneConfig, text: Text, on_row: Callable
         tokens_BT = training_batch(
             text, seed=config.seed, step=step, batch_size=config.batch_size, seq_len=config.seq_len
         )
-        result = program.step(params, state, tokens_BT)
+        result = program.step(params, state, spread(tokens_BT, program.batch_sharding))
         params, state = result.params, result.state
         evaluating = step % evaluate_every == 0 or step == config.steps
         if step % log_every == 0 or evaluating:

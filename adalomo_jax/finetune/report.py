@@ -37,11 +37,13 @@ def run_table(config: FinetuneConfig, program: Program, trained: Trained, rows: 
     """The report of a run."""
     losses = [row.eval_loss for row in rows if isinstance(row, EvaluationRow)]
     how = "fused" if config.fused else "unfused"
-    table = Table(title=f"{config.model}, {config.optimizer}, {how}, {config.dtype}", show_header=False)
+    where = f", {config.mesh}: bytes a device" if config.mesh else ""
+    table = Table(title=f"{config.model}, {config.optimizer}, {how}, {config.dtype}{where}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("evaluation loss (nats a byte)", f"{losses[0]:.3f} to {losses[-1]:.3f}")
     table.add_row("training tokens a second", f"{trained.tokens_per_second:,.0f}")
+    table.add_row("attention", program.attention)
     table.add_section()
     table.add_row("peak memory of this process", format_bytes(peak_bytes()))
     table.add_row("compiled step: arguments, outputs, temporaries", format_bytes(program.compiled_bytes))

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from adalomo_jax.finetune.config import FinetuneConfig, check_options, output_folder
 from adalomo_jax.finetune.data import Text, load_text
+from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
 from adalomo_jax.finetune.export import export_model
 from adalomo_jax.finetune.loop import train
 from adalomo_jax.finetune.metrics import Row, append_row
 from adalomo_jax.finetune.plot import plot_losses
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.finetune.report import progress_bar, run_table
-from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.models import PRESETS, Llama, LlamaConfig, generate
 
 SAMPLE_LENGTH = 200
 """Most bytes of the sample at the end of a run."""
@@ -31,43 +32,53 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     Raises:
         InputError: an option or a text cannot be used. Nothing has been compiled or written then.
     """
-    console = console or Console()
     check_options(config, PRESETS)
+    connect(config)
+    mesh, is_first = mesh_of(config), is_first_process()
+    console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
     text = load_text(config.data, config.seq_len)
     console.print(f"{len(text.train):,} bytes to train on, {len(text.evaluation):,} to evaluate on; compiling")
-    program = build_program(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    program = build_program(config, mesh)
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
 
     rows: list[Row] = []
     with progress_bar(console, config.steps) as show:
 
         def on_row(row: Row) -> None:
             rows.append(row)
-            append_row(folder / "metrics.jsonl", row)
+            if is_first:
+                append_row(folder / "metrics.jsonl", row)
             show(row)
 
         trained = train(program, config, text, on_row)
 
-    export_model(folder, trained.params, PRESETS[config.model], config.dtype)
-    plot_losses(folder / "loss.png", rows, f"{config.model}, {config.optimizer}")
-    console.print(sample(program.graphdef, trained.params, text, config), markup=False, highlight=False)
+    continuation = sample(program.config, trained.params, text, config)
+    weights = gather(trained.params)
+    if is_first:
+        export_model(folder, weights, program.config, config.dtype)
+        plot_losses(folder / "loss.png", rows, f"{config.model}, {config.optimizer}")
+    console.print(continuation, markup=False, highlight=False)
     console.print(run_table(config, program, trained, rows))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
 
 
-def sample(graphdef: Any, params: Any, text: Text, config: FinetuneConfig) -> str:
+def sample(model_config: LlamaConfig, params: Any, text: Text, config: FinetuneConfig) -> str:
     """The start of the evaluation text and, after a bar, how the model continues it."""
     prompt = text.evaluation[: max(1, config.seq_len // 4)]
     length = min(SAMPLE_LENGTH, config.seq_len - len(prompt))
+    # One sequence, which no mesh can spread, of any length, which not every kernel takes.
+    dtype = jnp.dtype(config.dtype)
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(model_config, rngs=nnx.Rngs(0), dtype=dtype)))
 
     @jax.jit
     def continued(params, prompt_BP):
         model: Llama = nnx.merge(graphdef, params)
         return generate(model, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
-    tokens = np.asarray(continued(params, jnp.asarray(prompt[None], jnp.int32)))[0]
+    tokens = gather(continued(params, np.asarray(prompt[None], np.int32)))[0]
     return f"{decode(prompt)}|{decode(tokens[len(prompt) :])}"
 
 

@@ -5,8 +5,9 @@ Letters in names of arrays: B batch, T position, N query heads, K key and value 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,21 @@ def causal_attention(
     spec = PartitionSpec(*sharding.spec, None, "tensor")
     on_parts = jax.shard_map(kernel, mesh=sharding.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return on_parts(q_BTNH, k_BTKH, v_BTKH)
+
+
+def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
+    """What suits a platform (``"tpu"``, ``"gpu"``, ``"cuda"`` or ``"cpu"``) best: its own kernel where that can be had.
+
+    cuDNN is looked for in this process, so a program that is compiled for a GPU elsewhere has blocks.
+    """
+    if platform == "tpu" and splash_takes(length, head_dim):
+        return "splash"
+    if platform in ("gpu", "cuda") and jax.default_backend() == "gpu":
+        x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # what JAX says where it cannot be
+            jax.eval_shape(lambda x: causal_attention(x, x, x, "cudnn"), x)
+            return "cudnn"
+    return "blocks"
 
 
 def splash_takes(length: int, head_dim: int) -> bool:

@@ -230,7 +230,9 @@ def _project_backward(sharding, saved, d_logits_BTV):
         d_head_DV = _outer_sum(x_BTD, d_logits_BTV)
         if rows is None:
             return jax.lax.psum(d_head_DV, batch)
-        return jax.lax.psum(jax.lax.psum_scatter(d_head_DV, rows, scatter_dimension=0, tiled=True), "data")
+        d_head_DV = jax.lax.psum(jax.lax.psum_scatter(d_head_DV, rows, scatter_dimension=0, tiled=True), "data")
+        # Else XLA sums whole gradients over the loop's iterations, and sums those over the devices after it.
+        return jax.lax.optimization_barrier(d_head_DV)
 
     of_logits = PartitionSpec(batch, *(None,) * (d_logits_BTV.ndim - 2), columns)
     in_specs = (PartitionSpec(batch), of_logits)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh, the outermost first."""
@@ -73,12 +73,12 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def out_of_stream(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def out_of_stream(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a matrix, or a stack of them, whose rows belong to the residual stream: the head's, for one."""
     return _cut(shape, ("fsdp", "tensor"), mesh)
 
 
-def _cut(shape: Sequence[int], axes: tuple[str, str], mesh: Mesh) -> NamedSharding:
+def _cut(shape: Sequence[int], axes: tuple[str, str], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The last two axes cut by those of the mesh that divide them."""
     cut = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape[-2:])]
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *cut))
