@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer, mesh_sizes
@@ -17,6 +17,7 @@ from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, 
 from adalomo_jax.finetune.program import make_training
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
+from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, LlamaConfig
 from adalomo_jax.models.sharding import batch_sharding, make_mesh, param_shardings
 
@@ -72,9 +73,7 @@ def steps_of(config: MemoryConfig) -> list[Step]:
 
 def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Step) -> Usage:
     """What one step needs: the step that finetune would run with these options."""
-    mesh = (
-        None if config.chips == 1 else make_mesh(mesh_sizes(config.shard, "--shard"), devices_of(target, config.chips))
-    )
+    mesh = None if config.chips == 1 else _mesh(config, target)
     of_batch = None if mesh is None else batch_sharding(mesh)
     training = make_training(
         _as_finetune(config, step), _with_positions(model, config.seq_len), of_batch, platform=target.platform
@@ -97,6 +96,18 @@ def _rows(config: MemoryConfig, model: LlamaConfig, target: Target, console: Con
         except Unavailable as error:
             raise InputError(str(error)) from None
         yield Row(step.name, step.optimizer, step.fused, target.name, usage)
+
+
+def _mesh(config: MemoryConfig, target: Target) -> Mesh:
+    devices = devices_of(target, config.chips)
+    try:
+        return make_mesh(mesh_sizes(config.shard, "--shard"), devices)
+    except NotImplementedError:  # of a torus of chips whose sides cannot be made into such axes
+        sides = " x ".join(map(str, torus(config.chips, target.dimensions)))
+        raise InputError(
+            f"--shard {config.shard} cannot be laid on {config.chips} chips, a torus of {sides}: "
+            "each axis must be one side, or the product of several"
+        ) from None
 
 
 def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
@@ -126,4 +137,5 @@ def _name(optimizer: str, fused: bool) -> str:
 
 def _title(config: MemoryConfig) -> str:
     where = config.device if config.chips == 1 else f"{config.chips} x {config.device} ({config.shard})"
-    return f"{config.model}, {config.batch_size} x {config.seq_len}, {config.dtype}, on {where}"
+    how = "estimate, not compiled: " if config.estimate else ""
+    return f"{how}{config.model}, {config.batch_size} x {config.seq_len}, {config.dtype}, on {where}"

@@ -41,7 +41,7 @@ def usage_table(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title)
     table.add_column("a chip", min_width=max(len(word) for name in _PARTS for word in name.split()))
     for row in rows:
-        table.add_column(label(row), justify="right")
+        table.add_column(row.name, justify="right")
     usages = [row.usage for row in rows]
     for name, attribute in _PARTS.items():
         table.add_row(name, *(format_bytes(getattr(usage, attribute)) for usage in usages))
@@ -54,11 +54,6 @@ def usage_table(rows: Sequence[Row], title: str) -> Table:
     table.add_section()
     table.add_row("in the host's memory", *(format_bytes(usage.host_bytes) for usage in usages))
     return table
-
-
-def label(row: Row) -> str:
-    """The name, and whether what it needs is an estimate."""
-    return f"{row.name} (estimate)" if row.usage.estimated else row.name
 
 
 def verdict(usage: Usage) -> str:
@@ -82,7 +77,7 @@ def plot_usage(path: Path, rows: Sequence[Row], title: str) -> None:
     figure = Figure(figsize=(8, 1.6 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left = np.zeros(len(rows))
-    names = [label(row) for row in rows]
+    names = [row.name for row in rows]
     for part, attribute in _PARTS.items():
         sizes = np.array([getattr(row.usage, attribute) for row in rows]) / 10**9
         axes.barh(range(len(rows)), sizes, left=left, label=part)

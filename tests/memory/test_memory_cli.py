@@ -137,7 +137,7 @@ def test_an_estimate_says_so_and_needs_no_compiler(capsys, monkeypatch):
     (row,) = json_rows(capsys, "--device", "tpu-v5e", "--estimate")
     assert row["estimated"] and row["limit_bytes"] == TARGETS["tpu-v5e"].limit_bytes
     main(["memory", *SMALL, "--device", "tpu-v5e", "--estimate"])
-    assert "fused (estimate)" in capsys.readouterr().out
+    assert "estimate, not compiled: tiny, 1 x 16" in capsys.readouterr().out
 
 
 def test_a_mesh_of_this_machines_devices(capsys):
@@ -201,6 +201,17 @@ def test_unusable_input_is_one_line_and_status_2(options, message, tmp_path, cap
     assert captured.err.startswith("adalomo-jax: ") and captured.err.count("\n") == 1
     assert message in captured.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_axes_that_a_torus_has_no_room_for_are_refused(capsys, monkeypatch):
+    def no_assignment(sizes, devices):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    monkeypatch.setattr(fit, "devices_of", lambda target, chips: [None] * chips)
+    monkeypatch.setattr(fit, "make_mesh", no_assignment)
+    with pytest.raises(SystemExit):
+        main("memory --model tiny --device tpu-v5p --chips 512 --shard fsdp=128,tensor=4 --batch-size 128".split())
+    assert "--shard fsdp=128,tensor=4 cannot be laid on 512 chips, a torus of 8 x 8 x 8" in capsys.readouterr().err
 
 
 def test_good_input_does_compile(monkeypatch):
