@@ -35,11 +35,12 @@ class Text(NamedTuple):
     evaluation: np.ndarray
 
 
-def load_text(paths: Sequence[Path] | None, seq_len: int) -> Text:
+def load_text(paths: Sequence[Path] | None, seq_len: int, parts: int = 1) -> Text:
     """Read and split the files, or the standard library's sources where ``paths`` is None.
 
     Raises:
-        InputError: a path that is missing, unreadable, empty or not text; a part shorter than one sequence.
+        InputError: a path that is missing, unreadable, empty or not text; a text shorter than one sequence; one to
+            evaluate on with fewer sequences than the ``parts`` that a batch is spread over.
     """
     documents = standard_library() if paths is None else read_documents(paths)
     train, evaluation = split_documents(documents)
@@ -50,6 +51,11 @@ def load_text(paths: Sequence[Path] | None, seq_len: int) -> Text:
                 f"the {part} text has {len(tokens)} bytes, fewer than one sequence of --seq-len {seq_len}; "
                 "give more text or a shorter sequence"
             )
+    if len(text.evaluation) < parts * seq_len:
+        raise InputError(
+            f"the evaluation text has {len(text.evaluation)} bytes, fewer than a sequence of --seq-len {seq_len} for "
+            f"each of the {parts} devices that --mesh spreads a batch over; give more text or a shorter sequence"
+        )
     return text
 
 
@@ -106,16 +112,10 @@ def training_batch(text: Text, *, seed: int, step: int, batch_size: int, seq_len
 def evaluation_batches(text: Text, *, batch_size: int, seq_len: int, parts: int = 1) -> np.ndarray:
     """``[batches, batch_size, seq_len]`` int32: fixed sequences, evenly spaced and disjoint. Small texts: fewer.
 
-    Raises:
-        InputError: a batch has fewer sequences than the ``parts`` that it is spread over.
+    The batch size is a multiple of ``parts``.
     """
     available = len(text.evaluation) // seq_len
     batch_size = min(batch_size, available) // parts * parts
-    if not batch_size:
-        raise InputError(
-            f"the evaluation text has {available} sequences of --seq-len {seq_len}, fewer than the {parts} devices "
-            "that --mesh spreads a batch over; give more text or a shorter sequence"
-        )
     batches = min(EVALUATION_BATCHES, available // batch_size)
     starts = np.linspace(0, len(text.evaluation) - seq_len, batches * batch_size).astype(np.int64)
     return _sequences(text.evaluation, starts, seq_len).reshape(batches, batch_size, seq_len)

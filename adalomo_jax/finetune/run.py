@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from adalomo_jax.finetune.config import FinetuneConfig, check_options, output_folder
+from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, check_options, mesh_sizes, output_folder
 from adalomo_jax.finetune.data import Text, load_text
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
 from adalomo_jax.finetune.export import export_model
@@ -37,7 +37,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     mesh, is_first = mesh_of(config), is_first_process()
     console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
-    text = load_text(config.data, config.seq_len)
+    text = load_text(config.data, config.seq_len, batch_parts(mesh_sizes(config.mesh, "--mesh")))
     console.print(f"{len(text.train):,} bytes to train on, {len(text.evaluation):,} to evaluate on; compiling")
     program = build_program(config, mesh)
     if is_first:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from adalomo_jax.models.llama import Llama, project
-from adalomo_jax.models.sharding import out_of_stream
+from adalomo_jax.models.sharding import gather_rows, out_of_stream
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -61,8 +61,7 @@ def next_token_loss(
 def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
     """The weighted sum of the loss. On a mesh each device sums over its sequences, for which it gathers the head once.
 
-    Left to itself, XLA sums the whole gradient of the head on each device; that of what is gathered here is summed for
-    the part that a device keeps.
+    Left to itself, XLA sums the whole gradient of the head on each device.
     """
     head_DV = model.head()
     sharding = model.batch_sharding
@@ -72,7 +71,7 @@ def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Arra
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
         if rows is not None:
-            head_DV = jax.lax.all_gather(head_DV, rows, axis=0, tiled=True)
+            head_DV = jnp.asarray(gather_rows(head_DV, rows))
         return jax.lax.psum(_sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV), batch)
 
     on_parts = jax.shard_map(

@@ -233,7 +233,7 @@ def places(tmp_path, corpus, finished):
     ],
 )
 def test_unusable_input_is_one_line_and_status_2(arguments, message, places, capsys, monkeypatch):
-    def compiled_too_early(config):
+    def compiled_too_early(config, mesh):
         raise AssertionError("compiled before the input was checked")
 
     monkeypatch.setattr(run_module, "build_program", compiled_too_early)
@@ -253,7 +253,7 @@ def test_unusable_input_is_one_line_and_status_2(arguments, message, places, cap
 
 
 def test_good_input_does_compile(places, monkeypatch):
-    monkeypatch.setattr(run_module, "build_program", lambda config: 1 / 0)
+    monkeypatch.setattr(run_module, "build_program", lambda config, mesh: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["finetune", "--data", str(places["corpus"]), "--output", str(places["tmp"] / "run")])
 
