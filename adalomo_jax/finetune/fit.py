@@ -73,15 +73,17 @@ def steps_of(config: MemoryConfig) -> list[Step]:
 
 def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Step) -> Usage:
     """What one step needs: the step that finetune would run with these options."""
-    mesh = None if config.chips == 1 else _mesh(config, target)
-    of_batch = None if mesh is None else batch_sharding(mesh)
-    training = make_training(
-        _as_finetune(config, step), _with_positions(model, config.seq_len), of_batch, platform=target.platform
-    )
+    offload = config.offload if step.fused else None
+    spread, model = config.chips > 1, _with_positions(model, config.seq_len)
+    mesh = _mesh(config, target) if spread or offload else None
+    of_batch = batch_sharding(mesh) if mesh is not None and spread else None
+    options = _as_finetune(config, step)
+    training = make_training(options, model, of_batch, platform=target.platform, offload=offload)
     params, tokens = jax.eval_shape(training.make_params), training.tokens
     if mesh is not None:
         params = jax.tree.map(_sharded, params, param_shardings(params, mesh))
-        tokens = _sharded(tokens, of_batch)
+        tokens = _sharded(tokens, batch_sharding(mesh))
+        params = training.step.place(params, tokens)
     usage = estimate_usage if config.estimate else compile_usage
     return usage(training.step, params, tokens, target=target, fused=step.fused)
 

@@ -50,7 +50,8 @@ class MemoryConfig:
     """How: axes of the mesh and their sizes, which multiply to --chips, such as fsdp=16 or fsdp=8,tensor=2.
     data gives each chip a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""
     offload: Annotated[Literal["params", "activations"] | None, default("nothing")] = None
-    """What lies in the host's memory and is streamed to the chip layer by layer."""
+    """What lies in the host's memory and is streamed to the chip layer by layer.
+    Of fused steps only: the unfused ones of --compare have all on the chip."""
     estimate: bool = False
     """Compile nothing, and estimate from shapes: no compiler is needed.
     It is made for models of billions of weights on one TPU or GPU."""
@@ -82,7 +83,8 @@ def check_memory_options(config: MemoryConfig) -> None:
             config.batch_size % rows == 0
         ),
         "--estimate is of one chip; compile for several, without it": not config.estimate or config.chips == 1,
-        "--offload is not supported by the step yet; leave it out": config.offload is None,
+        "--offload is of the fused step; leave --no-fused out": config.offload is None or config.fused,
+        "--estimate is of steps with all on the chip; compile with --offload": not (config.estimate and config.offload),
     }
     for message, holds in checks.items():
         if not holds:

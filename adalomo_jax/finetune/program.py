@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
 from adalomo_jax.memory.compile import shard_bytes, shares_of
 from adalomo_jax.models import PRESETS, Llama, LlamaConfig, batch_sharding, next_token_loss, param_shardings
 from adalomo_jax.models.attention import Kind, kind_for
+
+Offload = Literal["params", "activations"]
 
 
 class Program(NamedTuple):
@@ -57,12 +59,17 @@ class Training(NamedTuple):
 
 
 def make_training(
-    config: FinetuneConfig, model: LlamaConfig, batch_sharding: NamedSharding | None = None, *, platform: str
+    config: FinetuneConfig,
+    model: LlamaConfig,
+    batch_sharding: NamedSharding | None = None,
+    *,
+    platform: str,
+    offload: Offload | None = None,
 ) -> Training:
     """The step that the options make, of a model of these sizes. Computes nothing.
 
     On a mesh the step takes parameters and batches that are sharded over it; the latter's sharding is given. The
-    platform is that of the devices to compile for.
+    platform is that of the devices to compile for. What is offloaded is for ``step.place`` to put into host memory.
     """
     attention = attention_of(config, model, platform)
 
@@ -85,6 +92,7 @@ def make_training(
             make_optimizer(config, schedule),
             microbatches=config.microbatches if config.microbatches > 1 else None,
             seed=config.seed,
+            offload=offload,
         ),
         tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=batch_sharding),
         schedule=schedule,

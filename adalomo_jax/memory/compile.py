@@ -119,6 +119,8 @@ def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fus
     # What is saved lies as the batch does; the unfused step saves of one microbatch at a time.
     batch_share = sum(map(shard_bytes, jax.tree.leaves(args))) / max(1, sum(map(whole_bytes, jax.tree.leaves(args))))
     saved = step.saved_bytes(params, *args) * batch_share / (1 if fused else step.options.microbatches or 1)
+    if step.options.offloads_activations:
+        saved = 0
     on_chip = lambda tree: sum(shard_bytes(x) for x in jax.tree.leaves(tree) if not on_host(x))
     on_hosts = sum(shard_bytes(x) for x in jax.tree.leaves((params, state, args)) if on_host(x))
     return Shares(on_chip(params), on_chip(state), round(gradient), round(saved), on_hosts)

@@ -148,6 +148,14 @@ def test_a_mesh_of_this_machines_devices(capsys):
     assert row["limit_bytes"] == one["limit_bytes"] // 8
 
 
+@pytest.mark.parametrize("offload", ["params", "activations"])
+def test_offloaded(capsys, offload):
+    (all_on_chip,), (row,) = (json_rows(capsys, *more) for more in ([], ["--offload", offload]))
+    norms_and_ends = 2 * (5 * 16 + 2 * 256 * 16)
+    expected = norms_and_ends if offload == "params" else all_on_chip["params_bytes"]
+    assert row["params_bytes"] == expected and row["alias_bytes"] >= all_on_chip["params_bytes"]
+
+
 def test_a_hugging_face_config(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     main(["memory", "--model", "config.json", "--device", "cpu", "--seq-len", "64", "--json"])
@@ -183,6 +191,8 @@ def test_a_hugging_face_config(capsys, tmp_path):
         ("--chips 2 --shard fsdp=x", "got 'fsdp=x'"),
         ("--chips 2 --shard fsdp=2", "--batch-size 1 must be a multiple of 2, the product of data and fsdp"),
         ("--chips 2 --shard tensor=2 --estimate", "--estimate is of one chip"),
+        ("--offload params --no-fused", "--offload is of the fused step; leave --no-fused out"),
+        ("--offload params --estimate", "--estimate is of steps with all on the chip"),
         ("--output folder", "--output folder is a folder, not a file"),
         ("--output nowhere/memory.png", "nowhere is no folder that may be written to"),
     ],
