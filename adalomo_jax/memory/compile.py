@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from adalomo_jax.fused import FusedStep
+from adalomo_jax.memory.collectives import collectives_in
 from adalomo_jax.memory.targets import Target, devices_of
 from adalomo_jax.memory.usage import Usage
 
@@ -80,7 +82,9 @@ def compile_usage(step: FusedStep, params: Any, *args: Any, target: Target, fuse
         if needed is None:
             raise
         return _refused(shares, needed, limit, time.perf_counter() - began)
-    return _accepted(shares, compiled.memory_analysis(), limit, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    collectives = {} if chips == 1 else collectives_in(compiled.as_text() or "")
+    return replace(_accepted(shares, compiled.memory_analysis(), limit, seconds), collectives=collectives)
 
 
 def needed_bytes(message: str) -> int | None:

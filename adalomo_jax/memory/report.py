@@ -53,7 +53,18 @@ def usage_table(rows: Sequence[Row], title: str) -> Table:
     table.add_row("too much", *(format_bytes(max(0, -usage.spare_bytes)) for usage in usages))
     table.add_section()
     table.add_row("in the host's memory", *(format_bytes(usage.host_bytes) for usage in usages))
+    kinds = sorted({kind for usage in usages for kind in usage.collectives})
+    if kinds:
+        table.add_section()
+        table.caption = "Operations between chips: how many in the program, each once however often its loop runs."
+    for kind in kinds:
+        table.add_row(kind, *(_collectives(usage, kind) for usage in usages))
     return table
+
+
+def _collectives(usage: Usage, kind: str) -> str:
+    found = usage.collectives.get(kind)
+    return "none" if found is None else f"{found.count}: {format_bytes(found.bytes)}"
 
 
 def verdict(usage: Usage) -> str:
@@ -69,6 +80,8 @@ def json_line(row: Row) -> str:
         found[name] = getattr(usage, name)
     for name in ("host_bytes", "limit_bytes", "fits", "compile_seconds", "estimated"):
         found[name] = getattr(usage, name)
+    if usage.collectives:
+        found["collectives"] = {kind: of_kind._asdict() for kind, of_kind in usage.collectives.items()}
     return json.dumps(found)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adalomo_jax.memory.collectives import Collectives
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Usage:
     """Whether this was computed from shapes, and by no compiler."""
     refused: bool = False
     """Whether the compiler refused the program for lack of memory."""
+    collectives: Mapping[str, Collectives] = field(default_factory=dict)
+    """What the program's devices send each other, by kind; nothing on one device."""
 
     @property
     def fits(self) -> bool:
