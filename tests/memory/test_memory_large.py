@@ -9,26 +9,71 @@ GB = 10**9
 SEVEN_B = ["--model", "llama-2-7b"]
 
 
+WEIGHTS = {"llama-3-8b": 2 * 8_030_261_248}
+"""Bytes in bfloat16."""
+
+
+def one_row(*options):
+    (row,) = memory_rows(*options).values()
+    return row
+
+
 @needs_libtpu
 def test_7b_fits_a_v5e_and_only_fused():
-    (fused,) = memory_rows(*SEVEN_B, "--device", "tpu-v5e").values()
-    (unfused,) = memory_rows(*SEVEN_B, "--device", "tpu-v5e", "--no-fused").values()
-    assert fused["fits"] and fused["peak_bytes"] <= 16 * GB
+    fused, unfused = (one_row(*SEVEN_B, "--device", "tpu-v5e", *more) for more in ([], ["--no-fused"]))
+    assert fused["fits"] and fused["peak_bytes"] <= 14.9 * GB
     assert not unfused["fits"] and unfused["temp_bytes"] is None and 25 * GB < unfused["peak_bytes"] < 31 * GB
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("model", "most"), [("llama-2-13b", 32 * GB), ("llama-3-8b", 20 * GB)])
-def test_larger_models_fit_a_v6e(model, most):
-    (fused,) = memory_rows("--model", model, "--device", "tpu-v6e").values()
-    assert fused["fits"] and fused["peak_bytes"] <= most
+def test_a_long_sequence_fits_a_v5e_with_activations_offloaded():
+    options = [*SEVEN_B, "--device", "tpu-v5e", "--seq-len", "8192"]
+    offloaded, not_offloaded = one_row(*options, "--offload", "activations"), one_row(*options)
+    assert offloaded["fits"] and not not_offloaded["fits"]
+    assert offloaded["host_bytes"] >= 32 * 8192 * 4096 * 2
+
+
+@needs_libtpu
+def test_13b_fits_a_v6e():
+    assert one_row("--model", "llama-2-13b", "--device", "tpu-v6e")["fits"]
+
+
+@needs_libtpu
+def test_a_large_vocabulary_adds_little_to_the_weights():
+    row = one_row("--model", "llama-3-8b", "--device", "tpu-v6e")
+    assert row["fits"] and row["peak_bytes"] <= WEIGHTS["llama-3-8b"] + 2.2 * GB
+
+
+@needs_libtpu
+def test_65b_fits_16_chips():
+    """Gradients are summed where they are kept, and no stack is gathered: a layer's matrices are, and the head."""
+    options = ["--model", "llama-65b", "--device", "tpu-v5e", "--batch-size", "16", "--chips", "16"]
+    row = one_row(*options, "--shard", "fsdp=16")
+    assert row["fits"] and row["peak_bytes"] <= 14.0 * GB
+    matrix = 2 * 8192 * 8192
+    assert row["collectives"]["all-reduce"]["bytes"] < 0.1 * matrix
+    assert row["collectives"]["all-gather"]["bytes"] < 80 * matrix / 4
+
+
+@needs_libtpu
+def test_65b_streamed_from_the_host():
+    row = one_row("--model", "llama-65b", "--device", "tpu-v5e", "--offload", "params")
+    assert row["fits"] and row["peak_bytes"] <= 7 * GB
+    assert 129 * GB < row["host_bytes"] < 130 * GB
+
+
+@needs_libtpu
+def test_65b_on_512_chips():
+    options = ["--model", "llama-65b", "--device", "tpu-v5p", "--batch-size", "64", "--chips", "512"]
+    row = one_row(*options, "--shard", "fsdp=64,tensor=8")
+    assert row["fits"] and row["collectives"]
 
 
 @needs_cuda
 @pytest.mark.parametrize("device", ["rtx-4090", "h100"])
 def test_7b_on_gpus(device):
     rows = memory_rows(*SEVEN_B, "--device", device, "--compare")
-    assert rows["adalomo, fused"]["fits"] and rows["adalomo, fused"]["peak_bytes"] <= 16.5 * GB
+    assert rows["adalomo, fused"]["fits"] and rows["adalomo, fused"]["peak_bytes"] <= 15.6 * GB
     assert rows["lomo, fused"]["peak_bytes"] <= rows["adalomo, fused"]["peak_bytes"]
     for name in ("adalomo, unfused", "adafactor (optax), unfused"):
         assert 27 * GB < rows[name]["peak_bytes"] < 30 * GB
