@@ -5,7 +5,7 @@ from adalomo_jax.fused.loss_scale import DynamicLossScale as DynamicLossScale
 from adalomo_jax.fused.loss_scale import LossScaleState as LossScaleState
 from adalomo_jax.fused.plan import LeafPlan as LeafPlan
 from adalomo_jax.fused.plan import Plan as Plan
+from adalomo_jax.fused.result import StepResult as StepResult
 from adalomo_jax.fused.state import FusedState as FusedState
 from adalomo_jax.fused.step import FusedStep as FusedStep
-from adalomo_jax.fused.step import StepResult as StepResult
 from adalomo_jax.fused.step import fuse as fuse

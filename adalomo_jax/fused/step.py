@@ -1,9 +1,9 @@
 """`fuse`: a loss and an optimizer, made into a training step in which the model's gradients never exist."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,53 +15,13 @@ from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.result import Donating, StepResult, by_path
 from adalomo_jax.fused.sharding import constrain, of_own_state
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
 from adalomo_jax.fused.unfused import all_gradients
 from adalomo_jax.fused.updater import Updater
-from adalomo_jax.optimizers.per_layer import Group
 from adalomo_jax.optimizers.rounding import rounds_stochastically
-
-
-class StepResult(NamedTuple):
-    """What a training step returns."""
-
-    params: Any
-    """The updated parameters."""
-    state: FusedState
-    """The updated state."""
-    loss: jax.Array
-    """The loss before the update."""
-    aux: Any
-    """What ``loss_fn`` returned beside the loss; None without ``has_aux``. With microbatches, that of each, stacked."""
-    metrics: dict[str, Any]
-    """By name:
-
-    - ``loss``.
-    - ``grad_norm``: the norm of the whole gradient, before clipping, float32.
-    - ``skipped``: whether nothing was written.
-    - ``unwritten``: the number of tensors that were not written; of a stack each layer is one.
-    - ``loss_scale``: with a dynamic one, that of this step.
-    - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path, of a stack a number for each layer.
-    """
-
-
-@dataclass(frozen=True, eq=False)
-class Donating:
-    """A step under ``jax.jit`` that takes the memory of the parameters and the state it is given."""
-
-    jitted: Any
-
-    def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
-        """The step. ``params`` and ``state`` are gone after it: go on with those that it returns."""
-        check_not_deleted(params, "params")
-        check_not_deleted(state, "state")
-        return self.jitted(params, state, *args)
-
-    def lower(self, params: Any, state: FusedState, *args: Any) -> Any:
-        """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
-        return self.jitted.lower(params, state, *args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +199,7 @@ class FusedStep:
             loss_scale = self.options.loss_scale.update(loss_scale, jnp.isfinite(loss) & jnp.isfinite(squares))
         if self.options.rms_metrics:
             for name in ("update_rms", "param_rms"):
-                metrics[name] = _by_path(traced.plan, {g: getattr(s, name) for g, s in done.statistics.items()})
+                metrics[name] = by_path(traced.plan, {g: getattr(s, name) for g, s in done.statistics.items()})
         state = FusedState(
             count=jnp.where(proceed, optax.safe_increment(state.count), state.count),
             skipped=jnp.where(unwritten > 0, optax.safe_increment(state.skipped), state.skipped),
@@ -249,10 +209,6 @@ class FusedStep:
         )
         leaves = [constrain(x, leaf.sharding) for x, leaf in zip(done.leaves, traced.plan.leaves, strict=True)]
         return StepResult(traced.treedef.unflatten(leaves), state, loss, aux, metrics)
-
-
-def _by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
-    return {plan.leaves[i].path: x for group, xs in of_groups.items() for i, x in zip(group.leaves, xs, strict=True)}
 
 
 def fuse(

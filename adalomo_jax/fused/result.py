@@ -1,0 +1,57 @@
+"""What a training step returns, and the step that takes the memory of what it is given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from adalomo_jax.fused.checks import check_not_deleted
+from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.state import FusedState
+from adalomo_jax.optimizers.per_layer import Group
+
+
+class StepResult(NamedTuple):
+    """What a training step returns."""
+
+    params: Any
+    """The updated parameters."""
+    state: FusedState
+    """The updated state."""
+    loss: jax.Array
+    """The loss before the update."""
+    aux: Any
+    """What ``loss_fn`` returned beside the loss; None without ``has_aux``. With microbatches, that of each, stacked."""
+    metrics: dict[str, Any]
+    """By name:
+
+    - ``loss``.
+    - ``grad_norm``: the norm of the whole gradient, before clipping, float32.
+    - ``skipped``: whether nothing was written.
+    - ``unwritten``: the number of tensors that were not written; of a stack each layer is one.
+    - ``loss_scale``: with a dynamic one, that of this step.
+    - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path, of a stack a number for each layer.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class Donating:
+    """A step under ``jax.jit`` that takes the memory of the parameters and the state it is given."""
+
+    jitted: Any
+
+    def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
+        """The step. ``params`` and ``state`` are gone after it: go on with those that it returns."""
+        check_not_deleted(params, "params")
+        check_not_deleted(state, "state")
+        return self.jitted(params, state, *args)
+
+    def lower(self, params: Any, state: FusedState, *args: Any) -> Any:
+        """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
+        return self.jitted.lower(params, state, *args)
+
+
+def by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
+    """Of the leaves of groups, by their paths."""
+    return {plan.leaves[i].path: x for group, xs in of_groups.items() for i, x in zip(group.leaves, xs, strict=True)}
