@@ -22,20 +22,9 @@ LAYERS = [
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
     "fused": [
-        *("loss_scale", "options", "offload", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan"),
-        *(
-            "checks",
-            "tracing",
-            "state",
-            "stacks",
-            "segment",
-            "updater",
-            "scan",
-            "backward",
-            "unfused",
-            "result",
-            "step",
-        ),
+        *("loss_scale", "options", "offload", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan", "stages"),
+        *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
+        *("unfused", "result", "step"),
     ],
     "memory": ["targets", "collectives", "usage", "compile", "liveness", "estimate", "report"],
 }
