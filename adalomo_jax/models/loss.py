@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from adalomo_jax.models.llama import Llama, project
 from adalomo_jax.models.sharding import gather_rows, out_of_stream
@@ -59,13 +59,13 @@ def next_token_loss(
 
 
 def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """The weighted sum of the loss. Under FSDP each device sums over its sequences, for which it gathers the head once.
+    """The weighted sum of the loss. Under FSDP alone each device gathers the head once, and sums over its sequences.
 
     Left to itself, XLA sums the whole gradient of the head on each device.
     """
     head_DV = model.head()
     mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
-    if mesh is None or mesh.shape["fsdp"] == 1 or out_of_stream(head_DV.shape, mesh).spec[0] is None:
+    if mesh is None or not _is_gathered(head_DV, mesh):
         return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV)
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
@@ -77,6 +77,13 @@ def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Arra
         of_part, mesh=mesh, in_specs=(of_parts,) * 4, out_specs=everywhere, axis_names={"fsdp"}, check_vma=False
     )
     return on_parts(x_BTD, targets_BT, weights_BT, head_DV)
+
+
+def _is_gathered(head_DV: jax.Array, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the head is cut by FSDP alone: what ``tensor`` cuts, ``shard_map`` would have whole on each device."""
+    return (
+        mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1 and out_of_stream(head_DV.shape, mesh).spec[0] is not None
+    )
 
 
 def _sum_of_chunks(

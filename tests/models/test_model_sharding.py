@@ -40,7 +40,7 @@ def test_what_the_mesh_does_not_divide_is_not_cut():
     assert tuple(param_shardings(params, mesh)["lm_head"]["kernel"].spec) == ("fsdp", None)
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}])
 def test_loss_and_gradients_are_those_of_one_device(sizes):
     mesh = make_mesh(sizes)
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 32))
