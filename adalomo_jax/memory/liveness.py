@@ -3,17 +3,22 @@
 The compiler is modelled by five rules:
 
 - What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
-  what reads it. So of a slice, a cast, a broadcast.
+  what reads it. So of a slice, a cast, a broadcast; a broadcast constant that a loop reads is part of its body.
 - A reduction's operand need not exist; its result does.
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
 - A matmul reads its operands transposed, if it has to.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
+
+A TPU adds two: an input that lies transposed is copied, and results that only a stretch without loops needs may lie in
+the vector memory of its core, which is not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +34,8 @@ _OPAQUE = (
 )
 """What reads and writes whole buffers."""
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "arg", "cum")
+_CONSTANTS = ("broadcast_in_dim", "convert_element_type", "mul")
+"""What of constants alone is sunk into the loop that reads it."""
 _WRITES = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
 
 
@@ -49,20 +56,34 @@ class _Flat(NamedTuple):
     sizes: dict[int, int]
 
 
-def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Collection[int] = ()) -> int:
+def temporary_bytes(
+    program: Program,
+    in_place: Mapping[int, int],
+    scanned: Collection[int] = (),
+    *,
+    copied: Mapping[int, int] = MappingProxyType({}),
+    vector_bytes: int = 0,
+) -> int:
     """The most bytes that a program has in use besides its inputs, and the outputs that take an input's place.
 
     Args:
         program: traced.
         in_place: of outputs that take the place of an input, the input's position by the output's.
         scanned: the positions of inputs that are slices of arrays that exist outside.
+        copied: of inputs that lie with their last two dimensions swapped, the bytes of a copy that does not, by
+            position. It is made where a loop with matmuls carries the input or its rows are gathered; else the input is
+            read as it lies, and it is its own transpose.
+        vector_bytes: size of a vector memory, which is not counted.
     """
     flat = _flatten(program)
+    swapped = {flat.inputs[p]: size for p, size in copied.items()}
+    flat.sizes.update(swapped)
+    copies = _read_by_rows(flat).intersection(swapped)
     needed = _needed_whole(flat)
     slices = [flat.inputs[p] for p in scanned]
     sources = {v: frozenset([v]) for v in flat.inputs}
     sources |= {v: frozenset() for v in slices if v not in needed}
-    allocated = [[v for v in slices if v in needed]]
+    allocated = [[*(v for v in slices if v in needed), *copies]]
     given = {flat.inputs[p] for p in in_place.values()}
     replacing = {flat.outputs[out] for out in in_place}
     last_direct = {v: i for i, operation in enumerate(flat.operations) for v in operation.inputs}
@@ -70,6 +91,7 @@ def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Coll
     kept = set(flat.inputs).difference(slices, given)
     last_read: dict[int, int] = {}
     inner = [0]
+    written_out: set[int] = set()
     for i, operation in enumerate(flat.operations):
         reads = frozenset[int]().union(*(sources.get(v, frozenset()) for v in operation.inputs))
         reused = _reused(operation, sources, lambda v, i=i: last_direct[v] <= i and not kept & sources[v])
@@ -77,34 +99,60 @@ def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Coll
         for v in operation.outputs:
             if v in reused:
                 sources[v], exists = sources[reused[v]], True
+            elif operation.inputs and operation.inputs[0] in swapped and _swaps_last_two(operation.equation):
+                sources[v] = frozenset()
             elif v in needed or _is_whole(operation):
                 sources[v], exists = frozenset([v]), True
                 new += [] if v in replacing else [v]
+                written_out |= reads if v in replacing else set()
             else:
                 sources[v] = reads
         if exists:
             last_read |= dict.fromkeys(reads, i)
         allocated.append(new)
-        inner.append(_inside(operation))
+        inner.append(_inside(operation, vector_bytes))
     for v in flat.outputs:
         last_read |= dict.fromkeys(sources.get(v, ()), len(flat.operations))
-    return _most_alive(allocated, inner, last_read, flat.sizes)
+    lives = {v: (i, max(last_read.get(v, i - 1) + 1, i)) for i, buffers in enumerate(allocated) for v in buffers}
+    short = _between_loops(lives, flat).difference(written_out, *allocated[:1]) if vector_bytes else set[int]()
+    return _most_alive(lives, inner, flat.sizes, short, vector_bytes)
 
 
 def _most_alive(
-    allocated: Sequence[Sequence[int]], inner: Sequence[int], last_read: Mapping[int, int], sizes: Mapping[int, int]
+    lives: Mapping[int, tuple[int, int]], inner: Sequence[int], sizes: Mapping[int, int], short: Set[int], room: int
 ) -> int:
-    """Given what each operation allocates and needs inside; the first is what is there before any."""
-    freed: dict[int, list[int]] = {}
-    for i, buffers in enumerate(allocated):
-        for v in buffers:
-            freed.setdefault(max(last_read.get(v, i - 1) + 1, i), []).append(v)
+    """Given what each operation needs inside, and of each buffer the first and the last at which it is there.
+
+    Those of ``short`` are not counted where there is room for them, the earlier ones first.
+    """
+    begun: list[list[int]] = [[] for _ in inner]
+    ended: list[list[int]] = [[] for _ in inner]
+    for v, (first, last) in lives.items():
+        begun[first].append(v)
+        ended[min(last, len(inner) - 1)].append(v)
+    uncounted = set[int]()
     alive = most = 0
-    for i, (buffers, inside) in enumerate(zip(allocated, inner, strict=True)):
-        alive += sum(sizes[v] for v in buffers)
+    for new, inside, old in zip(begun, inner, ended, strict=True):
+        for v in new:
+            if v in short and sizes[v] <= room:
+                uncounted.add(v)
+                room -= sizes[v]
+            else:
+                alive += sizes[v]
         most = max(most, alive + inside)
-        alive -= sum(sizes[v] for v in freed.get(i, ()))
+        for v in old:
+            if v in uncounted:
+                room += sizes[v]
+            else:
+                alive -= sizes[v]
     return most
+
+
+def _between_loops(lives: Mapping[int, tuple[int, int]], flat: _Flat) -> set[int]:
+    """Buffers that are there at no loop and no kernel, which read and write the chip's main memory."""
+    barriers = [operation.equation.name in (*_LOOPS, "pallas_call") for operation in flat.operations]
+    before = list(accumulate([False, *barriers, False], initial=0))
+    return {v for v, (first, last) in lives.items() if before[first] == before[last + 1]}
 
 
 def _is_whole(operation: _Operation) -> bool:
@@ -115,21 +163,29 @@ def _is_whole(operation: _Operation) -> bool:
 
 def _needed_whole(flat: _Flat) -> set[int]:
     """The values that have to exist as buffers, for what reads them."""
-    needed, transposed = set(flat.outputs), {}
+    needed, transposed, constant = set(flat.outputs), {}, set[int]()
     for operation in flat.operations:
         name = operation.equation.name
+        if name in _CONSTANTS and constant.issuperset(operation.inputs):
+            constant.add(operation.outputs[0])
         if name == "transpose":
             transposed[operation.outputs[0]] = transposed.get(operation.inputs[0], operation.inputs[0])
         elif name == "dot_general":
             needed.update(transposed.get(v, v) for v in operation.inputs)
         elif name in (*_OPAQUE, *_LOOPS):
-            needed.update(operation.inputs)
+            needed.update(operation.inputs if name != "scan" else _not_sunk(operation, constant))
         if operation.equation.name in _WRITES:
             needed.add(operation.inputs[0])
     for operation in reversed(flat.operations):
         if operation.equation.name == "optimization_barrier":
             needed.update(v for v, out in zip(operation.inputs, operation.outputs) if out in needed)
     return needed
+
+
+def _not_sunk(operation: _Operation, constant: Set[int]) -> Iterable[int]:
+    """The operands of a loop that are no broadcast constants, which it makes anew, and those that it carries."""
+    first = scan_of(operation.equation).num_consts
+    return (v for k, v in enumerate(operation.inputs) if k >= first or v not in constant)
 
 
 def _reused(operation: _Operation, sources: Mapping[int, frozenset[int]], may_reuse: Any) -> dict[int, int]:
@@ -149,19 +205,41 @@ def _reused(operation: _Operation, sources: Mapping[int, frozenset[int]], may_re
     return {out: v for out, v in carried if sources.get(v) and may_reuse(v)}
 
 
-def _inside(operation: _Operation) -> int:
+def _read_by_rows(flat: _Flat) -> set[int]:
+    """What a loop with matmuls carries, and what rows are gathered from."""
+    found = set[int]()
+    for equation, inputs, _ in flat.operations:
+        if equation.name == "scan":
+            scan = scan_of(equation)
+            if any(inner.equation.name == "dot_general" for inner in _flatten(scan.body).operations):
+                found.update(inputs[scan.num_consts : scan.first_xs])
+        elif equation.name == "gather":
+            found.update(inputs)
+    return found
+
+
+def _swaps_last_two(equation: Equation) -> bool:
+    if equation.name != "transpose":
+        return False
+    order = list(equation.params["permutation"])
+    return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+
+
+def _inside(operation: _Operation, vector_bytes: int) -> int:
     """What one iteration of a loop, or a branch, needs."""
     name, params = operation.equation.name, operation.equation.params
     if name == "scan":
         scan = scan_of(operation.equation)
         in_place = {k: scan.num_consts + k for k in range(scan.num_carry)}
-        return temporary_bytes(scan.body, in_place, range(scan.first_xs, len(scan.body.inputs)))
+        scanned = range(scan.first_xs, len(scan.body.inputs))
+        return temporary_bytes(scan.body, in_place, scanned, vector_bytes=vector_bytes)
     if name == "while":
         body = program_of(params["body_jaxpr"])
         first = len(body.inputs) - len(body.outputs)
-        return temporary_bytes(body, {k: first + k for k in range(len(body.outputs))})
+        return temporary_bytes(body, {k: first + k for k in range(len(body.outputs))}, vector_bytes=vector_bytes)
     if name == "cond":
-        return max(temporary_bytes(program_of(branch), {}) for branch in params["branches"])
+        of_branch = lambda branch: temporary_bytes(program_of(branch), {}, vector_bytes=vector_bytes)
+        return max(map(of_branch, params["branches"]))
     return 0
 
 
