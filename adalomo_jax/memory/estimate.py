@@ -46,13 +46,14 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
     structure = jax.tree.structure((params, state, args))
     run = step if fused else step.unfused
     program, _ = trace(lambda leaves: run(*_call(structure, leaves)), jax.tree.leaves((params, state, args)))
-    size_of = tiled_bytes if target.platform == "tpu" else whole_bytes
+    is_tpu = target.platform == "tpu"
+    size_of = tiled_bytes if is_tpu else whole_bytes
     argument_bytes = sum(map(size_of, jax.tree.leaves((params, state, args))))
     updated = sum(map(size_of, given))
-    is_copied = lambda x: target.platform == "tpu" and lies_transposed(x)
-    copied = {i: row_major_bytes(x) for i, x in enumerate(given) if is_copied(x)}
+    copied = {i: row_major_bytes(x) for i, x in enumerate(given) if is_tpu and lies_transposed(x)}
+    vector_bytes = target.vector_mib * 2**20 if is_tpu else None
     in_place = {i: i for i in range(len(given))}
-    temp_bytes = temporary_bytes(program, in_place, copied=copied, vector_bytes=target.vector_mib * 2**20)
+    temp_bytes = temporary_bytes(program, in_place, copied=copied, vector_bytes=vector_bytes)
     return Usage(
         params_bytes=shares.params,
         state_bytes=shares.state,

@@ -3,14 +3,17 @@
 The compiler is modelled by five rules:
 
 - What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
-  what reads it. So of a slice, a cast, a broadcast; a broadcast constant that a loop reads is part of its body.
+  what reads it. So of a slice, a cast, a broadcast.
 - A reduction's operand need not exist; its result does.
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
 - A matmul reads its operands transposed, if it has to.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
 
-A TPU adds two: an input that lies transposed is copied, and results that only a stretch without loops needs may lie in
-the vector memory of its core, which is not counted.
+A TPU's compiler adds three:
+
+- An input that lies transposed is copied where that does not suit what reads it.
+- A broadcast constant that a loop reads is part of its body.
+- What a stretch of the program without loops makes and reads lies in the vector memory, while there is room.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ def temporary_bytes(
     scanned: Collection[int] = (),
     *,
     copied: Mapping[int, int] = MappingProxyType({}),
-    vector_bytes: int = 0,
+    vector_bytes: int | None = None,
 ) -> int:
     """The most bytes that a program has in use besides its inputs, and the outputs that take an input's place.
 
@@ -73,13 +76,14 @@ def temporary_bytes(
         copied: of inputs that lie with their last two dimensions swapped, the bytes of a copy that does not, by
             position. It is made where a loop with matmuls carries the input or its rows are gathered; else the input is
             read as it lies, and it is its own transpose.
-        vector_bytes: size of a vector memory, which is not counted.
+        vector_bytes: of a TPU, the size of the vector memory, which is not counted; 0 where results do not go there.
+            None of other chips.
     """
     flat = _flatten(program)
     swapped = {flat.inputs[p]: size for p, size in copied.items()}
     flat.sizes.update(swapped)
     copies = _read_by_rows(flat).intersection(swapped)
-    needed = _needed_whole(flat)
+    needed = _needed_whole(flat, sinks=vector_bytes is not None)
     slices = [flat.inputs[p] for p in scanned]
     sources = {v: frozenset([v]) for v in flat.inputs}
     sources |= {v: frozenset() for v in slices if v not in needed}
@@ -115,7 +119,7 @@ def temporary_bytes(
         last_read |= dict.fromkeys(sources.get(v, ()), len(flat.operations))
     lives = {v: (i, max(last_read.get(v, i - 1) + 1, i)) for i, buffers in enumerate(allocated) for v in buffers}
     short = _between_loops(lives, flat).difference(written_out, *allocated[:1]) if vector_bytes else set[int]()
-    return _most_alive(lives, inner, flat.sizes, short, vector_bytes)
+    return _most_alive(lives, inner, flat.sizes, short, vector_bytes or 0)
 
 
 def _most_alive(
@@ -161,9 +165,10 @@ def _is_whole(operation: _Operation) -> bool:
     return name in (*_OPAQUE, *_LOOPS, *_WRITES) or name.startswith(_REDUCTIONS)
 
 
-def _needed_whole(flat: _Flat) -> set[int]:
+def _needed_whole(flat: _Flat, sinks: bool) -> set[int]:
     """The values that have to exist as buffers, for what reads them."""
-    needed, transposed, constant = set(flat.outputs), {}, set[int]()
+    needed, transposed = set(flat.outputs), {}
+    constant = set(flat.sizes).difference(flat.inputs, *(operation.outputs for operation in flat.operations))
     for operation in flat.operations:
         name = operation.equation.name
         if name in _CONSTANTS and constant.issuperset(operation.inputs):
@@ -173,7 +178,7 @@ def _needed_whole(flat: _Flat) -> set[int]:
         elif name == "dot_general":
             needed.update(transposed.get(v, v) for v in operation.inputs)
         elif name in (*_OPAQUE, *_LOOPS):
-            needed.update(operation.inputs if name != "scan" else _not_sunk(operation, constant))
+            needed.update(operation.inputs if name != "scan" or not sinks else _not_sunk(operation, constant))
         if operation.equation.name in _WRITES:
             needed.add(operation.inputs[0])
     for operation in reversed(flat.operations):
@@ -225,7 +230,7 @@ def _swaps_last_two(equation: Equation) -> bool:
     return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
 
 
-def _inside(operation: _Operation, vector_bytes: int) -> int:
+def _inside(operation: _Operation, vector_bytes: int | None) -> int:
     """What one iteration of a loop, or a branch, needs."""
     name, params = operation.equation.name, operation.equation.params
     if name == "scan":
