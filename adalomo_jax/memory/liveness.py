@@ -37,7 +37,7 @@ _OPAQUE = (
 )
 """What reads and writes whole buffers."""
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "arg", "cum")
-_CONSTANTS = ("broadcast_in_dim", "convert_element_type", "mul")
+_CONSTANTS = ("broadcast_in_dim", "convert_element_type")
 """What of constants alone is sunk into the loop that reads it."""
 _WRITES = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
 
@@ -57,6 +57,16 @@ class _Flat(NamedTuple):
     inputs: list[int]
     outputs: list[int]
     sizes: dict[int, int]
+
+
+class _Made(NamedTuple):
+    """The buffers of a program."""
+
+    by_operation: list[list[int]]
+    last_read: dict[int, int]
+    """The last operation that reads a buffer."""
+    written_out: set[int]
+    """Those that an output in an input's place is computed from, and which are written there."""
 
 
 def temporary_bytes(
@@ -84,18 +94,27 @@ def temporary_bytes(
     flat.sizes.update(swapped)
     copies = _read_by_rows(flat).intersection(swapped)
     needed = _needed_whole(flat, sinks=vector_bytes is not None)
+    made = _made(flat, in_place, scanned, needed, swapped)
+    allocated = [[*(flat.inputs[p] for p in scanned if flat.inputs[p] in needed), *copies], *made.by_operation]
+    last = lambda v, i: max(made.last_read.get(v, i - 1) + 1, i)
+    lives = {v: (i, last(v, i)) for i, buffers in enumerate(allocated) for v in buffers}
+    short = _between_loops(lives, flat).difference(made.written_out, allocated[0]) if vector_bytes else set[int]()
+    inner = [0, *(_inside(operation, vector_bytes) for operation in flat.operations)]
+    return _most_alive(lives, inner, flat.sizes, short, vector_bytes or 0)
+
+
+def _made(
+    flat: _Flat, in_place: Mapping[int, int], scanned: Collection[int], needed: Set[int], swapped: Collection[int]
+) -> _Made:
     slices = [flat.inputs[p] for p in scanned]
     sources = {v: frozenset([v]) for v in flat.inputs}
     sources |= {v: frozenset() for v in slices if v not in needed}
-    allocated = [[*(v for v in slices if v in needed), *copies]]
     given = {flat.inputs[p] for p in in_place.values()}
     replacing = {flat.outputs[out] for out in in_place}
     last_direct = {v: i for i, operation in enumerate(flat.operations) for v in operation.inputs}
     last_direct |= dict.fromkeys(flat.outputs, len(flat.operations))
     kept = set(flat.inputs).difference(slices, given)
-    last_read: dict[int, int] = {}
-    inner = [0]
-    written_out: set[int] = set()
+    made = _Made([], {}, set())
     for i, operation in enumerate(flat.operations):
         reads = frozenset[int]().union(*(sources.get(v, frozenset()) for v in operation.inputs))
         reused = _reused(operation, sources, lambda v, i=i: last_direct[v] <= i and not kept & sources[v])
@@ -108,18 +127,15 @@ def temporary_bytes(
             elif v in needed or _is_whole(operation):
                 sources[v], exists = frozenset([v]), True
                 new += [] if v in replacing else [v]
-                written_out |= reads if v in replacing else set()
+                made.written_out.update(reads if v in replacing else ())
             else:
                 sources[v] = reads
         if exists:
-            last_read |= dict.fromkeys(reads, i)
-        allocated.append(new)
-        inner.append(_inside(operation, vector_bytes))
+            made.last_read.update(dict.fromkeys(reads, i))
+        made.by_operation.append(new)
     for v in flat.outputs:
-        last_read |= dict.fromkeys(sources.get(v, ()), len(flat.operations))
-    lives = {v: (i, max(last_read.get(v, i - 1) + 1, i)) for i, buffers in enumerate(allocated) for v in buffers}
-    short = _between_loops(lives, flat).difference(written_out, *allocated[:1]) if vector_bytes else set[int]()
-    return _most_alive(lives, inner, flat.sizes, short, vector_bytes or 0)
+        made.last_read.update(dict.fromkeys(sources.get(v, ()), len(flat.operations)))
+    return made
 
 
 def _most_alive(
