@@ -96,8 +96,8 @@ def temporary_bytes(
     needed = _needed_whole(flat, sinks=vector_bytes is not None)
     made = _made(flat, in_place, scanned, needed, swapped)
     allocated = [[*(flat.inputs[p] for p in scanned if flat.inputs[p] in needed), *copies], *made.by_operation]
-    last = lambda v, i: max(made.last_read.get(v, i - 1) + 1, i)
-    lives = {v: (i, last(v, i)) for i, buffers in enumerate(allocated) for v in buffers}
+    last = made.last_read
+    lives = {v: (i, max(last.get(v, i - 1) + 1, i)) for i, buffers in enumerate(allocated) for v in buffers}
     short = _between_loops(lives, flat).difference(made.written_out, allocated[0]) if vector_bytes else set[int]()
     inner = [0, *(_inside(operation, vector_bytes) for operation in flat.operations)]
     return _most_alive(lives, inner, flat.sizes, short, vector_bytes or 0)
@@ -161,10 +161,8 @@ def _most_alive(
                 alive += sizes[v]
         most = max(most, alive + inside)
         for v in old:
-            if v in uncounted:
-                room += sizes[v]
-            else:
-                alive -= sizes[v]
+            room += sizes[v] if v in uncounted else 0
+            alive -= sizes[v] if v not in uncounted else 0
     return most
 
 
@@ -240,10 +238,8 @@ def _read_by_rows(flat: _Flat) -> set[int]:
 
 
 def _swaps_last_two(equation: Equation) -> bool:
-    if equation.name != "transpose":
-        return False
-    order = list(equation.params["permutation"])
-    return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+    order = list(equation.params["permutation"]) if equation.name == "transpose" else []
+    return bool(order) and order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
 
 
 def _inside(operation: _Operation, vector_bytes: int | None) -> int:

@@ -59,28 +59,22 @@ def next_token_loss(
 
 
 def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """The weighted sum of the loss. On a mesh each device sums over its sequences, for which it gathers the head once.
+    """The weighted sum of the loss. Under FSDP each device sums over its sequences, for which it gathers the head once.
 
     Left to itself, XLA sums the whole gradient of the head on each device.
     """
     head_DV = model.head()
-    sharding = model.batch_sharding
-    if sharding is None or sharding.mesh.size == 1:
+    mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
+    if mesh is None or mesh.shape["fsdp"] == 1 or out_of_stream(head_DV.shape, mesh).spec[0] is None:
         return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV)
-    (batch,), rows = sharding.spec, out_of_stream(head_DV.shape, sharding.mesh).spec[0]
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
-        if rows is not None:
-            head_DV = jnp.asarray(gather_rows(head_DV, rows))
-        return jax.lax.psum(_sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV), batch)
+        head_DV = jnp.asarray(gather_rows(head_DV, "fsdp"))
+        return jax.lax.psum(_sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV), "fsdp")
 
+    of_parts, everywhere = PartitionSpec("fsdp"), PartitionSpec()
     on_parts = jax.shard_map(
-        of_part,
-        mesh=sharding.mesh,
-        in_specs=(*(PartitionSpec(batch),) * 3, PartitionSpec(rows)),
-        out_specs=PartitionSpec(),
-        axis_names=set(batch),
-        check_vma=False,
+        of_part, mesh=mesh, in_specs=(of_parts,) * 4, out_specs=everywhere, axis_names={"fsdp"}, check_vma=False
     )
     return on_parts(x_BTD, targets_BT, weights_BT, head_DV)
 

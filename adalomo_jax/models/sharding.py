@@ -50,7 +50,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis are the sequences of a batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:

@@ -262,7 +262,7 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
     def interrupted(program, config, text, on_row):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "build_program", lambda config: None)
+    monkeypatch.setattr(run_module, "build_program", lambda config, mesh: None)
     monkeypatch.setattr(run_module, "train", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL])
