@@ -13,6 +13,7 @@ from adalomo_jax.fused.jaxpr import trace
 from adalomo_jax.memory.compile import place, shares_of, whole_bytes
 from adalomo_jax.memory.liveness import temporary_bytes
 from adalomo_jax.memory.targets import Target
+from adalomo_jax.memory.tiles import lies_transposed, row_major_bytes, tiled_bytes
 from adalomo_jax.memory.usage import Usage
 
 
@@ -20,8 +21,8 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
     """What `compile_usage` returns, of one chip, from the step's equations and their shapes: marked as an estimate.
 
     The arguments are counted, and the temporaries are those of the traced step, with their lifetimes, under the
-    rules of :mod:`adalomo_jax.memory.liveness`. It knows no padding, no layouts and no chip but for its limit: it is
-    made for accelerators and models whose weights are the most of what they need.
+    rules of :mod:`adalomo_jax.memory.liveness`. Of the chip it knows its limit, and of a TPU the tiles that arguments
+    lie in and its vector memory. It is made for accelerators and models whose weights are the most of what they need.
 
     Args and returns as of `compile_usage`. No plugin is needed, and nothing is compiled.
 
@@ -45,9 +46,14 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
     structure = jax.tree.structure((params, state, args))
     run = step if fused else step.unfused
     program, _ = trace(lambda leaves: run(*_call(structure, leaves)), jax.tree.leaves((params, state, args)))
-    argument_bytes = sum(map(whole_bytes, jax.tree.leaves((params, state, args))))
-    updated = sum(map(whole_bytes, given))
-    temp_bytes = temporary_bytes(program, {i: i for i in range(len(given))})
+    is_tpu = target.platform == "tpu"
+    size_of = tiled_bytes if is_tpu else whole_bytes
+    argument_bytes = sum(map(size_of, jax.tree.leaves((params, state, args))))
+    updated = sum(map(size_of, given))
+    copied = {i: row_major_bytes(x) for i, x in enumerate(given) if is_tpu and lies_transposed(x)}
+    vector_bytes = target.vector_mib * 2**20 if is_tpu else None
+    in_place = {i: i for i in range(len(given))}
+    temp_bytes = temporary_bytes(program, in_place, copied=copied, vector_bytes=vector_bytes)
     return Usage(
         params_bytes=shares.params,
         state_bytes=shares.state,

@@ -8,12 +8,20 @@ The compiler is modelled by five rules:
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
 - A matmul reads its operands transposed, if it has to.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
+
+A TPU's compiler adds three:
+
+- An input that lies transposed is copied where that does not suit what reads it.
+- A broadcast constant that a loop reads is part of its body.
+- What a stretch of the program without loops makes and reads lies in the vector memory, while there is room.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +37,8 @@ _OPAQUE = (
 )
 """What reads and writes whole buffers."""
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "arg", "cum")
+_CONSTANTS = ("broadcast_in_dim", "convert_element_type")
+"""What of constants alone is sunk into the loop that reads it."""
 _WRITES = ("dynamic_update_slice", "scatter", "scatter-add", "scatter_add")
 
 
@@ -49,27 +59,62 @@ class _Flat(NamedTuple):
     sizes: dict[int, int]
 
 
-def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Collection[int] = ()) -> int:
+class _Made(NamedTuple):
+    """The buffers of a program."""
+
+    by_operation: list[list[int]]
+    last_read: dict[int, int]
+    """The last operation that reads a buffer."""
+    written_out: set[int]
+    """Those that an output in an input's place is computed from, and which are written there."""
+
+
+def temporary_bytes(
+    program: Program,
+    in_place: Mapping[int, int],
+    scanned: Collection[int] = (),
+    *,
+    copied: Mapping[int, int] = MappingProxyType({}),
+    vector_bytes: int | None = None,
+) -> int:
     """The most bytes that a program has in use besides its inputs, and the outputs that take an input's place.
 
     Args:
         program: traced.
         in_place: of outputs that take the place of an input, the input's position by the output's.
         scanned: the positions of inputs that are slices of arrays that exist outside.
+        copied: of inputs that lie with their last two dimensions swapped, the bytes of a copy that does not, by
+            position. It is made where a loop with matmuls carries the input or its rows are gathered; else the input is
+            read as it lies, and it is its own transpose.
+        vector_bytes: of a TPU, the size of the vector memory, which is not counted; 0 where results do not go there.
+            None of other chips.
     """
     flat = _flatten(program)
-    needed = _needed_whole(flat)
+    swapped = {flat.inputs[p]: size for p, size in copied.items()}
+    flat.sizes.update(swapped)
+    copies = _read_by_rows(flat).intersection(swapped)
+    needed = _needed_whole(flat, sinks=vector_bytes is not None)
+    made = _made(flat, in_place, scanned, needed, swapped)
+    allocated = [[*(flat.inputs[p] for p in scanned if flat.inputs[p] in needed), *copies], *made.by_operation]
+    last = made.last_read
+    lives = {v: (i, max(last.get(v, i - 1) + 1, i)) for i, buffers in enumerate(allocated) for v in buffers}
+    short = _between_loops(lives, flat).difference(made.written_out, allocated[0]) if vector_bytes else set[int]()
+    inner = [0, *(_inside(operation, vector_bytes) for operation in flat.operations)]
+    return _most_alive(lives, inner, flat.sizes, short, vector_bytes or 0)
+
+
+def _made(
+    flat: _Flat, in_place: Mapping[int, int], scanned: Collection[int], needed: Set[int], swapped: Collection[int]
+) -> _Made:
     slices = [flat.inputs[p] for p in scanned]
     sources = {v: frozenset([v]) for v in flat.inputs}
     sources |= {v: frozenset() for v in slices if v not in needed}
-    allocated = [[v for v in slices if v in needed]]
     given = {flat.inputs[p] for p in in_place.values()}
     replacing = {flat.outputs[out] for out in in_place}
     last_direct = {v: i for i, operation in enumerate(flat.operations) for v in operation.inputs}
     last_direct |= dict.fromkeys(flat.outputs, len(flat.operations))
     kept = set(flat.inputs).difference(slices, given)
-    last_read: dict[int, int] = {}
-    inner = [0]
+    made = _Made([], {}, set())
     for i, operation in enumerate(flat.operations):
         reads = frozenset[int]().union(*(sources.get(v, frozenset()) for v in operation.inputs))
         reused = _reused(operation, sources, lambda v, i=i: last_direct[v] <= i and not kept & sources[v])
@@ -77,34 +122,55 @@ def temporary_bytes(program: Program, in_place: Mapping[int, int], scanned: Coll
         for v in operation.outputs:
             if v in reused:
                 sources[v], exists = sources[reused[v]], True
+            elif operation.inputs and operation.inputs[0] in swapped and _swaps_last_two(operation.equation):
+                sources[v] = frozenset()
             elif v in needed or _is_whole(operation):
                 sources[v], exists = frozenset([v]), True
                 new += [] if v in replacing else [v]
+                made.written_out.update(reads if v in replacing else ())
             else:
                 sources[v] = reads
         if exists:
-            last_read |= dict.fromkeys(reads, i)
-        allocated.append(new)
-        inner.append(_inside(operation))
+            made.last_read.update(dict.fromkeys(reads, i))
+        made.by_operation.append(new)
     for v in flat.outputs:
-        last_read |= dict.fromkeys(sources.get(v, ()), len(flat.operations))
-    return _most_alive(allocated, inner, last_read, flat.sizes)
+        made.last_read.update(dict.fromkeys(sources.get(v, ()), len(flat.operations)))
+    return made
 
 
 def _most_alive(
-    allocated: Sequence[Sequence[int]], inner: Sequence[int], last_read: Mapping[int, int], sizes: Mapping[int, int]
+    lives: Mapping[int, tuple[int, int]], inner: Sequence[int], sizes: Mapping[int, int], short: Set[int], room: int
 ) -> int:
-    """Given what each operation allocates and needs inside; the first is what is there before any."""
-    freed: dict[int, list[int]] = {}
-    for i, buffers in enumerate(allocated):
-        for v in buffers:
-            freed.setdefault(max(last_read.get(v, i - 1) + 1, i), []).append(v)
+    """Given what each operation needs inside, and of each buffer the first and the last at which it is there.
+
+    Those of ``short`` are not counted where there is room for them, the earlier ones first.
+    """
+    begun: list[list[int]] = [[] for _ in inner]
+    ended: list[list[int]] = [[] for _ in inner]
+    for v, (first, last) in lives.items():
+        begun[first].append(v)
+        ended[min(last, len(inner) - 1)].append(v)
+    uncounted = set[int]()
     alive = most = 0
-    for i, (buffers, inside) in enumerate(zip(allocated, inner, strict=True)):
-        alive += sum(sizes[v] for v in buffers)
+    for new, inside, old in zip(begun, inner, ended, strict=True):
+        for v in new:
+            if v in short and sizes[v] <= room:
+                uncounted.add(v)
+                room -= sizes[v]
+            else:
+                alive += sizes[v]
         most = max(most, alive + inside)
-        alive -= sum(sizes[v] for v in freed.get(i, ()))
+        for v in old:
+            room += sizes[v] if v in uncounted else 0
+            alive -= sizes[v] if v not in uncounted else 0
     return most
+
+
+def _between_loops(lives: Mapping[int, tuple[int, int]], flat: _Flat) -> set[int]:
+    """Buffers that are there at no loop and no kernel, which read and write the chip's main memory."""
+    barriers = [operation.equation.name in (*_LOOPS, "pallas_call") for operation in flat.operations]
+    before = list(accumulate([False, *barriers, False], initial=0))
+    return {v for v, (first, last) in lives.items() if before[first] == before[last + 1]}
 
 
 def _is_whole(operation: _Operation) -> bool:
@@ -113,23 +179,32 @@ def _is_whole(operation: _Operation) -> bool:
     return name in (*_OPAQUE, *_LOOPS, *_WRITES) or name.startswith(_REDUCTIONS)
 
 
-def _needed_whole(flat: _Flat) -> set[int]:
+def _needed_whole(flat: _Flat, sinks: bool) -> set[int]:
     """The values that have to exist as buffers, for what reads them."""
     needed, transposed = set(flat.outputs), {}
+    constant = set(flat.sizes).difference(flat.inputs, *(operation.outputs for operation in flat.operations))
     for operation in flat.operations:
         name = operation.equation.name
+        if name in _CONSTANTS and constant.issuperset(operation.inputs):
+            constant.add(operation.outputs[0])
         if name == "transpose":
             transposed[operation.outputs[0]] = transposed.get(operation.inputs[0], operation.inputs[0])
         elif name == "dot_general":
             needed.update(transposed.get(v, v) for v in operation.inputs)
         elif name in (*_OPAQUE, *_LOOPS):
-            needed.update(operation.inputs)
+            needed.update(operation.inputs if name != "scan" or not sinks else _not_sunk(operation, constant))
         if operation.equation.name in _WRITES:
             needed.add(operation.inputs[0])
     for operation in reversed(flat.operations):
         if operation.equation.name == "optimization_barrier":
             needed.update(v for v, out in zip(operation.inputs, operation.outputs) if out in needed)
     return needed
+
+
+def _not_sunk(operation: _Operation, constant: Set[int]) -> Iterable[int]:
+    """The operands of a loop that are no broadcast constants, which it makes anew, and those that it carries."""
+    first = scan_of(operation.equation).num_consts
+    return (v for k, v in enumerate(operation.inputs) if k >= first or v not in constant)
 
 
 def _reused(operation: _Operation, sources: Mapping[int, frozenset[int]], may_reuse: Any) -> dict[int, int]:
@@ -149,19 +224,39 @@ def _reused(operation: _Operation, sources: Mapping[int, frozenset[int]], may_re
     return {out: v for out, v in carried if sources.get(v) and may_reuse(v)}
 
 
-def _inside(operation: _Operation) -> int:
+def _read_by_rows(flat: _Flat) -> set[int]:
+    """What a loop with matmuls carries, and what rows are gathered from."""
+    found = set[int]()
+    for equation, inputs, _ in flat.operations:
+        if equation.name == "scan":
+            scan = scan_of(equation)
+            if any(inner.equation.name == "dot_general" for inner in _flatten(scan.body).operations):
+                found.update(inputs[scan.num_consts : scan.first_xs])
+        elif equation.name == "gather":
+            found.update(inputs)
+    return found
+
+
+def _swaps_last_two(equation: Equation) -> bool:
+    order = list(equation.params["permutation"]) if equation.name == "transpose" else []
+    return bool(order) and order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+
+
+def _inside(operation: _Operation, vector_bytes: int | None) -> int:
     """What one iteration of a loop, or a branch, needs."""
     name, params = operation.equation.name, operation.equation.params
     if name == "scan":
         scan = scan_of(operation.equation)
         in_place = {k: scan.num_consts + k for k in range(scan.num_carry)}
-        return temporary_bytes(scan.body, in_place, range(scan.first_xs, len(scan.body.inputs)))
+        scanned = range(scan.first_xs, len(scan.body.inputs))
+        return temporary_bytes(scan.body, in_place, scanned, vector_bytes=vector_bytes)
     if name == "while":
         body = program_of(params["body_jaxpr"])
         first = len(body.inputs) - len(body.outputs)
-        return temporary_bytes(body, {k: first + k for k in range(len(body.outputs))})
+        return temporary_bytes(body, {k: first + k for k in range(len(body.outputs))}, vector_bytes=vector_bytes)
     if name == "cond":
-        return max(temporary_bytes(program_of(branch), {}) for branch in params["branches"])
+        of_branch = lambda branch: temporary_bytes(program_of(branch), {}, vector_bytes=vector_bytes)
+        return max(map(of_branch, params["branches"]))
     return 0
 
 

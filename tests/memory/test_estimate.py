@@ -3,20 +3,22 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from on_targets import memory_rows, needs_cuda, needs_libtpu
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.fused.jaxpr import trace
 from adalomo_jax.memory import TARGETS, compile_usage, estimate_usage
 from adalomo_jax.memory.liveness import temporary_bytes
+from adalomo_jax.memory.tiles import lies_transposed, row_major_bytes, tiled_bytes
 
 N = 64
 ARRAY = N * N * 4
 
 
-def temporaries(fn, *shapes, in_place=()):
+def temporaries(fn, *shapes, in_place=(), **tpu):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program, _ = trace(lambda leaves: fn(*leaves), arguments)
-    return temporary_bytes(program, dict(in_place))
+    return temporary_bytes(program, dict(in_place), **tpu)
 
 
 SQUARE = (N, N)
@@ -68,6 +70,76 @@ def test_what_a_scan_collects_exists_whole_and_its_body_once():
 def test_a_branch_counts_as_the_larger():
     branch = lambda p, x: jax.lax.cond(p.sum() > 0, lambda x: jnp.sum(x @ x @ x), lambda x: x.sum(), x)
     assert 2 * ARRAY <= temporaries(branch, (1,), SQUARE) <= 2 * ARRAY + 64
+
+
+def test_vector_memory_has_what_fits_between_loops():
+    chain = lambda x: jnp.sum(((x @ x) @ x) @ x)
+    assert temporaries(chain, SQUARE, vector_bytes=0) == 2 * ARRAY
+    assert temporaries(chain, SQUARE, vector_bytes=ARRAY) == ARRAY
+    assert temporaries(chain, SQUARE, vector_bytes=ARRAY - 1) == 2 * ARRAY
+    assert temporaries(chain, SQUARE, vector_bytes=2 * ARRAY + 8) == 0
+
+
+def test_vector_memory_has_neither_what_outlives_a_loop_nor_what_becomes_an_output():
+    def around(x, xs):
+        kept = x @ x
+        return jnp.sum(jax.lax.scan(lambda total, x: (total + jnp.sum(x), None), 0.0, xs)[0] + kept @ kept)
+
+    assert ARRAY <= temporaries(around, SQUARE, (8, N, N), vector_bytes=2**20) < 2 * ARRAY
+    assert temporaries(lambda x: x + x @ x, SQUARE, in_place={0: 0}.items(), vector_bytes=2**20) == ARRAY
+
+
+def multiply_and_write(stack, x):
+    layer = lambda x, w: (x @ w, None)
+    carried = lambda i, both: (both[0].at[i].set(both[0][i] @ both[1]), both[1])
+    return jax.lax.scan(layer, x, stack)[0], jax.lax.scan(lambda c, i: (carried(i, c), None), (stack, x), jnp.arange(8))
+
+
+def test_an_input_that_lies_transposed_is_copied_where_a_loop_with_matmuls_carries_it():
+    layers, copy = (8, N, N), 10**7
+    read = lambda stack, x: jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]
+    assert temporaries(read, layers, SQUARE, copied={0: copy}) == temporaries(read, layers, SQUARE) < copy
+    assert temporaries(multiply_and_write, layers, SQUARE, copied={0: copy}) >= copy
+    assert temporaries(lambda table, i: table[i.astype(int)] * 2, SQUARE, (3,), copied={0: copy}) >= copy
+
+
+def test_such_an_input_is_its_own_transpose():
+    whole = lambda table: jnp.sort(table.T)
+    assert temporaries(whole, SQUARE) - temporaries(whole, SQUARE, copied={0: 10**7}) == ARRAY
+
+
+def test_a_broadcast_constant_is_made_in_a_tpus_loop():
+    def masked(xs):
+        zeros = jnp.zeros(SQUARE)
+        return jax.lax.scan(lambda total, x: (total + jnp.sum(jnp.where(x > 0, x, zeros)), None), 0.0, xs)[0]
+
+    assert temporaries(masked, (8, N, N)) - temporaries(masked, (8, N, N), vector_bytes=0) >= ARRAY
+
+
+def test_tiles():
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    assert tiled_bytes(array(49152, 576)) == 49152 * 576 * 2 and lies_transposed(array(49152, 576))
+    assert row_major_bytes(array(49152, 576)) == 49152 * 640 * 2
+    assert tiled_bytes(array(30, 576, 576)) == 30 * 576 * 640 * 2 and not lies_transposed(array(30, 576, 576))
+    assert tiled_bytes(array(32, 4096, 4096)) == 32 * 4096 * 4096 * 2
+    assert tiled_bytes(array(30, 576, dtype=jnp.float32)) == 32 * 640 * 4
+    assert tiled_bytes(array(dtype=jnp.int32)) == 128 * 4
+
+
+@pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        *(pytest.param(device, marks=needs_libtpu) for device in ("tpu-v5e", "tpu-v5p", "tpu-v6e")),
+        *(pytest.param(device, marks=needs_cuda) for device in ("h100", "rtx-4090")),
+    ],
+)
+def test_an_estimate_of_a_small_preset_is_within_a_tenth(device, fused):
+    options = ["--model", "smollm2-135m", "--device", device, fused]
+    (compiled,), (estimated,) = (memory_rows(*options, *more).values() for more in ([], ["--estimate"]))
+    assert estimated["estimated"] and not compiled["estimated"]
+    assert estimated["peak_bytes"] == pytest.approx(compiled["peak_bytes"], rel=0.1)
+    assert estimated["argument_bytes"] == pytest.approx(compiled["argument_bytes"], rel=1e-4)
 
 
 @pytest.mark.parametrize("fused", [True, False])
