@@ -13,7 +13,7 @@ from adalomo_jax.fused import scan, segment
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
-from adalomo_jax.fused.stacks import after
+from adalomo_jax.fused.stacks import after, once_written
 from adalomo_jax.fused.updater import Statistics, Updater, all_statistics
 from adalomo_jax.optimizers.per_layer import Group
 
@@ -146,8 +146,7 @@ def _pull_back(
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
                 written |= zip(group.leaves, weights, strict=True)
-                # Else XLA may pull further stages back first, with these gradients still alive.
-                cotangents = {v: after(d, weights) for v, d in cotangents.items()}
+                cotangents = {v: once_written(d, weights) for v, d in cotangents.items()}
     return list(written.values()), owns, statistics
 
 

@@ -45,6 +45,11 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def is_for(state: Signature, called: Signature) -> bool:
+    """Whether a state is for a call with such parameters and arguments."""
+    return (state.params, state.args) == (called.params, called.args)
+
+
 def check_signature(state: Signature, called: Signature) -> None:
     """Refuses a call with parameters or arguments unlike those of `init`."""
     way_out = "Make a state for them with step.init(params, *args)."

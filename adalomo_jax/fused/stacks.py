@@ -145,6 +145,15 @@ def after(x: jax.Array, computed: Any) -> jax.Array:
     return lax.platform_dependent(x, computed, cpu=_after_by_arithmetic, default=with_barrier)
 
 
+def once_written(x: jax.Array, written: Any) -> jax.Array:
+    """``x`` itself, on an accelerator known only when these have been written.
+
+    Else XLA may go on with ``x`` first, with all that they are computed from alive. A CPU's compiler does not, and the
+    arithmetic that orders it would cost copies.
+    """
+    return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
+
+
 def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
     """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
 

@@ -15,6 +15,7 @@ from adalomo_jax.fused.checks import (
     check_loss,
     check_signature,
     check_strict,
+    is_for,
     path_name,
     signature_of,
     trained_leaves,
@@ -70,9 +71,7 @@ def trace_call(
     trained = trained_leaves(params, options.trainable)
     check_batch(options, args)
     signature = signature_of(params, args)
-    if made_for is not None:
-        check_signature(made_for, signature)
-    known = made_for or signature
+    known = made_for if made_for is not None and is_for(made_for, signature) else signature
     flat, args_treedef = jax.tree.flatten(tuple(args))
     sliced = tuple(options.is_batch(position) for position, arg in enumerate(args) for _ in jax.tree.leaves(arg))
     flat = [
@@ -83,6 +82,8 @@ def trace_call(
     on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
+    if made_for is not None:
+        check_signature(made_for, signature)
     of_args = program.inputs[len(leaves) :]
     batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]
     plan = make_plan(program, paths, trained, batched, known.shardings)
