@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, known_together, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.rounding import apply_update
@@ -70,7 +70,7 @@ class Updater:
         if self.proceed is None:
             return written, new_own, statistics
         # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
-        ok = {i: self.proceed & jnp.isfinite(x) for i, x in zip(group.leaves, squares)}
+        ok = {i: self.proceed & jnp.isfinite(x) for i, x in zip(group.leaves, known_together(squares))}
         all_ok = self.proceed & jnp.isfinite(statistics.squares)
         own_ok = [all_ok if owner is None else ok[owner] for owner in self.optimizer.owners(group)]
         written = list(map(jnp.where, ok.values(), written, weights))
