@@ -7,22 +7,14 @@ shardings, and `fuse` keeps them, and spreads the optimizer's state alike, and e
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-jax.config.update("jax_num_cpu_devices", 8)  # before JAX starts; leave out where there are real devices
+from adalomo_jax import adalomo, fuse
+from adalomo_jax.models import PRESETS, Llama, batch_sharding, make_mesh, next_token_loss, param_shardings
 
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-
-from adalomo_jax import adalomo, fuse  # noqa: E402
-from adalomo_jax.models import (  # noqa: E402
-    PRESETS,
-    Llama,
-    batch_sharding,
-    make_mesh,
-    next_token_loss,
-    param_shardings,
-)
+jax.config.update("jax_num_cpu_devices", 8)  # before JAX makes an array; leave out where there are real devices
 
 STEPS, BATCH, LENGTH = 5, 8, 64
 
