@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adalomo_jax.finetune.files import write_whole
-from adalomo_jax.models import LlamaConfig
+from adalomo_jax.models import LlamaConfig, to_hugging_face
 
 
-def to_hugging_face(params: Any) -> dict[str, np.ndarray]:
+def hugging_face_tensors(params: Any) -> dict[str, np.ndarray]:
     """The model's parameters by their Hugging Face names: layers apart, matrices ``[out, in]``.
 
     Args:
@@ -32,26 +31,12 @@ def to_hugging_face(params: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def hugging_face_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """The contents of ``config.json``."""
-    return dataclasses.asdict(config) | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": dtype,
-        "tokens": "bytes: token i is the byte i of UTF-8 text",
-    }
-
-
 def export_model(folder: Path, params: Any, config: LlamaConfig, dtype: str) -> None:
     """Write ``model.safetensors`` and ``config.json``."""
-    tensors = to_hugging_face(params)
+    tensors = hugging_face_tensors(params)
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps(hugging_face_config(config, dtype), indent=2) + "\n"
+    sizes = to_hugging_face(config, dtype) | {"tokens": "bytes: token i is the byte i of UTF-8 text"}
+    text = json.dumps(sizes, indent=2) + "\n"
     write_whole(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 

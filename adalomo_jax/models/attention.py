@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -26,10 +27,14 @@ def causal_attention(
     v_BTKH: jax.Array,
     kind: Kind = "blocks",
     *,
+    segments_BT: jax.Array | None = None,
+    window: int | None = None,
     sharding: NamedSharding | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``softmax(q k^T / sqrt(H)) v`` over the positions up to each query's own; heads of queries share ``N / K``-wise.
+    """``softmax(q k^T / sqrt(H)) v`` over the positions that a query sees; heads of queries share ``N / K``-wise.
+
+    A query sees the positions up to its own, those of its own segment and within the window alone, where there are any.
 
     Args:
       q_BTNH: queries.
@@ -37,6 +42,8 @@ def causal_attention(
       v_BTKH: values.
       kind: ``"blocks"`` runs anywhere: block by block of 512 queries, whose scores are recomputed on the way back.
         ``"splash"`` is JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
+      segments_BT: the number of the document that each position belongs to.
+      window: how many positions a query sees, its own included.
       sharding: of the batch, where it is spread over a mesh; heads are over its axis ``tensor``. A kernel runs on each
         device's part; XLA spreads the blocks by itself.
       interpret: run the TPU's kernel in the interpreter, slowly, on any backend.
@@ -47,23 +54,23 @@ def causal_attention(
     Raises:
       ValueError: for a kernel that does not take such heads or so many positions; see `splash_takes`.
     """
-    if kind == "blocks":
-        return _in_blocks(q_BTNH, k_BTKH, v_BTKH)
-    if kind == "cudnn":
-        kernel = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    else:
+    if kind == "splash" and not splash_takes(q_BTNH.shape[1], q_BTNH.shape[-1]):
         T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-        if not splash_takes(T, H):
-            raise ValueError(
-                f"attention='splash' takes a multiple of 128 positions and heads 128 wide, got {T} positions and heads "
-                f"{H} wide. Take attention='blocks'."
-            )
-        kernel = lambda q, k, v: _splash(q, k, v, interpret)
+        raise ValueError(
+            f"attention='splash' takes a multiple of 128 positions and heads 128 wide, got {T} positions and heads "
+            f"{H} wide. Take attention='blocks'."
+        )
+    if kind == "blocks":
+        return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+    kernel = _cudnn if kind == "cudnn" else partial(_splash, interpret=interpret)
+    segments = [] if segments_BT is None else [segments_BT]
+    of_part = lambda q, k, v, *segments: kernel(q, k, v, *segments or [None], window)
     if sharding is None or sharding.mesh.size == 1:
-        return kernel(q_BTNH, k_BTKH, v_BTKH)
+        return of_part(q_BTNH, k_BTKH, v_BTKH, *segments)
     spec = PartitionSpec(*sharding.spec, None, "tensor")
-    on_parts = jax.shard_map(kernel, mesh=sharding.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    return on_parts(q_BTNH, k_BTKH, v_BTKH)
+    specs = ((spec,) * 3 + (PartitionSpec(*sharding.spec),))[: 3 + len(segments)]
+    on_parts = jax.shard_map(of_part, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return on_parts(q_BTNH, k_BTKH, v_BTKH, *segments)
 
 
 def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
@@ -86,24 +93,64 @@ def splash_takes(length: int, head_dim: int) -> bool:
     return length % 128 == 0 and head_dim % 128 == 0
 
 
-def _in_blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+def _is_seen(
+    queries: jax.Array, length: int, segments_BQ: jax.Array | None, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    """``[B or 1, 1, Q, T]``: whether each of ``length`` positions is seen by the queries at these positions."""
+    distance = queries[:, None] - jnp.arange(length)
+    is_seen = (distance >= 0)[None, None]
+    if window is not None:
+        is_seen &= distance < window
+    if segments_BQ is not None and segments_BT is not None:
+        is_seen &= segments_BQ[:, None, :, None] == segments_BT[:, None, None, :]
+    return is_seen
+
+
+def _in_blocks(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     if T <= BLOCK:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
-    padded = jnp.pad(q_BTNH, [(0, 0), (0, -T % BLOCK), (0, 0), (0, 0)])
-    blocks = jnp.moveaxis(padded.reshape(B, -1, BLOCK, N, H), 1, 0)
+        is_seen = _is_seen(jnp.arange(T), T, segments_BT, segments_BT, window)
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=is_seen)
+    in_blocks = lambda x: jnp.moveaxis(_padded(x).reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
+    blocks = in_blocks(q_BTNH)
+    firsts = jnp.arange(blocks.shape[0]) * BLOCK
 
     @jax.checkpoint
-    def of_block(first_and_block):
-        first, q = first_and_block
-        is_seen = (first + jnp.arange(BLOCK))[:, None] >= jnp.arange(T)
-        return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=is_seen[None, None])
+    def of_block(first_block_and_segments):
+        first, q, segments_BQ = first_block_and_segments
+        is_seen = _is_seen(first + jnp.arange(BLOCK), T, segments_BQ, segments_BT, window)
+        return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=is_seen)
 
-    out = lax.map(of_block, (jnp.arange(blocks.shape[0]) * BLOCK, blocks))
+    out = lax.map(of_block, (firsts, blocks, None if segments_BT is None else in_blocks(segments_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
 
 
-def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, interpret: bool) -> jax.Array:
+def _padded(x_BT: jax.Array) -> jax.Array:
+    """To a whole number of blocks; what a query of the padding sees is cut off with it."""
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % BLOCK)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
+def _cudnn(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None
+) -> jax.Array:
+    size = None if window is None else (window - 1, 0)
+    mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, local_window_size=size, implementation="cudnn"
+    )
+
+
+def _splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    *,
+    interpret: bool,
+) -> jax.Array:
     # Imported here: it is slow, and Pallas' TPU part is not to be had in every build of JAX.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -117,8 +164,10 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, interpret: 
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash.MultiHeadMask([splash.CausalMask((T, T)) for _ in range(N)])
+    seen = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
+    mask = splash.MultiHeadMask([seen for _ in range(N)])
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH / math.sqrt(H), k_BTKH, v_BTKH)]
-    out_BNTH = jnp.asarray(jax.vmap(kernel)(*heads_first))
+    segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
+    out_BNTH = jnp.asarray(jax.vmap(kernel)(*heads_first, segments))
     return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)

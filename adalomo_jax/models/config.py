@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies for longer sequences than a model was first trained on; the names are Hugging Face's."""
+
+    rope_type: Literal["linear", "llama3"]
+    """``linear`` divides all frequencies by the factor; ``llama3`` those of long waves, and those between in part."""
+    factor: float
+    """What frequencies are divided by."""
+    low_freq_factor: float = 1.0
+    """Waves longer than ``original_max_position_embeddings`` divided by this are long."""
+    high_freq_factor: float = 4.0
+    """Waves shorter than ``original_max_position_embeddings`` divided by this are short."""
+    original_max_position_embeddings: int = 8192
+    """Positions that the model was first trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; the field names are those of Hugging Face's ``config.json``."""
+    """Sizes of a Llama, or of a Mistral or Qwen2, which differ by the last fields.
+
+    The field names are those of Hugging Face's ``config.json``, but for the biases, which each family names otherwise.
+    """
 
     vocab_size: int
     """Number of tokens."""
@@ -33,6 +51,14 @@ class LlamaConfig:
     """Added to the mean square before its root is taken."""
     tie_word_embeddings: bool = False
     """Whether the output head is the transposed embedding."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are scaled: Llama 3.1 and later."""
+    sliding_window: int | None = None
+    """Positions that a query sees, its own included: Mistral. None sees all before it."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases: Qwen2."""
+    o_bias: bool = False
+    """Whether the attention's output has a bias."""
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -110,45 +136,3 @@ PRESETS: dict[str, LlamaConfig] = {
     ),
 }
 """Models by name. ``tiny`` reads bytes; the others have the sizes, not the weights, of the published models."""
-
-
-def from_hugging_face(config: Mapping[str, Any]) -> LlamaConfig:
-    """The sizes in the contents of a Hugging Face ``config.json`` of a Llama.
-
-    Args:
-        config: what the file holds, as a dictionary. ``num_key_value_heads``, ``head_dim`` and what has a default here
-            may be missing, as in Hugging Face's own reader.
-
-    Raises:
-        ValueError: another architecture, rotary positions that are scaled, biases, or a size that is missing.
-
-    Example:
-        >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-        >>> rest = dict(model_type="llama", vocab_size=256, max_position_embeddings=512)
-        >>> from_hugging_face(sizes | rest).head_dim
-        16
-    """
-    if config.get("model_type") != "llama":
-        raise ValueError(f"model_type must be 'llama', got {config.get('model_type')!r}")
-    for name, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-        if config.get(name, plain) != plain:
-            raise ValueError(f"{name} must be {plain!r}, got {config[name]!r}")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rotary positions must not be scaled, got rope scaling of the type {kind!r}")
-    theta = {name: value for name, value in rope.items() if name == "rope_theta"}
-    given = {name: value for name, value in config.items() if value is not None}
-    found = {**_derived(config), **theta, **given}
-    fields = dataclasses.fields(LlamaConfig)
-    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
-    if missing:
-        raise ValueError(f"the sizes {', '.join(missing)} are missing")
-    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
-
-
-def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's defaults of what other sizes give."""
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    derived = {"num_key_value_heads": heads, "head_dim": width // heads if heads and width else None}
-    return {name: value for name, value in derived.items() if value is not None}

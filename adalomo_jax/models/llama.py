@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import LlamaConfig
+from adalomo_jax.models.rotary import rotary_angles, rotate
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -32,22 +33,8 @@ class RMSNorm(nnx.Module):
         return (x * self.weight[...].astype(jnp.float32)).astype(x_BTD.dtype)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[T, H / 2]`` (float32) of ``position * theta**(-2 i / H)``."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pair ``(x[i], x[i + H/2])`` by its position's angle (Hugging Face's pairing of the coordinates)."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype) -> nnx.Linear:
-    return nnx.Linear(size_in, size_out, use_bias=False, param_dtype=dtype, kernel_init=_INIT, rngs=rngs)
+def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False) -> nnx.Linear:
+    return nnx.Linear(size_in, size_out, use_bias=bias, param_dtype=dtype, kernel_init=_INIT, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -64,19 +51,23 @@ class Attention(nnx.Module):
     ):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = _linear(D, N * H, rngs=rngs, dtype=dtype)
-        self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
-        self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype)
-        self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype)
+        self.q_proj = _linear(D, N * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
+        self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
+        self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
+        self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype, bias=config.o_bias)
         self.kind: Kind = kind
-        self.head_dim, self.sharding = H, sharding
+        self.head_dim, self.window, self.sharding = H, config.sliding_window, sharding
 
-    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
         k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
         v_BTKH = self.v_proj(x_BTD).reshape(heads)
-        out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.kind, sharding=self.sharding)
+        out_BTNH = causal_attention(
+            q_BTNH, k_BTKH, v_BTKH, self.kind, segments_BT=segments_BT, window=self.window, sharding=self.sharding
+        )
         return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
 
 
@@ -102,8 +93,10 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+    def __call__(
+        self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
+    ) -> jax.Array:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, segments_BT)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -163,23 +156,27 @@ class Llama(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs=rngs, dtype=dtype)
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Logits ``[B, T, V]`` (float32) of the token after each position."""
-        return self.logits(self.hidden(tokens_BT))
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+        """Logits ``[B, T, V]`` (float32) of the token after each position; see `hidden`."""
+        return self.logits(self.hidden(tokens_BT, segments_BT))
 
-    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """The residual stream ``[B, T, D]`` after all layers and the last norm."""
+    def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+        """The residual stream ``[B, T, D]`` after all layers and the last norm.
+
+        Positions of different ``segments_BT`` (integers, as documents packed into a sequence have them) do not see each
+        other. Rotary positions need not start anew: attention depends on their differences alone.
+        """
         config = self.config
         if tokens_BT.shape[1] > config.max_position_embeddings:
             raise ValueError(
                 f"a sequence has at most max_position_embeddings={config.max_position_embeddings} tokens, "
                 f"got {tokens_BT.shape[1]}. Shorten it or raise max_position_embeddings."
             )
-        cos, sin = rotary_angles(tokens_BT.shape[1], config.head_dim, config.rope_theta)
+        cos, sin = rotary_angles(tokens_BT.shape[1], config.head_dim, config.rope_theta, config.rope_scaling)
         graphdef, layers = nnx.split(self.layers)
 
         def run_layer(x_BTD, layer):
-            x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin)
+            x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin, segments_BT)
             return self._spread(x_BTD), None
 
         x_BTD = self._spread(self.embed_tokens(tokens_BT))

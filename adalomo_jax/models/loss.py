@@ -18,8 +18,19 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
+def count_targets(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """How many tokens `next_token_loss` takes the mean over, float32; at least 1."""
+    return jnp.maximum(jnp.sum(_target_weights(mask_BT, segments_BT)), 1.0)
+
+
 def next_token_loss(
-    model: Llama, tokens_BT: jax.Array, mask_BT: jax.Array | None = None, *, chunk_size: int = 256
+    model: Llama,
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    *,
+    count: jax.Array | None = None,
+    chunk_size: int = 256,
 ) -> jax.Array:
     """Mean of ``cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])`` over the targets that the mask keeps.
 
@@ -31,6 +42,9 @@ def next_token_loss(
         tokens_BT: token ids ``[B, T]``, integers.
         mask_BT: ``[B, T]``; where it is false (or 0) the token is read but not predicted. ``mask_BT[:, 0]`` has no
             effect: nothing predicts the first token. ``None`` predicts all others.
+        segments_BT: ``[B, T]``, integers: positions of different ones do not see and do not predict each other.
+        count: what to divide the sum by in place of the number of targets: for a part of a batch, the
+            `count_targets` of the whole, so that the parts' losses add up to the batch's mean.
         chunk_size: positions whose logits exist at once. It need not divide ``T``.
 
     Returns:
@@ -49,13 +63,19 @@ def next_token_loss(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}.")
     chunk_size = min(chunk_size, T)
-    x_BTD = model.hidden(tokens_BT)
+    x_BTD = model.hidden(tokens_BT, segments_BT)
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    weights_BT = jnp.ones((B, T), jnp.float32) if mask_BT is None else jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32)
-    weights_BT = weights_BT.at[:, -1].set(0.0)
-
+    weights_BT = _target_weights(jnp.ones((B, T)) if mask_BT is None else mask_BT, segments_BT)
     total = _total(model, chunk_size, x_BTD, targets_BT, weights_BT)
-    return total / jnp.maximum(jnp.sum(weights_BT), 1.0)
+    return total / (jnp.maximum(jnp.sum(weights_BT), 1.0) if count is None else count)
+
+
+def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """``[B, T]``, float32: whether each position predicts the token after it."""
+    weights_BT = jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32)
+    if segments_BT is not None:
+        weights_BT *= segments_BT == jnp.roll(segments_BT, -1, axis=1)
+    return weights_BT.at[:, -1].set(0.0)
 
 
 def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:

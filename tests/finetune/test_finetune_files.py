@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalomo_jax.finetune.export import hugging_face_config, to_hugging_face
+from adalomo_jax.finetune.export import hugging_face_tensors
 from adalomo_jax.finetune.files import write_whole
 from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row
 from adalomo_jax.memory.usage import format_bytes
-from adalomo_jax.models import PRESETS
+from adalomo_jax.models import PRESETS, to_hugging_face
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -47,7 +47,7 @@ def test_layers_are_unstacked_and_matrices_turned():
         "norm": {"weight": jnp.ones(2)},
         "lm_head": {"kernel": jnp.ones((2, 5))},
     }
-    tensors = to_hugging_face(params)
+    tensors = hugging_face_tensors(params)
     assert {name: value.shape for name, value in tensors.items()} == {
         "model.embed_tokens.weight": (5, 2),
         "model.layers.0.self_attn.q_proj.weight": (3, 2),
@@ -62,7 +62,7 @@ def test_layers_are_unstacked_and_matrices_turned():
 
 
 def test_config_json_names_a_llama():
-    config = hugging_face_config(PRESETS["smollm2-135m"], "bfloat16")
+    config = to_hugging_face(PRESETS["smollm2-135m"], "bfloat16")
     assert config["model_type"] == "llama"
     assert config["tie_word_embeddings"] is True
     assert (config["hidden_size"], config["num_key_value_heads"], config["rope_theta"]) == (576, 3, 100000.0)

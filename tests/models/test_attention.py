@@ -45,6 +45,55 @@ def test_the_kernel_for_tpus_equals_plain_attention():
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4), actual, expected)
 
 
+def apart(q, k, v, bounds):
+    """Plain attention of each document alone."""
+    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+    return jnp.concatenate([plain(q[:, part], k[:, part], v[:, part]) for part in parts], axis=1)
+
+
+BOUNDS = {256: (0, 10, 128, 256), BLOCK + 100: (0, 70, BLOCK - 1, BLOCK + 40, BLOCK + 100)}
+
+
+def packed(length):
+    bounds = BOUNDS[length]
+    segments_T = jnp.repeat(jnp.arange(1, len(bounds)), jnp.diff(jnp.array(bounds)), total_repeat_length=length)
+    return bounds, jnp.broadcast_to(segments_T, (2, length))
+
+
+@pytest.mark.parametrize("length", BOUNDS)
+def test_documents_in_one_sequence_do_not_see_each_other(length):
+    bounds, segments_BT = packed(length)
+    inputs = make_inputs(length)
+    actual = values_and_gradients(partial(causal_attention, segments_BT=segments_BT), inputs)
+    expected = values_and_gradients(partial(apart, bounds=bounds), inputs)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
+
+
+def windowed(q, k, v, window):
+    distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, mask=((distance >= 0) & (distance < window))[None, None])
+
+
+@pytest.mark.parametrize("window", [1, 5, BLOCK, BLOCK + 50])
+def test_a_window_hides_what_lies_further_back(window):
+    inputs = make_inputs(BLOCK + 100)
+    actual = values_and_gradients(partial(causal_attention, window=window), inputs)
+    expected = values_and_gradients(partial(windowed, window=window), inputs)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
+
+
+def test_the_kernel_for_tpus_has_documents_and_windows():
+    inputs = make_inputs(256, width=128)
+    bounds, segments_BT = packed(256)
+    splash = partial(causal_attention, kind="splash", interpret=True)
+    for actual, expected in (
+        (partial(splash, segments_BT=segments_BT), partial(apart, bounds=bounds)),
+        (partial(splash, window=40), partial(windowed, window=40)),
+    ):
+        found = values_and_gradients(actual, inputs), values_and_gradients(expected, inputs)
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4), *found)
+
+
 def test_what_the_kernel_for_tpus_does_not_take_is_refused():
     assert splash_takes(2048, 128) and not splash_takes(2048, 64) and not splash_takes(100, 128)
     with pytest.raises(ValueError, match="got 100 positions and heads 8 wide. Take attention='blocks'"):

@@ -1,9 +1,10 @@
 """Sizes from a ``config.json``."""
 
+import dataclasses
+
 import pytest
 
-from adalomo_jax.finetune.export import hugging_face_config
-from adalomo_jax.models import PRESETS, from_hugging_face
+from adalomo_jax.models import PRESETS, RopeScaling, from_hugging_face, to_hugging_face
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,7 +30,48 @@ def test_a_published_config_is_the_preset():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_finetune_exports_is_read_back(name):
-    assert from_hugging_face(hugging_face_config(PRESETS[name], "float32")) == PRESETS[name]
+    assert from_hugging_face(to_hugging_face(PRESETS[name], "float32")) == PRESETS[name]
+
+
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_the_families():
+    llama = from_hugging_face(CONFIG | {"rope_scaling": LLAMA_3_1, "attention_bias": True})
+    assert llama.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert (llama.qkv_bias, llama.o_bias, llama.sliding_window) == (True, True, None)
+    mistral = from_hugging_face(CONFIG | {"model_type": "mistral", "sliding_window": 4096})
+    assert (mistral.qkv_bias, mistral.o_bias, mistral.sliding_window) == (False, False, 4096)
+    assert from_hugging_face(CONFIG | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    qwen2 = from_hugging_face(CONFIG | {"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False})
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.sliding_window) == (True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_scaling": LLAMA_3_1, "attention_bias": True}),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("mistral", {"sliding_window": 128}),
+        ("qwen2", {}),
+    ],
+)
+def test_each_family_is_read_back(family, change):
+    config = from_hugging_face(CONFIG | {"model_type": family} | change)
+    written = to_hugging_face(config, "float32")
+    assert written["model_type"] == family and from_hugging_face(written) == config
+
+
+def test_a_mix_of_families_cannot_be_written():
+    config = from_hugging_face(CONFIG | {"model_type": "mistral", "sliding_window": 128})
+    with pytest.raises(ValueError, match="no family of llama, mistral, qwen2 has qkv_bias=True"):
+        to_hugging_face(dataclasses.replace(config, qkv_bias=True), "float32")
 
 
 def test_what_may_be_missing_follows_from_the_rest():
@@ -48,12 +90,12 @@ def test_the_newer_place_of_the_rotary_base():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type must be 'llama', got 'mistral'"),
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, got 'gemma'"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window must be False"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"mlp_bias": True}, "mlp_bias must be False, got True"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "got rope scaling of the type 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "got rope scaling of the type 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "takes low_freq_factor, high_freq_factor, original"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "got rope scaling of the type 'yarn'"),
         ({"vocab_size": None, "hidden_size": None}, "the sizes vocab_size, hidden_size, head_dim are missing"),
         ({"num_attention_heads": 12}, "num_attention_heads must be a multiple of num_key_value_heads"),
     ],

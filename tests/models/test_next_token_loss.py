@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.models import PRESETS, Llama, count_targets, next_token_loss
 
 T = 23
 CONFIG = dataclasses.replace(
@@ -105,3 +105,36 @@ def test_impossible_arguments_are_refused(length, chunk_size, message):
     graphdef, params = make()
     with pytest.raises(ValueError, match=message):
         next_token_loss(nnx.merge(graphdef, params), jnp.zeros((1, length), jnp.int32), chunk_size=chunk_size)
+
+
+BOUNDS = (0, 5, 6, 17, T)
+SEGMENTS = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), jnp.diff(jnp.array(BOUNDS)), total_repeat_length=T), (3, T))
+
+
+def loss_of_documents_apart(model, tokens, mask):
+    """The sum over the documents, each in a batch of its own, over their number of targets."""
+    total, count = 0.0, 0.0
+    for a, b in zip(BOUNDS, BOUNDS[1:]):
+        if b - a > 1:
+            of_document = jnp.sum(mask[:, a + 1 : b].astype(jnp.float32))
+            total += direct_loss(model, tokens[:, a:b], mask[:, a:b]) * of_document
+            count += of_document
+    return total / count
+
+
+def test_documents_packed_into_a_sequence_have_the_loss_and_gradient_of_documents_apart():
+    found = value_and_gradient(next_token_loss, CONFIG, TOKENS, MASK, SEGMENTS, chunk_size=7)
+    expected = value_and_gradient(loss_of_documents_apart, CONFIG, TOKENS, MASK)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), found, expected)
+    without, _ = value_and_gradient(next_token_loss, CONFIG, TOKENS, MASK)
+    assert abs(without - expected[0]) > 1e-3
+
+
+def test_the_losses_of_parts_add_up_to_the_mean_of_the_batch():
+    count = count_targets(MASK, SEGMENTS)
+    graphdef, params = make()
+    model = nnx.merge(graphdef, params)
+    rows = [slice(i, i + 1) for i in range(3)]
+    parts = [next_token_loss(model, TOKENS[row], MASK[row], SEGMENTS[row], count=count) for row in rows]
+    np.testing.assert_allclose(sum(parts), next_token_loss(model, TOKENS, MASK, SEGMENTS), rtol=1e-5)
+    assert count_targets(jnp.zeros((1, 4), bool)) == 1

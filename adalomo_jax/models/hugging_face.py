@@ -1,0 +1,116 @@
+"""The contents of Hugging Face's ``config.json`` of a Llama, Mistral or Qwen2, to sizes and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from adalomo_jax.models.config import LlamaConfig, RopeScaling
+
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""The architecture by ``model_type``."""
+
+_DEFAULTS = {"rms_norm_eps": 1e-6}
+"""Hugging Face's own, where they are not those of `LlamaConfig`."""
+_MISTRAL_WINDOW = 4096
+"""Hugging Face's default, where a Mistral's file does not say ``null``."""
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> LlamaConfig:
+    """The sizes in the contents of a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
+
+    Args:
+        config: what the file holds, as a dictionary. ``num_key_value_heads``, ``head_dim`` and what has a default here
+            may be missing, as in Hugging Face's own reader.
+
+    Raises:
+        ValueError: another architecture, another scaling of rotary positions than ``linear`` and ``llama3``, biases in
+            the SwiGLU, layers that differ, or a size that is missing.
+
+    Example:
+        >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        >>> rest = dict(model_type="llama", vocab_size=256, max_position_embeddings=512)
+        >>> from_hugging_face(sizes | rest).head_dim
+        16
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
+    for name, plain in (("hidden_act", "silu"), ("mlp_bias", False)):
+        if config.get(name, plain) != plain:
+            raise ValueError(f"{name} must be {plain!r}, got {config[name]!r}")
+    given = {name: value for name, value in config.items() if value is not None}
+    found = {**_DEFAULTS, **_derived(config), **given, **_rope(config), **_of_family(family, config)}
+    fields = dataclasses.fields(LlamaConfig)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
+    if missing:
+        raise ValueError(f"the sizes {', '.join(missing)} are missing")
+    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
+
+
+def to_hugging_face(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+    """The contents of ``config.json``, in the family that has such biases and windows; `from_hugging_face` reads them.
+
+    Raises:
+        ValueError: no family has both biases and a sliding window.
+    """
+    values = dataclasses.asdict(config)
+    qkv_bias, o_bias = values.pop("qkv_bias"), values.pop("o_bias")
+    family = "mistral" if config.sliding_window else "qwen2" if qkv_bias and not o_bias else "llama"
+    if (family == "mistral" and (qkv_bias or o_bias)) or (o_bias and not qkv_bias):
+        raise ValueError(
+            f"no family of {', '.join(FAMILIES)} has qkv_bias={qkv_bias}, o_bias={o_bias} and "
+            f"sliding_window={config.sliding_window} together."
+        )
+    if family != "mistral":
+        del values["sliding_window"]
+    if family == "llama":
+        values |= {"attention_bias": o_bias, "mlp_bias": False}
+    if values["rope_scaling"] and config.rope_scaling and config.rope_scaling.rope_type == "linear":
+        values["rope_scaling"] = {"rope_type": "linear", "factor": config.rope_scaling.factor}
+    return values | {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "torch_dtype": dtype,
+    }
+
+
+def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's defaults of what other sizes give."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    derived = {"num_key_value_heads": heads, "head_dim": width // heads if heads and width else None}
+    return {name: value for name, value in derived.items() if value is not None}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary base and scaling, from where older and newer files have them."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if kind == "default":
+        return theta | {"rope_scaling": None}
+    if kind not in ("linear", "llama3"):
+        raise ValueError(
+            f"rotary positions may be scaled by 'linear' or 'llama3', got rope scaling of the type {kind!r}"
+        )
+    names = [field.name for field in dataclasses.fields(RopeScaling)][1:]
+    missing = [name for name in (names if kind == "llama3" else ["factor"]) if name not in rope]
+    if missing:
+        raise ValueError(f"rope scaling of the type {kind!r} takes {', '.join(missing)} too")
+    return theta | {"rope_scaling": RopeScaling(kind, **{name: rope[name] for name in names if name in rope})}
+
+
+def _of_family(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Biases and the sliding window, of which each family has its own."""
+    if family == "llama":
+        has_bias = bool(config.get("attention_bias", False))
+        return {"qkv_bias": has_bias, "o_bias": has_bias, "sliding_window": None}
+    if family == "mistral":
+        return {"sliding_window": config.get("sliding_window", _MISTRAL_WINDOW)}
+    if config.get("use_sliding_window", False):
+        raise ValueError("use_sliding_window must be False: a Qwen2's layers differ by it, got True")
+    return {"qkv_bias": True, "sliding_window": None}
