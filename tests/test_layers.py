@@ -13,6 +13,7 @@ LAYERS = [
     {"fused"},
     {"models"},
     {"linen", "nnx"},
+    {"pretrained"},
     {"memory"},
     {"finetune"},
     {"cli"},
@@ -26,6 +27,7 @@ MODULES = {
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],
+    "pretrained": ["files", "names", "source", "gguf_file", "load", "export", "checkpoint"],
     "memory": ["targets", "collectives", "usage", "compile", "liveness", "tiles", "estimate", "report"],
 }
 """Within a layer, from the bottom to the top."""

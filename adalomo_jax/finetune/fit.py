@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer, mesh_sizes
-from adalomo_jax.finetune.files import write_whole
 from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, model_sizes, picture
 from adalomo_jax.finetune.program import make_training
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
@@ -20,6 +19,7 @@ from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, LlamaConfig
 from adalomo_jax.models.sharding import batch_sharding, make_mesh, param_shardings
+from adalomo_jax.pretrained.files import write_whole
 
 
 class Step(NamedTuple):

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from adalomo_jax.finetune.files import write_whole
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
+from adalomo_jax.pretrained.files import write_whole
 
 
 def plot_losses(path: Path, rows: Sequence[Row], title: str) -> None:

@@ -14,13 +14,13 @@ from rich.console import Console
 from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, check_options, mesh_sizes, output_folder
 from adalomo_jax.finetune.data import Text, load_text
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
-from adalomo_jax.finetune.export import export_model
 from adalomo_jax.finetune.loop import train
 from adalomo_jax.finetune.metrics import Row, append_row
 from adalomo_jax.finetune.plot import plot_losses
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.finetune.report import progress_bar, run_table
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig, generate
+from adalomo_jax.models import PRESETS, Llama, LlamaConfig, generate, to_hugging_face
+from adalomo_jax.pretrained.export import export_config, export_params
 
 SAMPLE_LENGTH = 200
 """Most bytes of the sample at the end of a run."""
@@ -55,9 +55,10 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         trained = train(program, config, text, on_row)
 
     continuation = sample(program.config, trained.params, text, config)
-    weights = gather(trained.params)
+    export_params(folder, trained.params, program.config, fetch=gather, writes=is_first)
     if is_first:
-        export_model(folder, weights, program.config, config.dtype)
+        sizes = to_hugging_face(program.config, config.dtype)
+        export_config(folder, program.config, config.dtype, sizes | {"tokens": "bytes: token i is byte i of UTF-8"})
         plot_losses(folder / "loss.png", rows, f"{config.model}, {config.optimizer}")
     console.print(continuation, markup=False, highlight=False)
     console.print(run_table(config, program, trained, rows))

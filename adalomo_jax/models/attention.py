@@ -62,14 +62,13 @@ def causal_attention(
         )
     if kind == "blocks":
         return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
-    kernel = _cudnn if kind == "cudnn" else partial(_splash, interpret=interpret)
-    segments = [] if segments_BT is None else [segments_BT]
-    of_part = lambda q, k, v, *segments: kernel(q, k, v, *segments or [None], window)
+    kernel = partial(_cudnn, window=window) if kind == "cudnn" else partial(_splash, window=window, interpret=interpret)
+    segments = () if segments_BT is None else (segments_BT,)
     if sharding is None or sharding.mesh.size == 1:
-        return of_part(q_BTNH, k_BTKH, v_BTKH, *segments)
+        return kernel(q_BTNH, k_BTKH, v_BTKH, *segments)
     spec = PartitionSpec(*sharding.spec, None, "tensor")
     specs = ((spec,) * 3 + (PartitionSpec(*sharding.spec),))[: 3 + len(segments)]
-    on_parts = jax.shard_map(of_part, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    on_parts = jax.shard_map(kernel, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
     return on_parts(q_BTNH, k_BTKH, v_BTKH, *segments)
 
 
@@ -133,7 +132,12 @@ def _padded(x_BT: jax.Array) -> jax.Array:
 
 
 def _cudnn(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None = None,
+    *,
+    window: int | None,
 ) -> jax.Array:
     size = None if window is None else (window - 1, 0)
     mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
@@ -146,9 +150,9 @@ def _splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    segments_BT: jax.Array | None,
-    window: int | None,
+    segments_BT: jax.Array | None = None,
     *,
+    window: int | None,
     interpret: bool,
 ) -> jax.Array:
     # Imported here: it is slow, and Pallas' TPU part is not to be had in every build of JAX.

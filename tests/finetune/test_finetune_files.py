@@ -2,16 +2,13 @@
 
 import json
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from adalomo_jax.finetune.export import hugging_face_tensors
-from adalomo_jax.finetune.files import write_whole
 from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row
 from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, to_hugging_face
+from adalomo_jax.pretrained.files import write_whole
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -37,28 +34,6 @@ def test_rows_are_json_even_when_training_diverged(tmp_path):
     first, second = map(json.loads, (tmp_path / "m").read_text().splitlines())
     assert first == {"step": 0, "eval_loss": 5.5}
     assert second == {"step": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-3, "tokens_per_second": 100.0}
-
-
-def test_layers_are_unstacked_and_matrices_turned():
-    stack = jnp.arange(12.0).reshape(2, 2, 3)
-    params = {
-        "embed_tokens": {"embedding": jnp.ones((5, 2))},
-        "layers": {"self_attn": {"q_proj": {"kernel": stack}}, "input_layernorm": {"weight": jnp.ones((2, 3))}},
-        "norm": {"weight": jnp.ones(2)},
-        "lm_head": {"kernel": jnp.ones((2, 5))},
-    }
-    tensors = hugging_face_tensors(params)
-    assert {name: value.shape for name, value in tensors.items()} == {
-        "model.embed_tokens.weight": (5, 2),
-        "model.layers.0.self_attn.q_proj.weight": (3, 2),
-        "model.layers.1.self_attn.q_proj.weight": (3, 2),
-        "model.layers.0.input_layernorm.weight": (3,),
-        "model.layers.1.input_layernorm.weight": (3,),
-        "model.norm.weight": (2,),
-        "lm_head.weight": (5, 2),
-    }
-    np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.weight"], stack[1].T)
-    assert all(value.flags["C_CONTIGUOUS"] for value in tensors.values())
 
 
 def test_config_json_names_a_llama():

