@@ -13,6 +13,7 @@ LAYERS = [
     {"fused"},
     {"models"},
     {"linen", "nnx"},
+    {"pretrained"},
     {"memory"},
     {"finetune"},
     {"cli"},
@@ -26,6 +27,7 @@ MODULES = {
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],
+    "pretrained": ["chat", "tokenizer", "gguf_tokenizer"],
     "memory": ["targets", "collectives", "usage", "compile", "liveness", "tiles", "estimate", "report"],
 }
 """Within a layer, from the bottom to the top."""
@@ -80,6 +82,8 @@ def test_imports_point_down(path):
         ("fused/plan.py", "def f():\n    from adalomo_jax.finetune.run import run"),
         ("fused/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
         ("models/llama.py", "from adalomo_jax.cli import main"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.finetune.config import InputError"),
+        ("pretrained/chat.py", "from adalomo_jax.pretrained.tokenizer import Encoded"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path, file, line):
