@@ -113,8 +113,8 @@ def _added_by(
     through = full if i == len(messages) - 1 else render(messages[: i + 1])
     if not through.startswith(prompt) or not full.startswith(through):
         raise ValueError(
-            f"what the assistant says in message {i} cannot be told apart: the chat template writes messages differently "
-            "when others follow; give a template that marks what is learned by {% generation %}"
+            f"what the assistant says in message {i} cannot be told apart: the chat template writes messages "
+            "differently when others follow; give a template that marks what is learned by {% generation %}"
         )
     end = len(through)
     if eos_token and through.rstrip().endswith(eos_token):

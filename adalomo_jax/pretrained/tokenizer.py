@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
         """Each text as tokens; ``add_special`` adds those that start and end a text, as the tokenizer is told to."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The tokens as text, without special ones."""
         ...
 
@@ -64,10 +64,10 @@ class ByteTokenizer:
     eos: int | None = None
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
-        """The bytes of each text; ``UnicodeEncodeError`` (a ``ValueError``) for half a surrogate pair, which has none."""
+        """The bytes of each text; ``UnicodeEncodeError``, a ``ValueError``, for half a surrogate pair: it has none."""
         return [_encode_bytes(text) for text in texts]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of the bytes; what is no UTF-8 becomes U+FFFD."""
         return bytes(map(int, tokens)).decode(errors="replace")
 
@@ -112,12 +112,17 @@ class TextTokenizer:
             add_special: as the tokenizer's post-processor does: Llama's add BOS.
 
         Raises:
-            UnicodeEncodeError (a ValueError): a text with half a surrogate pair.
+            UnicodeEncodeError: a text with half a surrogate pair (a ``ValueError``).
         """
-        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
+        try:
+            encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
+        except TypeError:  # that is all the library says of half a surrogate pair
+            for text in texts:
+                text.encode()
+            raise
         return [Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The tokens as text, without special ones; parts of a character become U+FFFD."""
         return self.tokenizer.decode([int(token) for token in tokens])
 
