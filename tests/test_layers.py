@@ -27,7 +27,10 @@ MODULES = {
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],
-    "pretrained": ["files", "names", "source", "gguf_file", "load", "export", "checkpoint"],
+    "pretrained": [
+        *("files", "names", "source", "gguf_file", "load", "checkpoint", "chat", "tokenizer", "gguf_tokenizer"),
+        *("export", "model"),
+    ],
     "memory": ["targets", "collectives", "usage", "compile", "liveness", "tiles", "estimate", "report"],
 }
 """Within a layer, from the bottom to the top."""
@@ -82,6 +85,8 @@ def test_imports_point_down(path):
         ("fused/plan.py", "def f():\n    from adalomo_jax.finetune.run import run"),
         ("fused/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
         ("models/llama.py", "from adalomo_jax.cli import main"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.finetune.config import InputError"),
+        ("pretrained/chat.py", "from adalomo_jax.pretrained.tokenizer import Encoded"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path, file, line):

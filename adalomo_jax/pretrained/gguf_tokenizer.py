@@ -1,0 +1,205 @@
+"""The tokenizer that a GGUF file describes, as the ``tokenizer.json`` of its checkpoint would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adalomo_jax.pretrained.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+"""Types of tokens (``gguf.TokenType``)."""
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+class _Splits(NamedTuple):
+    """How text is cut before its bytes are merged: one way of ``tokenizer.ggml.pre``."""
+
+    patterns: tuple[str, ...] = ()
+    """Regular expressions that cut one after the other; without any, it is ``ByteLevel``'s own, that of GPT-2."""
+    digits: bool = False
+    """Each digit stands alone."""
+    nfc: bool = False
+    """Characters are composed first."""
+    whole_words: bool = False
+    """A piece that is a token needs no merges."""
+    bos: bool = False
+    """Texts start with BOS where the file does not say."""
+
+
+_LLAMA3 = _Splits((_LLAMA3_SPLIT,), whole_words=True, bos=True)
+_PRE = {
+    "default": _Splits((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _Splits(),
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _Splits((_QWEN2_SPLIT,), nfc=True),
+    "smollm": _Splits(digits=True),
+}
+"""From the ``tokenizer.json`` of GPT-2, Llama 3, Qwen2 and SmolLM2; ``default`` as llama.cpp has it."""
+
+
+def tokenizer_of_gguf(path: Path) -> TextTokenizer:
+    """The tokenizer in the metadata of a GGUF file: that of the checkpoint it was made from.
+
+    ``tokenizer.ggml.model`` is ``gpt2`` (byte-level BPE, cut as ``tokenizer.ggml.pre`` says) or ``llama`` (BPE of
+    SentencePiece, with bytes for characters that it does not know). No tensor is read.
+
+    Raises:
+        ValueError: the file cannot be read, or has no tokenizer, or one of another kind.
+    """
+    fields = _read_fields(path)
+    try:
+        return _build(fields)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: its tokenizer is incomplete: {error}") from error
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The metadata below ``tokenizer.``, without that prefix and ``ggml.``."""
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(path).fields
+        return {
+            name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
+            for name, field in fields.items()
+            if name.startswith("tokenizer.")
+        }
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
+
+
+def _build(fields: Mapping[str, Any]) -> TextTokenizer:
+    builders: dict[str, Callable[[Mapping[str, Any]], tokenizers.Tokenizer]]
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if (kind := fields.get("model")) not in builders:
+        raise ValueError(f"tokenizer.ggml.model must be one of {', '.join(builders)}, got {kind!r}")
+    tokenizer = builders[kind](fields)
+    _add_tokens(tokenizer, fields)
+    _set_post_processor(tokenizer, fields)
+    return TextTokenizer(
+        tokenizer,
+        eos=fields.get("eos_token_id"),
+        bos=fields.get("bos_token_id"),
+        chat_template=fields.get("chat_template"),
+    )
+
+
+def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2's kind: merges of bytes, each of which is written as a character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    splits = _splits(fields)
+    merges = [_pair(merge) for merge in fields["merges"]]
+    tokenizer = Tokenizer(models.BPE(_vocabulary(fields), merges, ignore_merges=splits.whole_words))
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if splits.digits else []
+    steps += [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splits.patterns]
+    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits.patterns)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    if splits.nfc:
+        tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def _splits(fields: Mapping[str, Any]) -> _Splits:
+    if (pre := fields.get("pre")) not in _PRE:
+        raise ValueError(f"tokenizer.ggml.pre, how text is cut, must be one of {', '.join(_PRE)}, got {pre!r}")
+    return _PRE[pre]
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Llama 2's kind: spaces are written as ``▁``, one is put before the text, and unknown characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    merges = [_pair(merge) for merge in fields["merges"]] if "merges" in fields else _merges_of_scores(fields)
+    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
+    model = models.BPE(_vocabulary(fields), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefix = fields.get("add_space_prefix", True)
+    before = [normalizers.Prepend("▁")] if prefix else []
+    after = [decoders.Strip(content=" ", left=1, right=0)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])  # pyright: ignore
+    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return tokenizer
+
+
+def _merges_of_scores(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """All ways to join two tokens into a third, the best third first, as transformers' converter has them."""
+    if len(fields["scores"]) != len(fields["tokens"]):
+        raise ValueError(f"{len(fields['tokens'])} tokens need as many scores, got {len(fields['scores'])}")
+    pieces = zip(fields["tokens"], fields["scores"], fields["token_type"])
+    scores = {token: score for token, score, kind in pieces if kind == _NORMAL}
+    found = [
+        (score, cut, len(token) - cut, token[:cut], token[cut:])
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    found.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in found]
+
+
+def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
+    tokens: Sequence[str] = fields["tokens"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise ValueError(f"each token must be there once, got {twice!r} twice")
+    return vocabulary
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
+    """Tokens that are found in a text before it is cut: special ones, and those that users defined."""
+    from tokenizers import AddedToken
+
+    special = (_CONTROL, _UNKNOWN)
+    added = [
+        AddedToken(token, special=kind in special, normalized=False)
+        for token, kind in zip(fields["tokens"], fields.get("token_type", ()))
+        if kind in (*special, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+
+
+def _set_post_processor(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
+    """BOS before a text and EOS after it, where the file says so."""
+    from tokenizers import processors
+
+    by_default = fields["model"] == "llama" or _splits(fields).bos
+    before = _named(fields, "bos") if fields.get("add_bos_token", by_default) else []
+    after = _named(fields, "eos") if fields.get("add_eos_token", False) else []
+    if before or after:
+        single = [*(name for name, _ in before), "$A", *(name for name, _ in after)]
+        pair = [*single, *(f"{name}:1" for name, _ in before), "$B:1", *(f"{name}:1" for name, _ in after)]
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=single, pair=pair, special_tokens=[*before, *after]
+        )
+
+
+def _named(fields: Mapping[str, Any], name: str) -> list[tuple[str, int]]:
+    """A special token and its id, as a template takes it."""
+    if (token := fields.get(f"{name}_token_id")) is None:
+        raise ValueError(f"tokenizer.ggml.add_{name}_token is set, but there is no tokenizer.ggml.{name}_token_id")
+    return [(fields["tokens"][token], token)]

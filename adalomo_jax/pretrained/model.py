@@ -1,0 +1,69 @@
+"""A model by its name: its sizes, its tokenizer, and the weights that it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adalomo_jax.models import PRESETS, LlamaConfig, to_hugging_face
+from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
+from adalomo_jax.pretrained.export import copy_files, export_config
+from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
+from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
+
+
+class Pretrained(NamedTuple):
+    """A model to train or to run."""
+
+    name: str
+    config: LlamaConfig
+    tokenizer: ByteTokenizer | TextTokenizer
+    checkpoint: Checkpoint | None
+    """Its weights; None of a preset, whose weights are drawn at random."""
+
+
+_BYTES = {"tokens": "bytes: token i is the byte i of UTF-8 text"}
+"""What is added to the ``config.json`` of a model that reads bytes."""
+
+
+def find_model(name: str) -> Pretrained:
+    """A preset, which reads bytes; or what `open_checkpoint` takes, with its own tokenizer.
+
+    Raises:
+        ValueError: neither, a checkpoint that is broken, or a tokenizer of more tokens than the model has.
+    """
+    if name in PRESETS:
+        return Pretrained(name, PRESETS[name], ByteTokenizer(), None)
+    checkpoint = open_checkpoint(name)
+    tokenizer = _tokenizer(checkpoint)
+    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, more than the {checkpoint.config.vocab_size} "
+            "of its embedding: they are of different models"
+        )
+    label = name if name in PACKAGED else checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
+    return Pretrained(label, checkpoint.config, tokenizer, checkpoint)
+
+
+def export_rest(folder: Path, model: Pretrained, dtype: str) -> None:
+    """Write what belongs to the weights in a folder: sizes, tokenizer, chat template; see `export_params`."""
+    checkpoint = model.checkpoint
+    like: dict[str, Any] | None = None
+    if checkpoint is None:
+        like = to_hugging_face(model.config, dtype) | _BYTES
+    elif checkpoint.hugging_face is not None:
+        like = checkpoint.hugging_face
+        copy_files(checkpoint.path, folder)
+    elif isinstance(model.tokenizer, TextTokenizer):
+        model.tokenizer.save(folder)
+        like = to_hugging_face(model.config, dtype)
+        like |= {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos}
+    export_config(folder, model.config, dtype, like)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> ByteTokenizer | TextTokenizer:
+    if checkpoint.hugging_face is None:
+        return tokenizer_of_gguf(checkpoint.path)
+    if checkpoint.hugging_face.get("tokens") == _BYTES["tokens"]:
+        return ByteTokenizer()
+    return read_tokenizer(checkpoint.path)

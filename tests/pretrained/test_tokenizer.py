@@ -1,0 +1,195 @@
+"""Tokenizers: round trips, spans, what a Hugging Face folder holds, and what is refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from small_tokenizers import CHATML, byte_level
+
+from adalomo_jax.pretrained import ByteTokenizer, Encoded, TextTokenizer, read_tokenizer
+
+TEXTS = ["the cat's 12 hats", " two  spaces\n\n\tand é, 日本 and 👍🏽", "<|im_start|>the<|im_end|>", "", " "]
+MESSAGES = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the mat"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, eos_token="<|im_end|>", bos_token={"content": "<|im_start|>"}, chat_template=CHATML)
+    return tmp_path
+
+
+def write_config(folder, file="tokenizer_config.json", **config):
+    (folder / file).write_text(json.dumps(config))
+
+
+def assert_spans_cover(text, encoded):
+    """In order, without gaps, to the end; each stands for some text."""
+    end = 0
+    for start, stop in encoded.spans.tolist():
+        assert start <= end <= stop and start < stop
+        end = stop
+    assert end == len(text)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "\0\x7f", "e\u0301"])
+def test_bytes_are_the_utf8_of_the_text(text):
+    encoded = ByteTokenizer().encode([text])[0]
+    assert encoded.tokens.tolist() == list(text.encode())
+    assert encoded.tokens.dtype == encoded.spans.dtype == np.int32
+    assert [text[start:end] for start, end in encoded.spans.tolist()] == [c for c in text for _ in c.encode()]
+    assert ByteTokenizer().decode(encoded.tokens) == text
+
+
+def test_bytes_that_are_no_text_are_replaced():
+    assert ByteTokenizer().decode([0xC3, 33]) == "\ufffd!"
+    with pytest.raises(ValueError, match="bytes have no chat template"):
+        ByteTokenizer().chat(MESSAGES)
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_text_comes_back_and_spans_cover_it(tmp_path, trim_offsets):
+    byte_level(trim_offsets=trim_offsets).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path)
+    for text, encoded in zip(TEXTS, tokenizer.encode(TEXTS)):
+        assert encoded.tokens.dtype == encoded.spans.dtype == np.int32
+        assert encoded.spans.shape == (len(encoded.tokens), 2)
+        assert_spans_cover(text, encoded)
+        assert tokenizer.decode(encoded.tokens) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
+
+
+def test_trimmed_spans_would_not_cover():
+    encoding = byte_level(trim_offsets=True).encode(" two  spaces")
+    with pytest.raises(AssertionError):
+        assert_spans_cover(" two  spaces", Encoded(np.array(encoding.ids), np.array(encoding.offsets)))
+
+
+def test_a_token_is_the_text_of_its_span(folder):
+    tokenizer = read_tokenizer(folder)
+    encoded = tokenizer.encode(["the cat<|im_end|>"])[0]
+    assert [tokenizer.tokenizer.id_to_token(token) for token in encoded.tokens.tolist()] == [
+        "the",
+        "Ġcat",
+        "<|im_end|>",
+    ]
+    assert encoded.spans.tolist() == [[0, 3], [3, 7], [7, 17]]
+
+
+def test_bos_is_added_where_it_is_asked_for_and_stands_for_no_text(tmp_path):
+    byte_level(bos=True).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = read_tokenizer(tmp_path)
+    with_bos, without = (tokenizer.encode(["the"], add_special=special)[0] for special in (True, False))
+    assert with_bos.tokens.tolist() == [0, *without.tokens.tolist()]
+    assert with_bos.spans.tolist() == [[0, 0], [0, 3]]
+
+
+def test_a_folder_has_special_tokens_and_a_template(folder):
+    tokenizer = read_tokenizer(folder)
+    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+    assert tokenizer.vocab_size == tokenizer.tokenizer.get_vocab_size()
+    chat = tokenizer.chat(MESSAGES)
+    assert [chat.text[start:end] for start, end in chat.learned] == ["the mat<|im_end|>"]
+    assert chat.text.startswith(tokenizer.prompt(MESSAGES[:1]))
+    assert 1 in tokenizer.encode([chat.text], add_special=False)[0].tokens
+
+
+def test_truncation_and_padding_are_off(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(tokenizer.encode("the cat sat on").ids) == 50
+    long, short = read_tokenizer(tmp_path).encode(["the cat sat on", "the"])
+    assert long.tokens.tolist() == byte_level().encode("the cat sat on").ids and len(long.tokens) > 3
+    assert len(short.tokens) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "eos"),
+    [
+        ({}, None),
+        ({"config.json": {"eos_token_id": 5}}, 5),
+        ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"eos_token_id": [7, 6]}}, 7),
+        ({"generation_config.json": {"eos_token_id": 7}, "tokenizer_config.json": {"eos_token": "<|im_end|>"}}, 1),
+        ({"generation_config.json": {"eos_token_id": 7}, "tokenizer_config.json": {"eos_token": None}}, 7),
+    ],
+)
+def test_the_file_that_says_what_ends_a_document(tmp_path, files, eos):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    for file, content in files.items():
+        write_config(tmp_path, file, **content)
+    assert read_tokenizer(tmp_path).eos == eos
+
+
+def test_the_templates_of_a_folder(folder):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "one"}]
+    write_config(folder, chat_template=named)
+    assert read_tokenizer(folder).chat(MESSAGES).text == "one"
+    (folder / "chat_template.jinja").write_text("two")
+    assert read_tokenizer(folder).chat(MESSAGES).text == "two"
+
+
+def test_what_is_saved_is_read_back(folder, tmp_path):
+    tokenizer, copy = read_tokenizer(folder), tmp_path / "copy"
+    copy.mkdir()
+    tokenizer.save(copy)
+    again = read_tokenizer(copy)
+    assert (again.eos, again.bos, again.vocab_size) == (tokenizer.eos, tokenizer.bos, tokenizer.vocab_size)
+    assert again.chat(MESSAGES) == tokenizer.chat(MESSAGES)
+    for old, new in zip(tokenizer.encode(TEXTS), again.encode(TEXTS)):
+        assert np.array_equal(old.tokens, new.tokens) and np.array_equal(old.spans, new.spans)
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(folder):
+    tokenizer = read_tokenizer(folder)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(TEXTS[:1])[0].tokens.tolist() == tokenizer.encode(TEXTS[:1])[0].tokens.tolist()
+    assert again.chat(MESSAGES) == tokenizer.chat(MESSAGES)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), TextTokenizer(byte_level())], ids=["bytes", "text"])
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        tokenizer.encode(["fine", "\ud83d"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error"),
+    [
+        ("tokenizer.json", None, "has no tokenizer.json; transformers makes one"),
+        ("tokenizer.json", "{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", "[]", "must hold a JSON object, got a list"),
+        ("tokenizer.json", '{"model": {"type": "new"}}', "tokenizer.json is no tokenizer"),
+        ("tokenizer_config.json", '{"eos_token": "</s>"}', "the eos_token '</s>' is not in tokenizer.json"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": ""}]}', "named 'default', got rag"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "a"}',
+            "eos_token_id must be a token or a list of tokens, got 'a'",
+        ),
+        (
+            "generation_config.json",
+            '{"eos_token_id": []}',
+            "eos_token_id must be a token or a list of tokens, got \\[\\]",
+        ),
+        ("config.json", '{"bos_token_id": 100000}', "bos must be a token of the vocabulary, got 100000"),
+        ("chat_template.jinja", b"\xff", "cannot read .*chat_template.jinja"),
+    ],
+)
+def test_a_folder_that_is_refused(tmp_path, file, content, error):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=error) as raised:
+        read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_no_template_is_an_error_of_conversations_only():
+    tokenizer = TextTokenizer(byte_level())
+    with pytest.raises(ValueError, match="the checkpoint has no chat template"):
+        tokenizer.chat(MESSAGES)
