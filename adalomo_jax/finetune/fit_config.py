@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.finetune.config import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes
+from adalomo_jax.finetune.config import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes, one_line
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
@@ -103,9 +103,9 @@ def model_sizes(name: str, presets: Mapping[str, LlamaConfig]) -> LlamaConfig:
     try:
         return from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"--model {name} cannot be read: {_one_line(error)}") from None
+        raise InputError(f"--model {name} cannot be read: {one_line(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--model {name} is no Llama that can be built: {_one_line(error)}") from None
+        raise InputError(f"--model {name} is no Llama that can be built: {one_line(error)}") from None
 
 
 def picture(config: MemoryConfig) -> Path | None:
@@ -120,7 +120,3 @@ def picture(config: MemoryConfig) -> Path | None:
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"--output {path} cannot be written: {path.parent} is no folder that may be written to")
     return path
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, mesh_sizes
-from adalomo_jax.finetune.data import Text, evaluation_batches, training_batch
-from adalomo_jax.finetune.devices import spread, spread_batches
+from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, evaluation_interval, mesh_sizes
+from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
+from adalomo_jax.finetune.devices import rows_here, spread, spread_batches, spread_rows
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 
@@ -40,29 +41,29 @@ class Stopwatch:
         self._mark = time.perf_counter()
 
 
-def train(program: Program, config: FinetuneConfig, text: Text, on_row: Callable[[Row], None]) -> Trained:
-    """Run all steps; ``on_row`` gets some 200 step rows and some ten evaluations. Consumes ``program``'s arrays."""
+def train(program: Program, config: FinetuneConfig, data: Data, on_row: Callable[[Row], None]) -> Trained:
+    """Run all steps; ``on_row`` gets some 200 step rows and the evaluations. Consumes ``program``'s arrays."""
     params, state = program.params, program.state
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
-    batches_NBT = evaluation_batches(text, batch_size=config.batch_size, seq_len=config.seq_len, parts=parts)
-    tokens_NBT = spread(batches_NBT, spread_batches(program.batch_sharding))
-    log_every, evaluate_every = max(1, config.steps // 200), max(1, config.steps // 10)
-    on_row(EvaluationRow(0, float(program.evaluate(params, tokens_NBT))))
-    watch, last = Stopwatch(), 0
-    for step in range(1, config.steps + 1):
-        tokens_BT = training_batch(
-            text, seed=config.seed, step=step, batch_size=config.batch_size, seq_len=config.seq_len
-        )
-        result = program.step(params, state, spread(tokens_BT, program.batch_sharding))
+    evaluation = evaluation_batches(data, batch_size=config.batch_size, parts=parts)
+    evaluation = spread(evaluation, spread_batches(program.batch_sharding))
+    rows = rows_here(program.batch_sharding, config.batch_size)
+    batches = training_batches(
+        data, batch_size=config.batch_size, seed=config.seed, process=rows.part, processes=rows.parts
+    )
+    log_every, evaluate_every = max(1, config.steps // 200), evaluation_interval(config)
+    on_row(EvaluationRow.of(0, float(program.evaluate(params, evaluation))))
+    watch, last, tokens = Stopwatch(), 0, config.batch_size * config.seq_len
+    for step, batch in enumerate(itertools.islice(batches, config.steps), 1):
+        result = program.step(params, state, spread_rows(batch, program.batch_sharding, config.batch_size))
         params, state = result.params, result.state
         evaluating = step % evaluate_every == 0 or step == config.steps
         if step % log_every == 0 or evaluating:
             loss, grad_norm = float(result.loss), float(result.metrics["grad_norm"])
-            rate = (step - last) * tokens_BT.size / watch.lap()
+            rate = (step - last) * tokens / watch.lap()
             on_row(StepRow(step, loss, grad_norm, float(program.learning_rates[step - 1]), rate))
             last = step
         if evaluating:
-            on_row(EvaluationRow(step, float(program.evaluate(params, tokens_NBT))))
+            on_row(EvaluationRow.of(step, float(program.evaluate(params, evaluation))))
             watch.resume()
-    tokens = config.steps * config.batch_size * config.seq_len
-    return Trained(params, state, tokens / watch.total)
+    return Trained(params, state, config.steps * tokens / watch.total)

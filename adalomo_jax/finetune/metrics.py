@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+MOST_NATS = 700.0
+"""Above it, ``exp`` is more than a float holds."""
+
 
 class StepRow(NamedTuple):
-    """A training step; losses are in nats a token (byte)."""
+    """A training step; losses are in nats a token."""
 
     step: int
     loss: float
@@ -23,6 +26,12 @@ class EvaluationRow(NamedTuple):
 
     step: int
     eval_loss: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, step: int, eval_loss: float) -> EvaluationRow:
+        """With the perplexity of a loss, ``exp(loss)``."""
+        return cls(step, eval_loss, math.exp(eval_loss) if eval_loss < MOST_NATS else math.inf)
 
 
 Row = StepRow | EvaluationRow

@@ -6,10 +6,13 @@ import optax
 
 from adalomo_jax import adalomo, lomo
 from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.models import PRESETS
 from adalomo_jax.optimizers.precision import in_float32
 
 LEARNING_RATES = {"adalomo": 3e-2, "lomo": 3e-1, "adamw": 3e-3, "adafactor": 3e-2}
-"""Peak learning rates that suit the tiny model from random weights; fine-tuning takes far smaller ones."""
+"""Peak learning rates that suit the tiny model from random weights."""
+TUNED_LEARNING_RATES = {"adalomo": 1e-3, "lomo": 1e-2, "adamw": 1e-4, "adafactor": 1e-3}
+"""Peak learning rates to start from where weights are trained further."""
 
 
 def make_schedule(config: FinetuneConfig) -> optax.Schedule:
@@ -39,5 +42,7 @@ def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.Gr
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:
-    """The option, or what suits the optimizer."""
-    return LEARNING_RATES[config.optimizer] if config.learning_rate is None else config.learning_rate
+    """The option, or what suits the optimizer and whether the weights start random."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return (LEARNING_RATES if config.model in PRESETS else TUNED_LEARNING_RATES)[config.optimizer]

@@ -21,7 +21,7 @@ def plot_losses(path: Path, rows: Sequence[Row], title: str) -> None:
     axes = figure.subplots()
     axes.plot(*training.T, linewidth=1, color="tab:gray", label="training batch")
     axes.plot(*evaluation.T, marker="o", markersize=4, color="tab:red", label="evaluation text")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats a byte)")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
     write_whole(path, lambda partial: FigureCanvasAgg(figure).print_png(partial))

@@ -15,9 +15,20 @@ from jax.sharding import Mesh, NamedSharding
 from adalomo_jax import FusedStep, fuse
 from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
+from adalomo_jax.finetune.packing import Batch
 from adalomo_jax.memory.compile import shard_bytes, shares_of
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig, batch_sharding, next_token_loss, param_shardings
+from adalomo_jax.models import (
+    Llama,
+    LlamaConfig,
+    batch_sharding,
+    count_targets,
+    next_token_loss,
+    param_shardings,
+)
 from adalomo_jax.models.attention import Kind, kind_for
+from adalomo_jax.models.sharding import everywhere
+from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.pretrained.model import Pretrained
 
 Offload = Literal["params", "activations"]
 
@@ -25,16 +36,15 @@ Offload = Literal["params", "activations"]
 class Program(NamedTuple):
     """What a training loop needs. ``step`` donates the parameters and the optimizer state that it is given."""
 
-    config: LlamaConfig
     params: Any
     """A nested dictionary of arrays."""
     state: Any
-    step: Callable[..., Any]
-    """``step(params, state, tokens_BT)``, compiled; the result has params, state, loss and metrics."""
-    evaluate: Callable[..., jax.Array]
-    """``evaluate(params, tokens_NBT)``: the mean loss in nats a token."""
+    step: Callable[[Any, Any, Batch], Any]
+    """``step(params, state, batch)``, compiled; the result has params, state, loss and metrics."""
+    evaluate: Callable[[Any, Batch], jax.Array]
+    """``evaluate(params, batches)``, of batches stacked on a new first axis: the mean loss in nats a token."""
     batch_sharding: NamedSharding | None
-    """Of the tokens that ``step`` takes; None on one device."""
+    """Of the batches that ``step`` takes; None on one device."""
     learning_rates: np.ndarray
     """Of each step."""
     attention: Kind
@@ -50,11 +60,11 @@ class Training(NamedTuple):
     make_params: Callable[[], Any]
     """Random weights, as a nested dictionary; ``nnx.merge(graphdef, params)`` is the model."""
     graphdef: Any
-    loss_fn: Callable[..., jax.Array]
-    """``loss_fn(params, tokens_BT)``: nats a token."""
+    loss_fn: Callable[[Any, Batch, jax.Array], jax.Array]
+    """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``."""
     step: FusedStep
-    tokens: jax.ShapeDtypeStruct
-    """A batch, ``[batch_size, seq_len]``."""
+    args: tuple[Batch, jax.ShapeDtypeStruct]
+    """What ``step`` takes besides parameters and state: a batch, and how many tokens it predicts."""
     schedule: optax.Schedule
 
 
@@ -80,9 +90,12 @@ def make_training(
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     schedule = make_schedule(config)
 
-    def loss_fn(params, tokens_BT):
-        return next_token_loss(nnx.merge(graphdef, params), tokens_BT)
+    def loss_fn(params, batch: Batch, count):
+        model: Llama = nnx.merge(graphdef, params)
+        return next_token_loss(model, batch.tokens_BT, batch.learned_BT, batch.segments_BT, count=count)
 
+    # The mean is over the tokens of the whole batch: parts of it, which have more or fewer of them, are summed.
+    parts = config.microbatches if config.microbatches > 1 else None
     return Training(
         make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
         graphdef=graphdef,
@@ -90,13 +103,24 @@ def make_training(
         step=fuse(
             loss_fn,
             make_optimizer(config, schedule),
-            microbatches=config.microbatches if config.microbatches > 1 else None,
+            max_grad_norm=config.max_grad_norm,
+            microbatches=parts,
+            reduction="sum",
+            batch_argnums=None if parts is None else 1,
+            stochastic_rounding=config.stochastic_rounding,
             seed=config.seed,
             offload=offload,
         ),
-        tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=batch_sharding),
+        args=_abstract_args(config, batch_sharding),
         schedule=schedule,
     )
+
+
+def _abstract_args(config: FinetuneConfig, sharding: NamedSharding | None) -> tuple[Batch, jax.ShapeDtypeStruct]:
+    shape = (config.batch_size, config.seq_len)
+    of = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    of_count = None if sharding is None else everywhere(sharding.mesh)
+    return Batch(of(jnp.int32), of(jnp.int32), of(jnp.bool_)), jax.ShapeDtypeStruct((), jnp.float32, sharding=of_count)
 
 
 def attention_of(config: FinetuneConfig, model: LlamaConfig, platform: str) -> Kind:
@@ -106,28 +130,52 @@ def attention_of(config: FinetuneConfig, model: LlamaConfig, platform: str) -> K
     return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype))
 
 
-def build_program(config: FinetuneConfig, mesh: Mesh | None = None) -> Program:
-    """Random weights, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it."""
-    model, platform = PRESETS[config.model], jax.default_backend()
+def build_program(
+    config: FinetuneConfig, model: Pretrained, mesh: Mesh | None = None, on_tensor: Callable[[], object] = lambda: None
+) -> Program:
+    """The weights to start from, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it.
+
+    Of a checkpoint, ``on_tensor`` is called after each of its tensors.
+    """
+    platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
-    make_params, _, loss_fn, step, tokens, schedule = make_training(config, model, of_batch, platform=platform)
-    of_params = None if mesh is None else param_shardings(jax.eval_shape(make_params), mesh)
-    params = jax.jit(make_params, out_shardings=of_params)()
-    state = step.init(params, tokens)
+    training = make_training(config, model.config, of_batch, platform=platform)
+    params = _first_params(config, model, training, mesh, on_tensor)
+    step, args, loss_fn = training.step, training.args, training.loss_fn
+    state = step.init(params, *args)
     jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
-    compiled = jitted.lower(params, state, tokens).compile()
+    compiled = jitted.lower(params, state, *args).compile()
+    count = jax.jit(_count, out_shardings=args[1].sharding)
+
+    @jax.jit
+    def evaluate(params, batches: Batch):
+        total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
+        return jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch, total), batches))
+
     return Program(
-        config=model,
         params=params,
         state=state,
-        step=compiled,
-        evaluate=jax.jit(lambda params, tokens: jnp.mean(jax.lax.map(lambda t: loss_fn(params, t), tokens))),
+        step=lambda params, state, batch: compiled(params, state, batch, count(batch)),
+        evaluate=evaluate,
         batch_sharding=of_batch,
-        learning_rates=np.asarray(jax.vmap(schedule)(jnp.arange(config.steps))),
-        attention=attention_of(config, model, platform),
-        gradient_bytes=shares_of(step, params, state, (tokens,), config.fused).gradient,
+        learning_rates=np.asarray(jax.vmap(training.schedule)(jnp.arange(config.steps))),
+        attention=attention_of(config, model.config, platform),
+        gradient_bytes=shares_of(step, params, state, args, config.fused).gradient,
         compiled_bytes=_compiled_bytes(compiled),
     )
+
+
+def _first_params(
+    config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None, on_tensor: Callable[[], object]
+) -> Any:
+    shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
+    if model.checkpoint is None:
+        return jax.jit(training.make_params, out_shardings=shardings)()
+    return load_params(model.config, model.checkpoint.source, config.dtype, shardings, on_tensor)
+
+
+def _count(batch: Batch) -> jax.Array:
+    return count_targets(jnp.asarray(batch.learned_BT), jnp.asarray(batch.segments_BT))
 
 
 def tree_bytes(tree: Any) -> int:

@@ -28,20 +28,23 @@ def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Row], None]
             if isinstance(row, StepRow):
                 progress.update(task, completed=row.step, now=_now(row))
             else:
-                progress.console.print(f"step {row.step:>6}  evaluation loss {row.eval_loss:.3f}", highlight=False)
+                said = f"step {row.step:>6}  evaluation loss {row.eval_loss:.3f}  perplexity {row.perplexity:.2f}"
+                progress.console.print(said, highlight=False)
 
         yield show
 
 
-def run_table(config: FinetuneConfig, program: Program, trained: Trained, rows: list[Row]) -> Table:
-    """The report of a run."""
-    losses = [row.eval_loss for row in rows if isinstance(row, EvaluationRow)]
+def run_table(config: FinetuneConfig, name: str, program: Program, trained: Trained, rows: list[Row]) -> Table:
+    """The report of a run; the name is the model's."""
+    evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
+    first, last = evaluations[0], evaluations[-1]
     how = "fused" if config.fused else "unfused"
     where = f", {config.mesh}: bytes a device" if config.mesh else ""
-    table = Table(title=f"{config.model}, {config.optimizer}, {how}, {config.dtype}{where}", show_header=False)
+    table = Table(title=f"{name}, {config.optimizer}, {how}, {config.dtype}{where}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("evaluation loss (nats a byte)", f"{losses[0]:.3f} to {losses[-1]:.3f}")
+    table.add_row("evaluation loss (nats a token)", f"{first.eval_loss:.3f} to {last.eval_loss:.3f}")
+    table.add_row("evaluation perplexity", f"{first.perplexity:.2f} to {last.perplexity:.2f}")
     table.add_row("training tokens a second", f"{trained.tokens_per_second:,.0f}")
     table.add_row("attention", program.attention)
     table.add_section()

@@ -11,35 +11,47 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, check_options, mesh_sizes, output_folder
-from adalomo_jax.finetune.data import Text, load_text
+from adalomo_jax.finetune.config import (
+    FinetuneConfig,
+    InputError,
+    batch_parts,
+    check_options,
+    check_preset,
+    mesh_sizes,
+    one_line,
+    output_folder,
+)
+from adalomo_jax.finetune.data import Data, load_data
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
 from adalomo_jax.finetune.loop import train
 from adalomo_jax.finetune.metrics import Row, append_row
 from adalomo_jax.finetune.plot import plot_losses
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.finetune.report import progress_bar, run_table
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig, generate, to_hugging_face
-from adalomo_jax.pretrained.export import export_config, export_params
+from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.pretrained.checkpoint import PACKAGED
+from adalomo_jax.pretrained.export import export_params
+from adalomo_jax.pretrained.model import Pretrained, export_rest, find_model
 
 SAMPLE_LENGTH = 200
-"""Most bytes of the sample at the end of a run."""
+"""Most tokens of the sample at the end of a run."""
 
 
 def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     """Train, write the output folder, and print a sample and a report.
 
     Raises:
-        InputError: an option or a text cannot be used. Nothing has been compiled or written then.
+        InputError: an option, a checkpoint or a text cannot be used. Nothing has been compiled or written then.
     """
-    check_options(config, PRESETS)
+    model = model_of(config.model)
+    check_options(config, model.config)
     connect(config)
     mesh, is_first = mesh_of(config), is_first_process()
     console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
-    text = load_text(config.data, config.seq_len, batch_parts(mesh_sizes(config.mesh, "--mesh")))
-    console.print(f"{len(text.train):,} bytes to train on, {len(text.evaluation):,} to evaluate on; compiling")
-    program = build_program(config, mesh)
+    data = data_of(config, model)
+    console.print(f"{data.report}\ncompiling", highlight=False)
+    program = build_program(config, model, mesh)
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -52,37 +64,52 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
                 append_row(folder / "metrics.jsonl", row)
             show(row)
 
-        trained = train(program, config, text, on_row)
+        trained = train(program, config, data, on_row)
 
-    continuation = sample(program.config, trained.params, text, config)
-    export_params(folder, trained.params, program.config, fetch=gather, writes=is_first)
+    continuation = sample(model, trained.params, data, config)
+    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)
     if is_first:
-        sizes = to_hugging_face(program.config, config.dtype)
-        export_config(folder, program.config, config.dtype, sizes | {"tokens": "bytes: token i is byte i of UTF-8"})
-        plot_losses(folder / "loss.png", rows, f"{config.model}, {config.optimizer}")
+        export_rest(folder, model, config.dtype)
+        plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
     console.print(continuation, markup=False, highlight=False)
-    console.print(run_table(config, program, trained, rows))
+    console.print(run_table(config, model.name, program, trained, rows))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
 
 
-def sample(model_config: LlamaConfig, params: Any, text: Text, config: FinetuneConfig) -> str:
+def model_of(name: str) -> Pretrained:
+    """The model that ``--model`` names."""
+    if "/" not in name and not Path(name).exists() and name not in PACKAGED:
+        check_preset(name, list(PRESETS), or_file=f"or {', '.join(PACKAGED)}, or a checkpoint's folder or .gguf file")
+    try:
+        return find_model(name)
+    except ValueError as error:
+        raise InputError(f"--model {name}: {one_line(error)}") from None
+
+
+def data_of(config: FinetuneConfig, model: Pretrained) -> Data:
+    """The text that the options name, as the model's tokens."""
+    parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
+    try:
+        return load_data(config.data, model.tokenizer, seq_len=config.seq_len, parts=parts, skip_bad=config.skip_bad)
+    except ValueError as error:
+        raise InputError(f"--data with the tokenizer of {model.name}: {one_line(error)}") from None
+
+
+def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -> str:
     """The start of the evaluation text and, after a bar, how the model continues it."""
-    prompt = text.evaluation[: max(1, config.seq_len // 4)]
+    first = data.evaluation.take(np.array(0))
+    document = first.tokens_BT[first.segments_BT == 1]
+    prompt = document[: max(1, min(len(document), config.seq_len) // 4)]
     length = min(SAMPLE_LENGTH, config.seq_len - len(prompt))
     # One sequence, which no mesh can spread, of any length, which not every kernel takes.
     dtype = jnp.dtype(config.dtype)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(model_config, rngs=nnx.Rngs(0), dtype=dtype)))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(model.config, rngs=nnx.Rngs(0), dtype=dtype)))
 
     @jax.jit
     def continued(params, prompt_BP):
-        model: Llama = nnx.merge(graphdef, params)
-        return generate(model, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
+        merged: Llama = nnx.merge(graphdef, params)
+        return generate(merged, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
-    tokens = gather(continued(params, np.asarray(prompt[None], np.int32)))[0]
-    return f"{decode(prompt)}|{decode(tokens[len(prompt) :])}"
-
-
-def decode(tokens: np.ndarray) -> str:
-    """Bytes as text; what is no UTF-8, or no byte, is a replacement character."""
-    return bytes(int(token) if token < 256 else 0xFF for token in tokens).decode("utf-8", errors="replace")
+    tokens = gather(continued(params, prompt[None]))[0]
+    return f"{model.tokenizer.decode(prompt)}|{model.tokenizer.decode(tokens[len(prompt) :])}"

@@ -53,6 +53,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Of arrays that each device has whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree like ``params`` of ``NamedSharding``s.
 
@@ -70,7 +75,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
             return out_of_stream(leaf.shape, mesh)
         if names[-2] in _INTO_STREAM:
             return _cut(leaf.shape, ("tensor", "fsdp"), mesh)
-        return NamedSharding(mesh, PartitionSpec())
+        return everywhere(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
 
