@@ -12,6 +12,7 @@ LAYERS = [
     {"optimizers"},
     {"fused"},
     {"models"},
+    {"pretrained"},
     {"linen", "nnx"},
     {"memory"},
     {"finetune"},
@@ -80,6 +81,9 @@ def test_imports_point_down(path):
         ("fused/plan.py", "def f():\n    from adalomo_jax.finetune.run import run"),
         ("fused/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
         ("models/llama.py", "from adalomo_jax.cli import main"),
+        ("models/llama.py", "from adalomo_jax.pretrained.tokenizer import Tokenizer"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.finetune.config import InputError"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.memory.usage import format_bytes"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path, file, line):
