@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
 
-EXTRA = ("flax", "gguf", "jinja2", "matplotlib", "rich", "safetensors", "tokenizers", "tyro")
+EXTRA = ("flax", "gguf", "grain", "jinja2", "matplotlib", "rich", "safetensors", "tokenizers", "tyro")
 """What the extra ``finetune`` installs: the script is there without it."""
 
 

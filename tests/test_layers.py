@@ -87,6 +87,8 @@ def test_imports_point_down(path):
         ("models/llama.py", "from adalomo_jax.cli import main"),
         ("pretrained/tokenizer.py", "from adalomo_jax.finetune.config import InputError"),
         ("pretrained/chat.py", "from adalomo_jax.pretrained.tokenizer import Encoded"),
+        ("models/llama.py", "from adalomo_jax.pretrained.tokenizer import Tokenizer"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.memory.usage import format_bytes"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path, file, line):

@@ -1,173 +1,205 @@
-"""Text from files, as bytes: its split into training and evaluation, and its batches."""
+"""The data of a run: documents split into training and evaluation, packed, and their batches."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import grain
 import numpy as np
 
 from adalomo_jax.finetune.config import InputError
+from adalomo_jax.finetune.corpus import read_corpus
+from adalomo_jax.finetune.documents import Broken, Document
+from adalomo_jax.finetune.packing import Batch, Packed, pack, tokenize
+from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 EVALUATION_SHARE = 0.1
-"""Share of the bytes that is kept for evaluation."""
+"""Share of the characters that is kept for evaluation."""
 EVALUATION_BATCHES = 8
 """Most batches that an evaluation reads."""
-
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
-
-
-class Document(NamedTuple):
-    """One file."""
-
-    name: str
-    content: bytes
+NAMED = 3
+"""How many broken records an error names; it counts the rest."""
 
 
-class Text(NamedTuple):
-    """Tokens (bytes) of the two parts, ``uint8``."""
+class DataReport(NamedTuple):
+    """What became of the text. It prints in two lines or three."""
 
-    train: np.ndarray
-    evaluation: np.ndarray
+    train_documents: int
+    evaluation_documents: int
+    skipped: int
+    """Broken records that were left out."""
+    train_tokens: int
+    learned_tokens: int
+    """Those of the training tokens that are predicted."""
+    evaluation_tokens: int
+    train_sequences: int
+    padding: float
+    """Its share of the training sequences."""
+    short: int
+    """Tokens that were dropped because they were alone, of both parts."""
+    unlearned: int
+    """Tokens that were dropped in pieces where nothing is to be learned, of both parts."""
+
+    def __str__(self) -> str:
+        skipped = f"; {self.skipped:,} broken records left out" if self.skipped else ""
+        lines = [
+            f"{self.train_documents:,} documents to train on, {self.evaluation_documents:,} to evaluate on{skipped}",
+            f"{self.train_tokens:,} tokens to train on ({self.learned_tokens:,} of them predicted) in "
+            f"{self.train_sequences:,} sequences with {self.padding:.1%} of padding, "
+            f"{self.evaluation_tokens:,} to evaluate on",
+        ]
+        if self.short or self.unlearned:
+            lines.append(
+                f"dropped: {self.short:,} tokens that a cut left alone, {self.unlearned:,} in pieces of documents "
+                "where nothing is to be predicted"
+            )
+        return "\n".join(lines)
 
 
-def load_text(paths: Sequence[Path] | None, seq_len: int, parts: int = 1) -> Text:
-    """Read and split the files, or the standard library's sources where ``paths`` is None.
+class Data(NamedTuple):
+    """Packed sequences of both parts."""
+
+    train: Packed
+    evaluation: Packed
+    report: DataReport
+
+
+def load_data(
+    paths: Sequence[Path] | None, tokenizer: Tokenizer, *, seq_len: int, parts: int = 1, skip_bad: bool = False
+) -> Data:
+    """Read, split, tokenize and pack the paths' documents, or the standard library's sources.
+
+    Args:
+        paths: as ``read_corpus`` takes them.
+        tokenizer: of the model.
+        seq_len: tokens of a sequence.
+        parts: over how many devices a batch is spread.
+        skip_bad: leave out broken records and count them.
 
     Raises:
-        InputError: a path that is missing, unreadable, empty or not text; a text shorter than one sequence; one to
-            evaluate on with fewer sequences than the ``parts`` that a batch is spread over.
+        InputError: a path that cannot be used; broken records, of all files at once, unless they are skipped; too
+            little text for one sequence to train on, or for a sequence to evaluate on for each of the parts.
+        ValueError: a tokenizer with tokens that are not in its vocabulary.
     """
-    documents = standard_library() if paths is None else read_documents(paths)
-    train, evaluation = split_documents(documents)
-    text = Text(_concatenate(train), _concatenate(evaluation))
-    for part, tokens in text._asdict().items():
-        if len(tokens) < seq_len:
-            raise InputError(
-                f"the {part} text has {len(tokens)} bytes, fewer than one sequence of --seq-len {seq_len}; "
-                "give more text or a shorter sequence"
-            )
-    if len(text.evaluation) < parts * seq_len:
-        raise InputError(
-            f"the evaluation text has {len(text.evaluation)} bytes, fewer than a sequence of --seq-len {seq_len} for "
-            f"each of the {parts} devices that --mesh spreads a batch over; give more text or a shorter sequence"
-        )
-    return text
-
-
-def standard_library() -> list[Document]:
-    """The running Python's own ``*.py`` files, without tests and installed packages."""
-    root = Path(sysconfig.get_path("stdlib"))
-    documents = [
-        Document(path.relative_to(root).as_posix(), _read(path))
-        for path in _walk(root)
-        if path.suffix == ".py" and not _NOT_LIBRARY & set(path.relative_to(root).parts)
-    ]
-    documents = [document for document in documents if document.content]
+    documents, evaluation, broken = read_corpus(paths, tokenizer)
+    if broken and not skip_bad:
+        raise InputError(f"{_listed(broken)}; mend them, or leave them out with --skip-bad")
     if not documents:
-        raise InputError(f"this Python has no library sources in {root}; give text with --data")
-    return documents
-
-
-def read_documents(paths: Iterable[Path]) -> list[Document]:
-    """Each file once, in the order given, folders in the order of their names."""
-    documents: dict[Path, Document] = {}
-    for path in paths:
-        for document_path, document in _documents_of(path):
-            documents.setdefault(document_path.resolve(), document)
-    return list(documents.values())
+        raise InputError(f"--data has no document to train on: {_listed(broken)}" if broken else "--data has no text")
+    if not evaluation:
+        documents, evaluation = split_documents(documents)
+    train_packed, evaluation_packed = (pack(tokenize(part, tokenizer), seq_len) for part in (documents, evaluation))
+    _check_enough(train_packed, evaluation_packed, parts)
+    report = DataReport(
+        train_documents=len(documents),
+        evaluation_documents=len(evaluation),
+        skipped=len(broken),
+        train_tokens=train_packed.tokens,
+        learned_tokens=train_packed.learned,
+        evaluation_tokens=evaluation_packed.tokens,
+        train_sequences=train_packed.sequences,
+        padding=train_packed.padding,
+        short=train_packed.short + evaluation_packed.short,
+        unlearned=train_packed.unlearned + evaluation_packed.unlearned,
+    )
+    return Data(train_packed, evaluation_packed, report)
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Training and evaluation documents: whole ones, chosen by a hash of their names until they hold the share.
 
     The choice depends on names and sizes only: not on the seed, nor on where the folder lies. A single document is cut.
+
+    Raises:
+        InputError: a single document of which only parts are learned: it cannot be cut.
     """
     if len(documents) == 1:
-        name, content = documents[0]
-        cut = len(content) - round(len(content) * EVALUATION_SHARE)
-        return [Document(name, content[:cut])], [Document(name, content[cut:])]
-    wanted = EVALUATION_SHARE * sum(len(document.content) for document in documents)
+        return _cut(documents[0])
+    wanted = EVALUATION_SHARE * sum(len(document.text) for document in documents)
     chosen, size = set(), 0
     for i in sorted(range(len(documents)), key=lambda i: (_hash(documents[i]), i))[:-1]:
         if size >= wanted:
             break
         chosen.add(i)
-        size += len(documents[i].content)
+        size += len(documents[i].text)
     train = [document for i, document in enumerate(documents) if i not in chosen]
     return train, [documents[i] for i in sorted(chosen)]
 
 
-def training_batch(text: Text, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """``[batch_size, seq_len]`` int32: sequences from anywhere in the training text. A function of seed and step."""
-    generator = np.random.default_rng((seed, step))
-    starts = generator.integers(0, len(text.train) - seq_len + 1, batch_size)
-    return _sequences(text.train, starts, seq_len)
+def training_batches(
+    data: Data, *, batch_size: int, seed: int, process: int = 0, processes: int = 1
+) -> grain.IterDataset[Batch]:
+    """Batches without end: all sequences once in an order drawn from the seed, then again in another order.
 
+    Its iterators yield this process's rows of the batches, ``[batch_size // processes, seq_len]``. Batch k of all
+    processes together has the same sequences however many there are. ``get_state`` and ``set_state`` of an iterator
+    continue it with the very next batch.
 
-def evaluation_batches(text: Text, *, batch_size: int, seq_len: int, parts: int = 1) -> np.ndarray:
-    """``[batches, batch_size, seq_len]`` int32: fixed sequences, evenly spaced and disjoint. Small texts: fewer.
+    Args:
+        data: all of it, the same in each process.
+        batch_size: sequences of all processes together; a multiple of ``processes``.
+        seed: from 0 to 2**32 - 1.
+        process: which process this is, from 0.
+        processes: how many there are.
 
-    The batch size is a multiple of ``parts``.
+    Raises:
+        ValueError: a batch that cannot be divided, or a process that there is not.
     """
-    available = len(text.evaluation) // seq_len
+    if batch_size < 1 or batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}")
+    if not 0 <= process < processes:
+        raise ValueError(f"process must be from 0 to one less than the {processes} processes, got {process}")
+    # Numbers of sequences pass through grain, and one operation takes a whole batch of them.
+    numbers = grain.MapDataset.range(data.train.sequences).seed(seed).shuffle().repeat()
+    rows = numbers[process::processes].batch(batch_size // processes).map(data.train.take)
+    # No threads read ahead: the sequences are in memory, and a batch of them is there in well under a millisecond.
+    return rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+def evaluation_batches(data: Data, *, batch_size: int, parts: int = 1) -> Batch:
+    """``[batches, batch_size, seq_len]``: fixed sequences, evenly spaced, each once.
+
+    The batch size is a multiple of ``parts``. Of small texts the batches are fewer, or smaller.
+    """
+    available = data.evaluation.sequences
     batch_size = min(batch_size, available) // parts * parts
     batches = min(EVALUATION_BATCHES, available // batch_size)
-    starts = np.linspace(0, len(text.evaluation) - seq_len, batches * batch_size).astype(np.int64)
-    return _sequences(text.evaluation, starts, seq_len).reshape(batches, batch_size, seq_len)
+    chosen = np.linspace(0, available - 1, batches * batch_size).astype(np.int64)
+    return data.evaluation.take(chosen.reshape(batches, batch_size))
 
 
-def _sequences(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> np.ndarray:
-    return tokens[starts[:, None] + np.arange(seq_len)].astype(np.int32)
+def _check_enough(train: Packed, evaluation: Packed, parts: int) -> None:
+    for name, packed in {"training": train, "evaluation": evaluation}.items():
+        if not packed.sequences:
+            raise InputError(
+                f"the {name} text is fewer than one sequence: it has no two tokens of which one is to be predicted, "
+                f"and {packed.short + packed.unlearned:,} tokens were dropped; give more text"
+                + (" or a longer --seq-len" if packed.unlearned else "")
+            )
+    if evaluation.sequences < parts:
+        raise InputError(
+            f"the evaluation text makes {evaluation.sequences} sequences, fewer than one for each of the {parts} "
+            "devices that --mesh spreads a batch over; give more text or a shorter --seq-len"
+        )
 
 
-def _concatenate(documents: Sequence[Document]) -> np.ndarray:
-    return np.frombuffer(b"".join(document.content for document in documents), np.uint8)
+def _cut(document: Document) -> tuple[list[Document], list[Document]]:
+    """The two parts of a single document, of which the second has the share."""
+    if document.learned is not None:
+        raise InputError(f"--data must have two documents at least, one to evaluate on, got only {document.name}")
+    at = len(document.text) - round(len(document.text) * EVALUATION_SHARE)
+    return [document._replace(text=document.text[:at])], [document._replace(text=document.text[at:])]
+
+
+def _listed(broken: Sequence[Broken]) -> str:
+    """The first broken records with their reasons, each on one line, and how many more there are."""
+    named = [f"{place} {' '.join(reason.split())}" for place, reason in broken[:NAMED]]
+    more = [f"and {len(broken) - NAMED:,} more"] if len(broken) > NAMED else []
+    return f"{len(broken):,} broken record{'s' * (len(broken) > 1)}: {'; '.join(named + more)}"
 
 
 def _hash(document: Document) -> bytes:
     return hashlib.sha256(document.name.encode()).digest()
-
-
-def _documents_of(path: Path) -> list[tuple[Path, Document]]:
-    if path.is_dir():
-        found = [(p, Document(p.relative_to(path).as_posix(), _read(p))) for p in _walk(path)]
-        found = [(p, document) for p, document in found if document.content and _is_text(document.content)]
-        if not found:
-            raise InputError(f"--data {path} holds no text files")
-        return found
-    if not path.exists():
-        raise InputError(f"--data {path}: no such file or folder")
-    content = _read(path)
-    if not content.strip():
-        raise InputError(f"--data {path} is empty")
-    if not _is_text(content):
-        raise InputError(f"--data {path} is not text: it has zero bytes")
-    return [(path, Document(path.name, content))]
-
-
-def _is_text(content: bytes) -> bool:
-    return b"\0" not in content
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Regular files below a folder in the order of their names, without hidden ones."""
-    for folder, folders, names in os.walk(root, onerror=_raise_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        yield from (path for path in files if path.is_file())
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read {error.filename}: {error.strerror}") from error

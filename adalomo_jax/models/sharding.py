@@ -53,7 +53,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of arrays that each device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -1,31 +1,55 @@
-"""Text: the split, the batches, and what is refused."""
+"""Data: the split, the report, the batches of one process and of several, and what is refused."""
 
-from pathlib import Path
+import itertools
+import json
 
 import numpy as np
 import pytest
+from toy_tokenizer import EOS, ToyTokenizer
 
 from adalomo_jax.finetune.config import InputError
+from adalomo_jax.finetune.corpus import standard_library
 from adalomo_jax.finetune.data import (
     EVALUATION_SHARE,
-    Document,
-    Text,
+    Data,
     evaluation_batches,
-    load_text,
-    read_documents,
+    load_data,
     split_documents,
-    standard_library,
-    training_batch,
+    training_batches,
 )
+from adalomo_jax.finetune.documents import Document
+from adalomo_jax.finetune.packing import Tokenized, pack
 
-DOCUMENTS = [Document(f"{i}.txt", f"document {i}\n".encode() * (10 + i)) for i in range(40)]
-TEXT = Text(np.arange(100, dtype=np.uint8), np.arange(100, 200, dtype=np.uint8))
+DOCUMENTS = [Document(f"{i}.txt", f"document {i}\n" * (10 + i)) for i in range(40)]
+BYTES = ToyTokenizer(special=False)
 
 
-def test_split_by_file_is_disjoint_and_complete():
+def numbered(sequences):
+    """Packed sequences of 4 tokens; that of number i starts with 4 i."""
+    count = 4 * sequences
+    return pack(Tokenized(np.arange(count, dtype=np.uint16), np.ones(count, bool), np.array([count])), 4)
+
+
+DATA = Data(numbered(10), numbered(13), None)  # pyright: ignore[reportArgumentType]
+
+
+def numbers(batch):
+    return (batch.tokens_BT[..., 0] // 4).tolist()
+
+
+def take(iterator, count):
+    return [numbers(batch) for batch in itertools.islice(iterator, count)]
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" if isinstance(record, dict) else record for record in records))
+    return path
+
+
+def test_split_by_document_is_disjoint_and_complete():
     train, evaluation = split_documents(DOCUMENTS)
     assert sorted(train + evaluation) == sorted(DOCUMENTS)
-    share = sum(len(d.content) for d in evaluation) / sum(len(d.content) for d in DOCUMENTS)
+    share = sum(len(d.text) for d in evaluation) / sum(len(d.text) for d in DOCUMENTS)
     assert EVALUATION_SHARE <= share < EVALUATION_SHARE + 0.06
 
 
@@ -35,66 +59,175 @@ def test_split_does_not_depend_on_the_order():
     assert chosen != {document.name for document in DOCUMENTS[: len(chosen)]}
 
 
-def test_two_files_are_one_for_each():
-    train, evaluation = split_documents([Document("a", b"a" * 10), Document("b", b"b" * 1000)])
+def test_two_documents_are_one_for_each():
+    train, evaluation = split_documents([Document("a", "a" * 10), Document("b", "b" * 1000)])
     assert len(train) == len(evaluation) == 1
 
 
-def test_one_file_is_split_by_its_tail():
-    train, evaluation = split_documents([Document("a", bytes(range(100)))])
-    assert train[0].content == bytes(range(90))
-    assert evaluation[0].content == bytes(range(90, 100))
+def test_one_document_is_split_by_its_tail_between_characters():
+    train, evaluation = split_documents([Document("a", "ä" * 90 + "ö" * 10)])
+    assert train == [Document("a", "ä" * 90)]
+    assert evaluation == [Document("a", "ö" * 10)]
+    with pytest.raises(InputError, match="two documents at least"):
+        split_documents([Document("a", "question answer", ((9, 15),))])
 
 
-def test_standard_library_is_real_code_without_tests():
-    names = [document.name for document in standard_library()]
-    assert "argparse.py" in names
-    assert not [name for name in names if {"site-packages", "test", "tests"} & set(name.split("/"))]
-    assert all(name.endswith(".py") for name in names)
+def test_the_default_is_the_standard_library():
+    data = load_data(None, BYTES, seq_len=2048)
+    report = data.report
+    assert report.train_documents + report.evaluation_documents == len(standard_library())
+    total = sum(len(document.text.encode()) for document in standard_library())
+    assert report.train_tokens + report.evaluation_tokens + report.short + report.unlearned == total
+    assert report.padding < 0.01
+    assert str(report).count("\n") in (1, 2)
 
 
-def test_folders_are_read_recursively_and_files_once(tmp_path):
-    (tmp_path / "inner" / ".git").mkdir(parents=True)
-    for name in ("b.txt", "inner/a.txt", ".hidden", "inner/.git/config"):
-        (tmp_path / name).write_text(name)
-    (tmp_path / "image").write_bytes(b"\x89PNG\0")
-    (tmp_path / "none").touch()
-    documents = read_documents([tmp_path, tmp_path / "b.txt", tmp_path / "inner" / ".." / "b.txt"])
-    assert [document.name for document in documents] == ["b.txt", "inner/a.txt"]
+def test_the_report_counts_what_became_of_the_text(tmp_path):
+    write(tmp_path / "train.jsonl", *[{"prompt": "p" * 5, "completion": "c" * 4}] * 9, "broken\n", {"text": ""})
+    data = load_data([tmp_path / "train.jsonl"], ToyTokenizer(), seq_len=6, skip_bad=True)
+    report = data.report  # a document is <s>ppppp|cccc</s>: its first piece is dropped
+    assert (report.train_documents, report.evaluation_documents, report.skipped) == (8, 1, 2)
+    assert (report.train_tokens, report.learned_tokens, report.evaluation_tokens) == (8 * 5, 8 * 4, 5)
+    assert (report.short, report.unlearned) == (0, 9 * 6)
+    assert (report.train_sequences, report.padding) == (8, pytest.approx(1 / 6))
+    assert str(report).splitlines() == [
+        "8 documents to train on, 1 to evaluate on; 2 broken records left out",
+        "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% of padding, 5 to evaluate on",
+        "dropped: 0 tokens that a cut left alone, 54 in pieces of documents where nothing is to be predicted",
+    ]
 
 
-def test_training_batches_are_a_function_of_seed_and_step():
-    def batch(seed, step):
-        return training_batch(TEXT, seed=seed, step=step, batch_size=4, seq_len=8)
-
-    assert batch(0, 1).shape == (4, 8)
-    assert batch(0, 1).dtype == np.int32
-    assert np.all(np.diff(batch(0, 1)) == 1)
-    assert np.array_equal(batch(0, 1), batch(0, 1))
-    assert not np.array_equal(batch(0, 1), batch(0, 2))
-    assert not np.array_equal(batch(0, 1), batch(1, 1))
-
-
-def test_training_reaches_the_first_and_last_byte_and_no_other_text():
-    batches = [training_batch(TEXT, seed=0, step=step, batch_size=64, seq_len=8) for step in range(20)]
-    assert np.min(batches) == 0
-    assert np.max(batches) == 99
+def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
+    good = [{"text": f"text {i}"} for i in range(20)]
+    first = write(tmp_path / "a.jsonl", *good, "no\n", {"text": 3})
+    second = write(tmp_path / "b.jsonl", {"words": "a"}, *[{"text": ""}] * 1234, *good)
+    with pytest.raises(InputError) as error:
+        load_data([first, second], BYTES, seq_len=8)
+    assert str(error.value) == (
+        f"1,237 broken records: {first}:21 is not JSON: Expecting value at character 1 of the line; "
+        f"{first}:22 text must be a string, got a number; "
+        f"{second}:1 must have one of text, prompt and completion, or messages, got words; "
+        "and 1,234 more; mend them, or leave them out with --skip-bad"
+    )
+    report = load_data([first, second], BYTES, seq_len=8, skip_bad=True).report
+    assert (report.train_documents + report.evaluation_documents, report.skipped) == (40, 1237)
 
 
-@pytest.mark.parametrize(("batch_size", "shape"), [(2, (6, 2, 8)), (1, (8, 1, 8)), (64, (1, 12, 8))])
-def test_evaluation_sequences_are_disjoint(batch_size, shape):
-    batches = evaluation_batches(TEXT, batch_size=batch_size, seq_len=8)
-    assert batches.shape == shape
-    assert len(np.unique(batches)) == batches.size
-    assert batches.min() == 100 and batches.max() == 199
+def test_reasons_are_on_one_line(tmp_path):
+    refused = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path / "a.jsonl", {"messages": refused})
+    with pytest.raises(InputError, match="1 broken record: .*a.jsonl:1 no such role: tool; mend"):
+        load_data([path], BYTES, seq_len=8)
+    with pytest.raises(InputError, match="no document to train on: 1 broken record: .*a.jsonl:1 no such role: tool$"):
+        load_data([path], BYTES, seq_len=8, skip_bad=True)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("text")
+@pytest.mark.parametrize(
+    ("text", "seq_len", "parts", "message"),
+    [
+        ("abc", 8, 1, "the evaluation text is fewer than one sequence"),
+        ("a", 8, 1, "the training text is fewer than one sequence"),
+        ("a" * 300, 8, 5, "the evaluation text makes 4 sequences, fewer than one for each of the 5 devices"),
+    ],
+)
+def test_too_little_text(tmp_path, text, seq_len, parts, message):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_data([tmp_path / "a.txt"], BYTES, seq_len=seq_len, parts=parts)
 
-    def refuse(self):
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(InputError, match="cannot read .*a.txt: Permission denied"):
-        load_text([tmp_path / "a.txt"], 2)
+def test_completions_beyond_a_short_sequence_are_too_little(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[{"prompt": "p" * 8, "completion": "c"}] * 20)
+    with pytest.raises(InputError, match="training text is fewer than one .* longer --seq-len"):
+        load_data([path], BYTES, seq_len=8)
+    load_data([path], BYTES, seq_len=9)
+
+
+def test_loading_twice_gives_the_same(tmp_path):
+    for document in DOCUMENTS:
+        (tmp_path / document.name).write_text(document.text)
+    first, second = (load_data([tmp_path], ToyTokenizer(), seq_len=32) for _ in range(2))
+    for ours, theirs in zip((*first.train[:3], *first.evaluation[:3]), (*second.train[:3], *second.evaluation[:3])):
+        assert np.array_equal(ours, theirs)
+    assert first.report == second.report
+    assert np.count_nonzero(first.train.tokens_NT == EOS) == first.report.train_documents
+
+
+def test_an_epoch_is_each_sequence_once_and_the_next_is_in_another_order():
+    iterator = iter(training_batches(DATA, batch_size=5, seed=0))
+    batch = next(iter(training_batches(DATA, batch_size=5, seed=0)))
+    assert [array.dtype for array in batch] == [np.int32, np.int32, bool]
+    assert batch.segments_BT.shape == (5, 4) and batch.learned_BT[:, 1:].all() and not batch.learned_BT[:, 0].any()
+    epochs = [sum(take(iterator, 2), []) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+
+
+def test_batches_are_a_function_of_the_seed():
+    first, again, other = (take(iter(training_batches(DATA, batch_size=4, seed=seed)), 8) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("batch_size", [4, 12, 20])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_batch_has_the_same_sequences_however_many_processes_there_are(batch_size, processes):
+    alone = take(iter(training_batches(DATA, batch_size=batch_size, seed=0)), 12)
+    shares = [
+        take(iter(training_batches(DATA, batch_size=batch_size, seed=0, process=i, processes=processes)), 12)
+        for i in range(processes)
+    ]
+    assert all(len(rows) == batch_size // processes for share in shares for rows in share)
+    assert [sorted(sum(rows, [])) for rows in zip(*shares)] == [sorted(rows) for rows in alone]
+    assert [sorted(rows[0] * processes) for rows in zip(*shares)] != [sorted(rows) for rows in alone]
+
+
+def test_fewer_sequences_than_a_batch_are_repeated():
+    rows = take(iter(training_batches(DATA._replace(train=numbered(3)), batch_size=8, seed=0)), 3)
+    assert [len(row) for row in rows] == [8, 8, 8]
+    assert np.bincount(sum(rows, [])).tolist() == [8, 8, 8]
+
+
+@pytest.mark.parametrize("passed", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2)])
+def test_a_state_continues_with_the_very_next_batch(passed, process, processes):
+    def start(seed=0):
+        return iter(training_batches(DATA, batch_size=4, seed=seed, process=process, processes=processes))
+
+    iterator = start()
+    take(iterator, passed)
+    state = json.loads(json.dumps(iterator.get_state()))
+    rest = take(iterator, 8)
+    resumed = start()
+    next(resumed)
+    resumed.set_state(state)
+    assert take(resumed, 8) == rest
+    assert take(start(), 8) != rest or passed == 0
+    other = start(seed=1)
+    other.set_state(state)
+    assert take(other, 8) != rest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 4, "processes": 3}, "batch_size must be a multiple of the 3 processes, got 4"),
+        ({"batch_size": 4, "process": 2, "processes": 2}, "process must be from 0 to one less than the 2"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_batches_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        training_batches(DATA, seed=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "parts", "shape"),
+    [(2, 1, (6, 2)), (1, 1, (8, 1)), (64, 1, (1, 13)), (64, 4, (1, 12)), (4, 4, (3, 4))],
+)
+def test_evaluation_sequences_are_fixed_and_each_once(batch_size, parts, shape):
+    batches = evaluation_batches(DATA, batch_size=batch_size, parts=parts)
+    assert batches.tokens_BT.shape == batches.segments_BT.shape == batches.learned_BT.shape == (*shape, 4)
+    chosen = sum(numbers(batches), [])
+    assert len(set(chosen)) == len(chosen)
+    assert min(chosen) == 0 and max(chosen) == 12

@@ -29,10 +29,10 @@ def test_a_finished_write_replaces(tmp_path):
 
 
 def test_rows_are_json_even_when_training_diverged(tmp_path):
-    append_row(tmp_path / "m", EvaluationRow(0, 5.5))
+    append_row(tmp_path / "m", EvaluationRow.of(0, 2.0))
     append_row(tmp_path / "m", StepRow(1, float("nan"), float("inf"), 1e-3, 100.0))
     first, second = map(json.loads, (tmp_path / "m").read_text().splitlines())
-    assert first == {"step": 0, "eval_loss": 5.5}
+    assert first == {"step": 0, "eval_loss": 2.0, "perplexity": pytest.approx(7.389056)}
     assert second == {"step": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-3, "tokens_per_second": 100.0}
 
 

@@ -1,0 +1,220 @@
+"""A corpus: the documents of files, folders and data sets, and the broken records among them."""
+
+from __future__ import annotations
+
+import codecs
+import importlib.util
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from adalomo_jax.finetune.config import InputError
+from adalomo_jax.finetune.documents import COLUMNS, FIELDS, Broken, Document, document_of, parse_record
+from adalomo_jax.pretrained.tokenizer import Tokenizer
+
+EVALUATION_SPLITS = ("validation", "test")
+"""Of a data set with several splits, the one that is evaluated on; the first that there is."""
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
+_COMPRESSED = {
+    ".gz": b"\x1f\x8b",
+    ".zip": b"PK\x03\x04",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".bz2": b"BZh91AY&SY",
+    ".xz": b"\xfd7zXZ\0",
+}
+"""Endings, and how such files begin."""
+_DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
+
+
+class Source(NamedTuple):
+    """What documents are read from: a file, or a split of a data set."""
+
+    path: Path
+    name: str
+    """The start of its documents' names."""
+    kind: Literal["text", "lines", "dataset"]
+    in_folder: bool = False
+    """Found there, not named by the user: what is no text is passed over."""
+    evaluation: bool = False
+    """Its data set says that this is what to evaluate on."""
+
+
+class Corpus(NamedTuple):
+    """What was read."""
+
+    documents: list[Document]
+    evaluation: list[Document]
+    """What data sets say is to be evaluated on. Where they say nothing, there is none: some documents must be kept."""
+    broken: list[Broken]
+
+
+def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
+    """All documents of the paths, each file once, in the order given, folders in the order of their names.
+
+    Args:
+        paths: text files, files of JSON lines (``.jsonl``, ``.json``), folders, where ``.jsonl`` are lines and all
+            other files text (hidden and empty ones, and those with zero bytes, are passed over), and folders that
+            ``datasets`` has saved. None for the sources of the standard library.
+        tokenizer: its chat template is applied to conversations.
+
+    Raises:
+        InputError: a path that is missing, unreadable, empty, compressed or not text.
+    """
+    if paths is None:
+        return Corpus(standard_library(), [], [])
+    items: dict[Path, tuple[Source, list[Document | Broken]]] = {}
+    for path in paths:
+        sources = list_sources(path)
+        keys = [source.path.resolve() for source in sources]
+        for key, source in zip(keys, sources):
+            if key not in items:
+                items[key] = source, list(_items(source, tokenizer))
+        if not any(items[key][1] for key in keys):
+            raise InputError(f"--data {path} " + ("holds no text files" if path.is_dir() else "is empty"))
+    found = [(item, source.evaluation) for source, of_source in items.values() for item in of_source]
+    return Corpus(
+        [item for item, evaluation in found if isinstance(item, Document) and not evaluation],
+        [item for item, evaluation in found if isinstance(item, Document) and evaluation],
+        [item for item, _ in found if isinstance(item, Broken)],
+    )
+
+
+def standard_library() -> list[Document]:
+    """The running Python's own ``*.py`` files, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = [
+        path for path in _walk(root) if path.suffix == ".py" and not _NOT_LIBRARY & set(path.relative_to(root).parts)
+    ]
+    items = [item for path in paths for item in _text(Source(path, path.relative_to(root).as_posix(), "text", True))]
+    documents = [item for item in items if isinstance(item, Document)]
+    if not documents:
+        raise InputError(f"this Python has no library sources in {root}; give text with --data")
+    return documents
+
+
+def list_sources(path: Path) -> list[Source]:
+    """What a path of ``--data`` stands for. Reads no documents; raises InputError for one that there is not."""
+    if not path.exists():
+        raise InputError(f"--data {path}: no such file or folder")
+    if not path.is_dir():
+        return [Source(path, path.name, "lines" if path.suffix in (".jsonl", ".json") else "text")]
+    if _holds(path, _DATASETS):
+        return _splits(path)
+    if _holds(path, _DATASET):
+        return [Source(path, path.name, "dataset")]
+    return [_found(file, path) for file in _walk(path)]
+
+
+def _found(file: Path, folder: Path) -> Source:
+    """A file of a folder. What would be taken for text against all expectations is refused."""
+    if file.name in _DATASETS or (file.name in _DATASET and _holds(file.parent, _DATASET)):
+        raise InputError(f"--data {folder} holds a folder of datasets: give {file.parent} itself")
+    if ".jsonl" in file.suffixes[:-1] and file.suffix in _COMPRESSED:
+        raise InputError(f"--data {file} is compressed: unpack it first")
+    return Source(file, file.relative_to(folder).as_posix(), "lines" if file.suffix == ".jsonl" else "text", True)
+
+
+def _splits(path: Path) -> list[Source]:
+    try:
+        splits = json.loads(_read(path / _DATASETS[0]))["splits"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--data {path}: {_DATASETS[0]} names no splits") from error
+    if "train" not in splits:
+        raise InputError(f"--data {path} must have the split train, got {', '.join(splits)}; give one of its folders")
+    chosen = ["train", *[split for split in EVALUATION_SPLITS if split in splits][:1]]
+    return [Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen]
+
+
+def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken]:
+    """The documents of a source, or what is wrong with them."""
+    if source.kind == "text":
+        yield from _text(source)
+        return
+    for number, place, record in _lines(source) if source.kind == "lines" else _rows(source):
+        try:
+            parsed = parse_record(record) if isinstance(record, bytes) else record
+            yield document_of(parsed, f"{source.name}:{number}", tokenizer)
+        except ValueError as error:
+            yield Broken(place, str(error))
+
+
+def _text(source: Source) -> Iterator[Document | Broken]:
+    content = _read(source.path)
+    if b"\0" in content or _is_compressed(content):
+        if source.in_folder:
+            return
+        raise InputError(f"--data {source.path} is {_not_text(content)}")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield Broken(f"{source.path}:{line}", "is not UTF-8")
+        return
+    if text.strip():
+        yield Document(source.name, text)
+
+
+def _lines(source: Source) -> Iterator[tuple[int, str, bytes]]:
+    """Number, place and content of the lines that are not blank."""
+    content = _read(source.path)
+    if _is_compressed(content):
+        raise InputError(f"--data {source.path} is {_not_text(content)}")
+    if content.lstrip()[:1] == b"[":
+        raise InputError(f"--data {source.path} is one JSON array: write one object a line")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            yield number, f"{source.path}:{number}", line
+
+
+def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place and content of the rows of a data set, counted from 1."""
+    if importlib.util.find_spec("datasets") is None:
+        raise InputError(f"--data {source.path} is read by the package datasets: pip install 'adalomo-jax[datasets]'")
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(source.path)).with_format(None)  # as plain Python values
+        columns = [column for column in COLUMNS if column in dataset.column_names]
+        if columns:
+            for number, row in enumerate(dataset.select_columns(columns), 1):
+                yield number, f"{source.path}: row {number}", dict(row)
+            return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--data {source.path} cannot be read by datasets: {' '.join(str(error).split())}") from error
+    raise InputError(f"--data {source.path} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}")
+
+
+def _not_text(content: bytes) -> str:
+    return "compressed: unpack it first" if _is_compressed(content) else "not text: it has zero bytes"
+
+
+def _is_compressed(content: bytes) -> bool:
+    return content.startswith(tuple(_COMPRESSED.values()))
+
+
+def _holds(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Regular files below a folder in the order of their names, without hidden ones."""
+    for folder, folders, names in os.walk(root, onerror=_raise_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+        yield from (path for path in files if path.is_file())
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes without the mark of UTF-8 that some editors put first."""
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read {error.filename}: {error.strerror}") from error

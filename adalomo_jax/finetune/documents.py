@@ -1,0 +1,122 @@
+"""Documents: texts and what of them is to be learned, made of the records that people write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from adalomo_jax.pretrained.tokenizer import Tokenizer
+
+FIELDS = "text, prompt and completion, or messages"
+"""What a record has one of."""
+COLUMNS = ("text", "prompt", "completion", "messages")
+
+
+class Document(NamedTuple):
+    """A text that stands for itself: nothing in another one is predicted from it."""
+
+    name: str
+    """Where it is from: not where the folder lies, so that it is the same on every machine."""
+    text: str
+    learned: tuple[tuple[int, int], ...] | None = None
+    """The characters, from and to, that are predicted; None for all of them and the document's end."""
+    formatted: bool = False
+    """The text has its special tokens, by a chat template: a tokenizer adds none."""
+
+
+class Broken(NamedTuple):
+    """A record that is no document."""
+
+    place: str
+    """File and line."""
+    reason: str
+
+
+def parse_record(line: bytes) -> Mapping[str, Any]:
+    """The object on a line of JSON.
+
+    Raises:
+        ValueError: the line is not UTF-8, not JSON, or not an object.
+
+    >>> parse_record(b'{"text": "To be"}')
+    {'text': 'To be'}
+    """
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 at byte {error.start + 1} of the line") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1} of the line") from error
+    except RecursionError as error:
+        raise ValueError("is JSON with too many brackets inside each other") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"must be an object with {FIELDS}, got {_kind(record)}")
+    return record
+
+
+def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> Document:
+    """A record as a document: all of a ``text`` is learned, of the others the completion and what the assistant says.
+
+    Args:
+        record: with ``text``, or ``prompt`` and ``completion`` (strings, joined as they are), or ``messages`` (a list
+            of objects with the strings ``role`` and ``content``). Fields that are None count as absent, others do not
+            matter.
+        name: the document's.
+        tokenizer: its chat template is applied to messages.
+
+    Raises:
+        ValueError: none or several of these, another type, an empty text or completion, half a surrogate pair, a
+            conversation in which the assistant says nothing or that the template refuses.
+
+    >>> document_of({"prompt": "1 + 1 = ", "completion": "2"}, "sums", tokenizer=None)
+    Document(name='sums', text='1 + 1 = 2', learned=((8, 9),), formatted=False)
+    """
+    record = {field: value for field, value in record.items() if value is not None}
+    found = {field for field in COLUMNS if field in record}
+    if found == {"text"}:
+        document = Document(name, _string(record, "text"))
+    elif found == {"prompt", "completion"}:
+        prompt, completion = _string(record, "prompt", may_be_empty=True), _string(record, "completion")
+        document = Document(name, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
+    elif found == {"messages"}:
+        document = Document(name, *tokenizer.chat(_messages(record["messages"])), formatted=True)
+        if not any(start < end for start, end in document.learned or ()):
+            raise ValueError("has nothing that the assistant says, as the chat template writes it")
+    else:
+        has = ", ".join(sorted(found or record)) or "no fields"
+        raise ValueError(f"must have one of {FIELDS}, got {has}")
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a surrogate pair (\\u{ord(document.text[error.start]):04x})") from error
+    return document
+
+
+def _messages(messages: Any) -> list[Mapping[str, Any]]:
+    """The messages of a conversation without fields that are None, checked."""
+    if not isinstance(messages, list):
+        raise ValueError(f"messages must be a list, got {_kind(messages)}")
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {i} must be an object, got {_kind(message)}")
+        for field in ("role", "content"):
+            if not isinstance(message.get(field), str):
+                raise ValueError(f"message {i} must have a string {field}, got {_kind(message.get(field))}")
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+        raise ValueError("must have a message of the role assistant that is not empty, for there is nothing to learn")
+    return [{field: value for field, value in message.items() if value is not None} for message in messages]
+
+
+def _string(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:
+    value = record[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be a string, got {_kind(value)}")
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"{field} is empty")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
