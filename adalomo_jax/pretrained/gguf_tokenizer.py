@@ -133,7 +133,8 @@ def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     prefix = fields.get("add_space_prefix", True)
     before = [normalizers.Prepend("▁")] if prefix else []
     after = [decoders.Strip(content=" ", left=1, right=0)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])  # pyright: ignore
+    steps = [*before, normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ class TextTokenizer:
             if token is not None and self.tokenizer.id_to_token(token) is None:
                 raise ValueError(f"{name} must be a token of the vocabulary, got {token}")
 
-    @functools.cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the largest token, added ones included: what an embedding must have at least."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1

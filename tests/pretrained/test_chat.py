@@ -137,3 +137,8 @@ def test_what_is_refused(template, messages, error):
     with pytest.raises(ValueError, match=error) as raised:
         chat_text(template, messages)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_marked_block_sets_stays_in_it():
+    template = "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}"
+    assert chat_text(template, CONVERSATION) == ("1False", ((0, 1),))

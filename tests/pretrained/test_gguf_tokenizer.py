@@ -12,9 +12,8 @@ from tokenizers import Regex, pre_tokenizers
 from adalomo_jax.pretrained import read_tokenizer, tokenizer_of_gguf
 
 TEXTS = ["the cat's 12 hats", " two  spaces\n\n\tand é, 日本 and 👍🏽", "<|im_start|>the<|im_end|>", "", " "]
-GOLDEN = json.loads((Path(__file__).parent / "smollm2_tokens.json").read_text())
-"""Texts and their tokens, by a plain loop over the merges in SmolLM2's GGUF file and the regular expressions that
-llama.cpp has for ``smollm`` (digits, then GPT-2's)."""
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "smollm2_tokens.json").read_text())
+"""Texts and their tokens, by tests/data/make_smollm2_tokens.py."""
 
 
 def pieces(tokenizer, text, **options):

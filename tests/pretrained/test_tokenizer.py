@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from small_tokenizers import CHATML, byte_level
 
-from adalomo_jax.pretrained import ByteTokenizer, Encoded, TextTokenizer, read_tokenizer
+from adalomo_jax.pretrained import ByteTokenizer, Encoded, TextTokenizer, Tokenizer, read_tokenizer
 
 TEXTS = ["the cat's 12 hats", " two  spaces\n\n\tand é, 日本 and 👍🏽", "<|im_start|>the<|im_end|>", "", " "]
+BOTH: list[Tokenizer] = [ByteTokenizer(), TextTokenizer(byte_level())]
 MESSAGES = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the mat"}]
 
 
@@ -148,7 +149,7 @@ def test_a_tokenizer_can_be_sent_to_another_process(folder):
     assert again.chat(MESSAGES) == tokenizer.chat(MESSAGES)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), TextTokenizer(byte_level())], ids=["bytes", "text"])
+@pytest.mark.parametrize("tokenizer", BOTH, ids=["bytes", "text"])
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
         tokenizer.encode(["fine", "\ud83d"])
