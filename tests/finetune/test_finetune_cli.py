@@ -22,10 +22,13 @@ from safetensors.numpy import load_file
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import EXTRA, main
 from adalomo_jax.finetune.config import RUN_FILES, FinetuneConfig
-from adalomo_jax.finetune.data import evaluation_batches, load_text
+from adalomo_jax.finetune.data import evaluation_batches, load_data
 from adalomo_jax.finetune.optimizer import LEARNING_RATES
 from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.pretrained import ByteTokenizer
+from adalomo_jax.pretrained.checkpoint import open_checkpoint
+from adalomo_jax.pretrained.load import load_params
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
 
@@ -54,6 +57,10 @@ def finished(finished_run):
     return finished_run[0]
 
 
+def data_of(corpus):
+    return load_data([corpus], ByteTokenizer(), seq_len=32)
+
+
 def read_metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
@@ -61,26 +68,9 @@ def read_metrics(folder):
 
 def model_from(folder):
     """The model, from the exported files alone."""
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    module = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
-
-    def value(path, layer=None):
-        name = ".".join(path).replace(".kernel", ".weight").replace(".embedding", ".weight")
-        tensor = tensors.pop(name)
-        return tensor.T if path[-1] == "kernel" else tensor
-
-    state = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    for path, variable in state.items():
-        if path[0] == "layers":
-            layers = [value(("model", "layers", str(i), *path[1:])) for i in range(config["num_hidden_layers"])]
-            new = np.stack(layers)
-        else:
-            new = value(path if path[0] == "lm_head" else ("model", *path))
-        assert new.shape == variable.shape
-        variable[...] = jnp.asarray(new)
-    assert not tensors, "every exported tensor belongs to the model"
-    nnx.update(module, nnx.from_flat_state(state))
-    return module
+    found = open_checkpoint(folder)
+    params = load_params(found.config, found.source, "float32")
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(found.config, rngs=nnx.Rngs(0)))), params)
 
 
 def test_a_run_leaves_its_files_and_no_others(finished):
@@ -107,17 +97,21 @@ def test_a_run_prints_its_progress_a_sample_and_its_figures(finished_run, corpus
     folder, printed = finished_run
     _, evaluations = read_metrics(folder)
     for row in evaluations:
-        assert f"step {row['step']:>6}  evaluation loss {row['eval_loss']:.3f}\n" in printed
+        assert (
+            f"step {row['step']:>6}  evaluation loss {row['eval_loss']:.3f}  perplexity {row['perplexity']:.2f}\n"
+            in printed
+        )
     assert re.search(r"6/6 .*loss \d\.\d{3}  [\d,]+ tokens/s  \d+\.\d\d [MG]B", printed)
 
-    prompt = load_text([corpus], 32).evaluation[:8].tobytes().decode()
+    first = data_of(corpus).evaluation.take(np.array(0)).tokens_BT
+    prompt = bytes(first[:8].tolist()).decode()
     before, bar, after = printed.partition(f"\n{prompt}|")
     title = "tiny, adalomo, fused, float32"
     assert bar and title not in before and after.partition(title)[0].strip()
 
     weights = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     figures = {
-        "evaluation loss (nats a byte)": f"{evaluations[0]['eval_loss']:.3f} to {evaluations[-1]['eval_loss']:.3f}",
+        "evaluation loss (nats a token)": f"{evaluations[0]['eval_loss']:.3f} to {evaluations[-1]['eval_loss']:.3f}",
         "training tokens a second": r"[1-9][\d,]*",
         "peak memory of this process": r"\d+\.\d\d [MG]B",
         "compiled step: arguments, outputs, temporaries": r"\d+\.\d\d MB",
@@ -171,12 +165,13 @@ def test_options_reach_the_run(options, corpus, tmp_path, capsys, monkeypatch):
 
 def test_exported_weights_are_the_trained_ones(finished, corpus):
     _, evaluations = read_metrics(finished)
-    tokens = jnp.asarray(evaluation_batches(load_text([corpus], 32), batch_size=2, seq_len=32).reshape(-1, 32))
+    batches = evaluation_batches(data_of(corpus), batch_size=2)
+    tokens, segments, learned = jax.tree.map(lambda x: jnp.asarray(x.reshape(-1, 32)), batches)
     model = model_from(finished)
-    loss = nnx.jit(next_token_loss)
-    np.testing.assert_allclose(loss(model, tokens), evaluations[-1]["eval_loss"], rtol=1e-5)
+    loss = lambda: nnx.jit(next_token_loss)(model, tokens, learned, segments)
+    np.testing.assert_allclose(loss(), evaluations[-1]["eval_loss"], rtol=1e-5)
     model.layers.mlp.up_proj.kernel[...] = model.layers.mlp.up_proj.kernel[...][::-1]
-    assert abs(float(loss(model, tokens)) - evaluations[-1]["eval_loss"]) > 1e-4
+    assert abs(float(loss()) - evaluations[-1]["eval_loss"]) > 1e-4
 
 
 def test_fused_and_unfused_train_alike(finished, corpus, tmp_path):
@@ -226,6 +221,10 @@ def places(tmp_path, corpus, finished):
         ("--learning-rate nan", "--learning-rate must be above 0, got nan"),
         ("--steps 5 --warmup-steps 6", "--warmup-steps must be from 0 to the 5 of --steps, got 6"),
         ("--weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--max-grad-norm 0", "--max-grad-norm must be above 0, got 0.0"),
+        ("--evaluate-every 0", "--evaluate-every must be at least 1 step, got 0"),
+        ("--model {tmp}/missing", "missing: there is no file or folder"),
+        ("--model {corpus}", "config.json cannot be read"),
         ("--seed -1", "--seed must be from 0"),
         ("--output {finished}", "holds a run already"),
         ("--output {tmp}/short.txt", "is a file, not a folder"),
@@ -233,7 +232,7 @@ def places(tmp_path, corpus, finished):
     ],
 )
 def test_unusable_input_is_one_line_and_status_2(arguments, message, places, capsys, monkeypatch):
-    def compiled_too_early(config, mesh):
+    def compiled_too_early(*_):
         raise AssertionError("compiled before the input was checked")
 
     monkeypatch.setattr(run_module, "build_program", compiled_too_early)
@@ -253,16 +252,16 @@ def test_unusable_input_is_one_line_and_status_2(arguments, message, places, cap
 
 
 def test_good_input_does_compile(places, monkeypatch):
-    monkeypatch.setattr(run_module, "build_program", lambda config, mesh: 1 / 0)
+    monkeypatch.setattr(run_module, "build_program", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["finetune", "--data", str(places["corpus"]), "--output", str(places["tmp"] / "run")])
 
 
 def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
-    def interrupted(program, config, text, on_row):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "build_program", lambda config, mesh: None)
+    monkeypatch.setattr(run_module, "build_program", lambda *_: None)
     monkeypatch.setattr(run_module, "train", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL])

@@ -16,9 +16,9 @@ def test_progress_shows_loss_speed_and_memory(peak, memory, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=120)
     with progress_bar(console, steps=6) as show:
-        show(EvaluationRow(0, 5.5))
+        show(EvaluationRow.of(0, 5.5))
         show(StepRow(step=3, loss=1.25, grad_norm=0.5, learning_rate=1e-3, tokens_per_second=12345.6))
     printed = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     line = next(line for line in printed.splitlines() if "3/6" in line)
     assert f"loss 1.250  12,346 tokens/s  {memory}" in line
-    assert "step      0  evaluation loss 5.500" in printed
+    assert "step      0  evaluation loss 5.500  perplexity 244.69" in printed

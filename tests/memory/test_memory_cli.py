@@ -20,6 +20,7 @@ from adalomo_jax.finetune.program import build_program
 from adalomo_jax.memory import TARGETS, Usage
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.sharding import AXES as MESH_AXES
+from adalomo_jax.pretrained.model import find_model
 
 KEYS = "params_bytes state_bytes argument_bytes alias_bytes temp_bytes peak_bytes host_bytes limit_bytes".split()
 KEYS += ["fits", "compile_seconds", "name", "optimizer", "fused", "target", "estimated"]
@@ -88,9 +89,8 @@ def test_json_is_an_object_for_each_row_and_nothing_else(capsys, tmp_path):
 def test_it_is_the_step_that_finetune_runs(capsys):
     """The figure in finetune's report is that of the same program."""
     (row,) = json_rows(capsys, "--dtype", "float32", "--batch-size", "4", "--optimizer", "lomo", "--microbatches", "2")
-    program = build_program(
-        FinetuneConfig(model="tiny", batch_size=4, seq_len=16, optimizer="lomo", microbatches=2, steps=600)
-    )
+    config = FinetuneConfig(model="tiny", batch_size=4, seq_len=16, optimizer="lomo", microbatches=2, steps=600)
+    program = build_program(config, find_model("tiny"))
     assert row["peak_bytes"] == program.compiled_bytes
 
 
