@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import json
 import os
 import sysconfig
@@ -172,12 +171,13 @@ def _lines(source: Source) -> Iterator[tuple[int, str, bytes]]:
 
 def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Number, place and content of the rows of a data set, counted from 1."""
-    if importlib.util.find_spec("datasets") is None:
-        raise InputError(f"--data {source.path} is read by the package datasets: pip install 'adalomo-jax[datasets]'")
-    import datasets
-
     try:
-        dataset = datasets.load_from_disk(str(source.path)).with_format(None)  # as plain Python values
+        from datasets import load_from_disk
+    except ImportError as error:
+        message = f"--data {source.path} is read by the package datasets: pip install 'adalomo-jax[datasets]'"
+        raise InputError(message) from error
+    try:
+        dataset = load_from_disk(str(source.path)).with_format(None)  # as plain Python values
         columns = [column for column in COLUMNS if column in dataset.column_names]
         if columns:
             for number, row in enumerate(dataset.select_columns(columns), 1):

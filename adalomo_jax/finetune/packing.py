@@ -87,15 +87,16 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokenized:
     Raises:
         ValueError: a token that the vocabulary does not have.
     """
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    vocab_size = tokenizer.vocab_size  # which some tokenizers count anew each time
+    dtype = np.min_scalar_type(vocab_size - 1)
     tokens, learned = [np.zeros(0, dtype)], [np.zeros(0, bool)]
     for chunk in _chunks(documents):
         encoded = tokenizer.encode([document.text for document in chunk], add_special=not chunk[0].formatted)
         for document, of_document in zip(chunk, encoded):
             all_tokens, all_learned = _ended(document, of_document, tokenizer.eos)
-            if all_tokens.size and not 0 <= all_tokens.min() <= all_tokens.max() < tokenizer.vocab_size:
+            if all_tokens.size and not 0 <= all_tokens.min() <= all_tokens.max() < vocab_size:
                 raise ValueError(
-                    f"tokens must be from 0 to the {tokenizer.vocab_size} of the vocabulary less one, got "
+                    f"tokens must be from 0 to the {vocab_size} of the vocabulary less one, got "
                     f"{all_tokens.max()} in {document.name}: the tokenizer is of another vocabulary"
                 )
             tokens.append(all_tokens.astype(dtype))

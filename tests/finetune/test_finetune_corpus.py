@@ -1,8 +1,8 @@
 """Files, folders and data sets: what is read of them, and what is refused."""
 
 import gzip
-import importlib.util
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -131,7 +131,7 @@ def test_a_data_set_is_evaluated_on_one_split(saved):
 
 def test_a_missing_package_is_named_with_its_extra(saved, monkeypatch):
     folder = saved("set", {"text": ["a"]})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'adalomo-jax\[datasets\]'"):
         read(folder)
 

@@ -179,6 +179,24 @@ def test_documents_stay_in_order_however_many_are_tokenized_at_once(chunk, monke
     assert tokenized.ends.tolist() == np.cumsum(list(map(len, tokens))).tolist()
 
 
+def test_the_vocabulary_is_counted_once():
+    class Counting(ToyTokenizer):
+        counted = 0
+
+        @property
+        def vocab_size(self):
+            self.counted += 1
+            return 258
+
+        @vocab_size.setter
+        def vocab_size(self, value):
+            pass
+
+    tokenizer = Counting()
+    tokenize([Document("a", "text")] * 10, tokenizer)
+    assert tokenizer.counted == 1
+
+
 def test_tokens_that_the_vocabulary_does_not_have_are_refused():
     tokenizer = ToyTokenizer()
     tokenizer.vocab_size = 257
