@@ -20,6 +20,8 @@ EVALUATION_SHARE = 0.1
 """Share of the characters that is kept for evaluation."""
 EVALUATION_BATCHES = 8
 """Most batches that an evaluation reads."""
+ENDLESS = 2**48
+"""More sequences than any run reads."""
 NAMED = 3
 """How many broken records an error names; it counts the rest."""
 
@@ -153,7 +155,9 @@ def training_batches(
     if not 0 <= process < processes:
         raise ValueError(f"process must be from 0 to one less than the {processes} processes, got {process}")
     # Numbers of sequences pass through grain, and one operation takes a whole batch of them.
-    numbers = grain.MapDataset.range(data.train.sequences).seed(seed).shuffle().repeat()
+    # Not repeat(): its length is more than len() can say where batches are of one sequence (grain 0.2.18).
+    epochs = ENDLESS // data.train.sequences + 1
+    numbers = grain.MapDataset.range(data.train.sequences).seed(seed).shuffle().repeat(epochs)
     rows = numbers[process::processes].batch(batch_size // processes).map(data.train.take)
     # No threads read ahead: the sequences are in memory, and a batch of them is there in well under a millisecond.
     return rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -107,7 +107,7 @@ def make_training(
             microbatches=parts,
             reduction="sum",
             batch_argnums=None if parts is None else 1,
-            stochastic_rounding=config.stochastic_rounding,
+            stochastic_rounding=None if config.stochastic_rounding else False,
             seed=config.seed,
             offload=offload,
         ),

@@ -86,7 +86,7 @@ def free_port():
         ("--coordinator localhost:1 --processes 2 --process 0", "say how with --mesh"),
         (
             "--mesh fsdp=8 --seq-len 256",
-            "fewer than a sequence of --seq-len 256 for each of the 8 devices",
+            "fewer than one for each of the 8 devices that --mesh spreads a batch over",
         ),
     ],
 )

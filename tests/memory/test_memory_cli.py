@@ -173,7 +173,7 @@ def test_a_hugging_face_config(capsys, tmp_path):
         ("--model broken.json", "--model broken.json cannot be read: Expecting"),
         (
             "--model gpt2.json",
-            "--model gpt2.json is no Llama that can be built: model_type must be 'llama'",
+            "--model gpt2.json is no Llama that can be built: model_type must be one of llama",
         ),
         ("--model list.json", "--model list.json is no Llama that can be built: "),
         ("--batch-size 0", "--batch-size must be at least 1"),
