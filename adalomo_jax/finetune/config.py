@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "tensor")
 
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "model.safetensors", "config.json")
+RUN_FILES = ("metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "config.json")
 """What a run leaves in its output folder."""
 
 
@@ -108,7 +108,7 @@ class FinetuneConfig:
     evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
     """Steps from one evaluation to the next."""
     output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
-    """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet."""
+    """Folder for metrics.jsonl, summary.json, loss.png and the model in Hugging Face's format; without a run so far."""
 
 
 def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:

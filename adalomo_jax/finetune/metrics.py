@@ -11,6 +11,11 @@ MOST_NATS = 700.0
 """Above it, ``exp`` is more than a float holds."""
 
 
+def perplexity(loss: float) -> float:
+    """``exp(loss)``: how many equally likely tokens a model would be as unsure of."""
+    return math.exp(loss) if loss < MOST_NATS else math.inf
+
+
 class StepRow(NamedTuple):
     """A training step; losses are in nats a token."""
 
@@ -31,7 +36,7 @@ class EvaluationRow(NamedTuple):
     @classmethod
     def of(cls, step: int, eval_loss: float) -> EvaluationRow:
         """With the perplexity of a loss, ``exp(loss)``."""
-        return cls(step, eval_loss, math.exp(eval_loss) if eval_loss < MOST_NATS else math.inf)
+        return cls(step, eval_loss, perplexity(eval_loss))
 
 
 Row = StepRow | EvaluationRow
@@ -39,6 +44,11 @@ Row = StepRow | EvaluationRow
 
 def append_row(path: Path, row: Row) -> None:
     """Add one JSON object on a line; numbers that are not finite become null, which JSON can say."""
-    values = {k: v if math.isfinite(v) else None for k, v in row._asdict().items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(to_json(row) + "\n")
+
+
+def to_json(row: NamedTuple) -> str:
+    """The fields of a row as an object on one line."""
+    is_number = lambda v: not isinstance(v, float) or math.isfinite(v)
+    return json.dumps({k: v if is_number(v) else None for k, v in row._asdict().items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,7 +13,7 @@ from rich.table import Table
 from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.loop import Trained
 from adalomo_jax.finetune.memory_use import peak_bytes
-from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
+from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow, perplexity
 from adalomo_jax.finetune.program import Program, tree_bytes
 from adalomo_jax.memory.usage import format_bytes
 
@@ -34,25 +35,72 @@ def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Row], None]
         yield show
 
 
-def run_table(config: FinetuneConfig, name: str, program: Program, trained: Trained, rows: list[Row]) -> Table:
-    """The report of a run; the name is the model's."""
-    evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
-    first, last = evaluations[0], evaluations[-1]
-    how = "fused" if config.fused else "unfused"
-    where = f", {config.mesh}: bytes a device" if config.mesh else ""
-    table = Table(title=f"{name}, {config.optimizer}, {how}, {config.dtype}{where}", show_header=False)
+class Summary(NamedTuple):
+    """The figures of a run, as ``summary.json`` holds them. Bytes on a mesh are a device's."""
+
+    model: str
+    optimizer: str
+    fused: bool
+    dtype: str
+    mesh: str | None
+    attention: str
+    steps: int
+    first_eval_loss: float
+    """Nats a token, before training."""
+    eval_loss: float
+    """Nats a token, after the last step."""
+    tokens_per_second: float
+    """Of training steps; compilation and evaluation do not count."""
+    process_bytes: int | None
+    """Most that this process had in memory, the compiler's included."""
+    compiled_bytes: int | None
+    """Arguments, outputs and temporaries of the compiled step."""
+    params_bytes: int
+    state_bytes: int
+    gradient_bytes: int
+    """Most that are alive at once."""
+
+
+def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trained, rows: list[Row]) -> Summary:
+    """The figures of a finished run; the name is the model's."""
+    evaluations = [row.eval_loss for row in rows if isinstance(row, EvaluationRow)]
+    return Summary(
+        model=name,
+        optimizer=config.optimizer,
+        fused=config.fused,
+        dtype=config.dtype,
+        mesh=config.mesh,
+        attention=program.attention,
+        steps=config.steps,
+        first_eval_loss=evaluations[0],
+        eval_loss=evaluations[-1],
+        tokens_per_second=trained.tokens_per_second,
+        process_bytes=peak_bytes(),
+        compiled_bytes=program.compiled_bytes,
+        params_bytes=tree_bytes(trained.params),
+        state_bytes=tree_bytes(trained.state),
+        gradient_bytes=program.gradient_bytes,
+    )
+
+
+def summary_table(summary: Summary) -> Table:
+    """The figures on one screen."""
+    how = "fused" if summary.fused else "unfused"
+    where = f", {summary.mesh}: bytes a device" if summary.mesh else ""
+    table = Table(title=f"{summary.model}, {summary.optimizer}, {how}, {summary.dtype}{where}", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    table.add_row("evaluation loss (nats a token)", f"{first.eval_loss:.3f} to {last.eval_loss:.3f}")
-    table.add_row("evaluation perplexity", f"{first.perplexity:.2f} to {last.perplexity:.2f}")
-    table.add_row("training tokens a second", f"{trained.tokens_per_second:,.0f}")
-    table.add_row("attention", program.attention)
+    losses = (summary.first_eval_loss, summary.eval_loss)
+    table.add_row("evaluation loss (nats a token)", " to ".join(f"{loss:.3f}" for loss in losses))
+    table.add_row("evaluation perplexity", " to ".join(f"{perplexity(loss):.2f}" for loss in losses))
+    table.add_row("training tokens a second", f"{summary.tokens_per_second:,.0f}")
+    table.add_row("attention", summary.attention)
     table.add_section()
-    table.add_row("peak memory of this process", format_bytes(peak_bytes()))
-    table.add_row("compiled step: arguments, outputs, temporaries", format_bytes(program.compiled_bytes))
-    table.add_row("parameters", format_bytes(tree_bytes(trained.params)))
-    table.add_row("optimizer state", format_bytes(tree_bytes(trained.state)))
-    table.add_row("gradients alive at once", format_bytes(program.gradient_bytes))
+    table.add_row("peak memory of this process", format_bytes(summary.process_bytes))
+    table.add_row("compiled step: arguments, outputs, temporaries", format_bytes(summary.compiled_bytes))
+    table.add_row("parameters", format_bytes(summary.params_bytes))
+    table.add_row("optimizer state", format_bytes(summary.state_bytes))
+    table.add_row("gradients alive at once", format_bytes(summary.gradient_bytes))
     return table
 
 

@@ -24,13 +24,14 @@ from adalomo_jax.finetune.config import (
 from adalomo_jax.finetune.data import Data, load_data
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
 from adalomo_jax.finetune.loop import train
-from adalomo_jax.finetune.metrics import Row, append_row
+from adalomo_jax.finetune.metrics import Row, append_row, to_json
 from adalomo_jax.finetune.plot import plot_losses
 from adalomo_jax.finetune.program import build_program
-from adalomo_jax.finetune.report import progress_bar, run_table
+from adalomo_jax.finetune.report import progress_bar, summarize, summary_table
 from adalomo_jax.models import PRESETS, Llama, generate
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
+from adalomo_jax.pretrained.files import write_whole
 from adalomo_jax.pretrained.model import Pretrained, export_rest, find_model
 
 SAMPLE_LENGTH = 200
@@ -67,12 +68,14 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         trained = train(program, config, data, on_row)
 
     continuation = sample(model, trained.params, data, config)
+    summary = summarize(config, model.name, program, trained, rows)
     export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)
     if is_first:
         export_rest(folder, model, config.dtype)
         plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
+        write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n"))
     console.print(continuation, markup=False, highlight=False)
-    console.print(run_table(config, model.name, program, trained, rows))
+    console.print(summary_table(summary))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
 

@@ -79,6 +79,7 @@ def test_a_run_leaves_its_files_and_no_others(finished):
         "loss.png",
         "metrics.jsonl",
         "model.safetensors",
+        "summary.json",
     ]
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -122,6 +123,13 @@ def test_a_run_prints_its_progress_a_sample_and_its_figures(finished_run, corpus
     for label, figure in figures.items():
         assert re.search(rf"{re.escape(label)} +\S +{figure} ", after.partition(title)[2]), label
     assert f"written to {folder}\n" in after
+
+
+def test_the_summary_is_what_the_metrics_say(finished):
+    summary, (_, evaluations) = json.loads((finished / "summary.json").read_text()), read_metrics(finished)
+    assert [summary["first_eval_loss"], summary["eval_loss"]] == [evaluations[i]["eval_loss"] for i in (0, -1)]
+    assert evaluations[-1]["perplexity"] == pytest.approx(math.exp(evaluations[-1]["eval_loss"]))
+    assert 0 < summary["state_bytes"] < summary["params_bytes"] < summary["compiled_bytes"] < summary["process_bytes"]
 
 
 @pytest.fixture
