@@ -18,8 +18,10 @@ from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 EVALUATION_SHARE = 0.1
 """Share of the characters that is kept for evaluation."""
+EVALUATION_SEQUENCES = 64
+"""Sequences that an evaluation reads at least, where the text has them."""
 EVALUATION_BATCHES = 8
-"""Most batches that an evaluation reads."""
+"""Batches that it reads at least, where the text has them."""
 ENDLESS = 2**48
 """More sequences than any run reads."""
 NAMED = 3
@@ -170,7 +172,8 @@ def evaluation_batches(data: Data, *, batch_size: int, parts: int = 1) -> Batch:
     """
     available = data.evaluation.sequences
     batch_size = min(batch_size, available) // parts * parts
-    batches = min(EVALUATION_BATCHES, available // batch_size)
+    wanted = max(EVALUATION_BATCHES, -(-EVALUATION_SEQUENCES // batch_size))
+    batches = min(wanted, available // batch_size)
     chosen = np.linspace(0, available - 1, batches * batch_size).astype(np.int64)
     return data.evaluation.take(chosen.reshape(batches, batch_size))
 

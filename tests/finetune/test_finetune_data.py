@@ -223,7 +223,7 @@ def test_batches_that_cannot_be(arguments, message):
 
 @pytest.mark.parametrize(
     ("batch_size", "parts", "shape"),
-    [(2, 1, (6, 2)), (1, 1, (8, 1)), (64, 1, (1, 13)), (64, 4, (1, 12)), (4, 4, (3, 4))],
+    [(2, 1, (6, 2)), (1, 1, (13, 1)), (64, 1, (1, 13)), (64, 4, (1, 12)), (4, 4, (3, 4))],
 )
 def test_evaluation_sequences_are_fixed_and_each_once(batch_size, parts, shape):
     batches = evaluation_batches(DATA, batch_size=batch_size, parts=parts)
