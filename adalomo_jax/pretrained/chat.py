@@ -39,6 +39,9 @@ def chat_text(
     includes the end-of-turn token; white space after that one is not learned if the token is ``eos_token``, at which
     generation ends.
 
+    Templates are not told the date (``strftime_now`` is not defined, and they write one of their own): a run that is
+    continued on another day has to see the same text.
+
     Args:
         template: the Jinja template. It runs in a sandbox.
         messages: each with a ``role`` and mostly a ``content``; what else the template reads is passed on.
@@ -73,16 +76,19 @@ def chat_prompt(
 ) -> str:
     """The messages and the start of the assistant's answer to them: what a model is to continue.
 
-    Args and errors are those of ``chat_text``.
+    Args and errors are those of ``chat_text``. The template may write today's date.
     """
-    text = _renderer(template, messages, bos_token, eos_token)(messages, add_generation_prompt=True)
+    render = _renderer(template, messages, bos_token, eos_token, strftime_now=datetime.datetime.now().strftime)
+    text = render(messages, add_generation_prompt=True)
     return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
-def _renderer(template: str, messages: Sequence[Mapping[str, Any]], bos_token: str | None, eos_token: str | None):
-    """A function of messages: all texts that one makes have the same time and special tokens."""
+def _renderer(
+    template: str, messages: Sequence[Mapping[str, Any]], bos_token: str | None, eos_token: str | None, **more: Any
+):
+    """A function of messages: all texts that one makes have the same special tokens."""
     _check(messages)
-    given: dict[str, Any] = {"tools": None, "documents": None, "strftime_now": datetime.datetime.now().strftime}
+    given: dict[str, Any] = {"tools": None, "documents": None, **more}
     given |= {name: token for name, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None}
 
     def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:

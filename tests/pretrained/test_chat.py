@@ -1,5 +1,7 @@
 """Chat templates: the text, what the assistant says of it, and what is refused."""
 
+import datetime
+
 import pytest
 from small_tokenizers import CHATML
 
@@ -102,9 +104,15 @@ def test_marks_are_found_inside_of_a_captured_block():
 def test_the_template_has_what_transformers_gives_it():
     template = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m | tojson }}{% endfor %}"
-        "{{ strftime_now('%Y')|length }}{{ tools is none }}{{ bos_token is defined }}"
+        "{{ tools is none }}{{ bos_token is defined }}"
     )
-    assert chat_text(template, CONVERSATION).text == '{"role": "user", "content": "Hi <b>"}4TrueFalse'
+    assert chat_text(template, CONVERSATION).text == '{"role": "user", "content": "Hi <b>"}TrueFalse'
+
+
+def test_a_text_to_learn_from_has_no_date_of_today():
+    template = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}26 Jul 2024{% endif %}"
+    assert chat_text(template, CONVERSATION).text == "26 Jul 2024"
+    assert chat_prompt(template, CONVERSATION) == str(datetime.date.today().year)
 
 
 def test_a_template_cannot_leave_its_sandbox():
