@@ -26,7 +26,10 @@ MODULES = {
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],
-    "memory": ["targets", "collectives", "usage", "compile", "liveness", "tiles", "estimate", "report"],
+    "memory": [
+        *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),
+        *("estimate", "report"),
+    ],
 }
 """Within a layer, from the bottom to the top."""
 
