@@ -24,7 +24,8 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
 
     The arguments are counted, and the temporaries are those of the traced step, with their lifetimes, under the
     rules of :mod:`adalomo_jax.memory.liveness`. Of the chip it knows its limit, and of a TPU the tiles that arguments
-    lie in and its vector memory. It is made for accelerators and models whose weights are the most of what they need.
+    lie in, its cores and their vector memory. It is made for accelerators, and is nearest where what loops carry either
+    all fits in a TPU's vector memory or is far too large for it.
 
     Args and returns as of `compile_usage`. No plugin is needed, and nothing is compiled.
 

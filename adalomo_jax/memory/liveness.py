@@ -1,6 +1,6 @@
 """The temporaries of a traced program, by a walk over its equations, as a compiler would lay them out.
 
-The compiler is modelled by five rules:
+The compiler is modelled by six rules:
 
 - What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
   what reads it. So of a slice, a cast, a broadcast.
@@ -8,15 +8,17 @@ The compiler is modelled by five rules:
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
 - A matmul reads its operands transposed, if it has to.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
+- Of branches by platform, there is only the one that is taken.
 
 A GPU's compiler adds one:
 
 - Constants that loops read or carry, and what they collect into, are made before the first of them.
 
-A TPU's compiler adds two, and places the buffers by the rules of :mod:`adalomo_jax.memory.placement`:
+A TPU's compiler adds three, and places the buffers by the rules of :mod:`adalomo_jax.memory.placement`:
 
 - An input that lies transposed is copied where that does not suit what reads it.
 - A broadcast constant that a loop reads is part of its body.
+- A matmul whose result is only added to what it is written over adds it there, if it does not read that.
 """
 
 from __future__ import annotations

@@ -2,14 +2,17 @@
 
 Of a TPU, whose compiler places them in main memory or in the vector memory of a core:
 
-- What a stretch of the program without loops makes and reads lies in the vector memory, while there is room.
+- What a stretch of the program without loops makes and reads lies in the vector memory, while there is room; but not
+  the result of a matmul that is written over an input.
 - Where all arrays of a program have room there together, they lie there, those that loops carry too.
-- Of two cores, each has a part in a matmul or a reduction. The result goes to the main memory that they share, and from
-  there into both vector memories before it is first read.
+- Of two cores, each has a part in a matmul, a reduction or a scatter. The result goes to the main memory that they
+  share, and from there into both vector memories before it is first read.
 - Scalars lie in main memory, of which each buffer takes whole granules.
-- An operation with several results has a table of them, one granule, for as long as the program runs. Such are loops,
-  copies of arguments into vector memory, the halves of a random key, and reductions: those that read the same array are
-  one operation with it, or with its matmul, if none of them needs another's result.
+- An operation with several results has a table of them, one granule, for as long as the program runs. Such are:
+
+  - loops, copies of arguments into vector memory, and what makes the two words of a random key;
+  - reductions of one array, none of which needs another's result, which are one operation with what makes the array;
+  - what makes the parts of a concatenation, and what makes a value that is written and also read by something else.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from adalomo_jax.memory.flat import LOOPS, WRITES, Flat, flatten, needed_whole
 
 TPU_GRANULE = 16 * 2**10
 """Bytes, by which libtpu deals out main memory."""
-
 
 _PASSING = ("reshape", "squeeze", "broadcast_in_dim", "select_n")
 """Through which a value is written."""
@@ -68,7 +70,7 @@ def most_alive(flat: Flat, lives: Lives, inner: Sequence[int], chip: Chip) -> in
         inner: at each place, what the operation that ends there needs inside.
         chip: where they lie.
     """
-    begun, moved, ended = ([[] for _ in inner] for _ in range(3))
+    begun, moved, ended = ([list[int]() for _ in inner] for _ in range(3))
     for v, (first, last) in lives.spans.items():
         begun[first].append(v)
         ended[min(last, len(inner) - 1)].append(v)
@@ -84,7 +86,8 @@ def most_alive(flat: Flat, lives: Lives, inner: Sequence[int], chip: Chip) -> in
                 room -= flat.sizes[v]
                 if v in written_by_all and not chip.holds_all:
                     alive += taken(v)
-                    moved[min(lives.first_read.get(v, len(inner)), len(inner) - 1)].append(v)
+                    first_read, last = lives.first_read.get(v, len(inner)), lives.spans[v][1]
+                    moved[min(first_read, last, len(inner) - 1)].append(v)
             else:
                 alive += taken(v)
         most = max(most, alive + inside)
