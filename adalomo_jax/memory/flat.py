@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -116,12 +116,13 @@ def flatten(program: Program, platform: str) -> Flat:
     return flat
 
 
-def needed_whole(flat: Flat, sinks: bool) -> set[int]:
+def needed_whole(flat: Flat, is_tpu: bool) -> set[int]:
     """The values that have to exist as buffers, for what reads them.
 
     Args:
         flat: the program.
-        sinks: whether a constant that a loop reads is made in the loop.
+        is_tpu: whether loops are a TPU's, in which the constants that they read are made. Others' read transposes
+            as they lie.
     """
     needed, transposed, constants = set(flat.outputs), {}, flat.constants
     for operation in flat.operations:
@@ -130,8 +131,10 @@ def needed_whole(flat: Flat, sinks: bool) -> set[int]:
             transposed[operation.outputs[0]] = transposed.get(operation.inputs[0], operation.inputs[0])
         elif name == "dot_general":
             needed.update(transposed.get(v, v) for v in operation.inputs)
+        elif name == "scan":
+            needed.update(_not_sunk(operation, constants) if is_tpu else _untransposed(operation, transposed))
         elif name in (*_OPAQUE, *LOOPS):
-            needed.update(operation.inputs if name != "scan" or not sinks else _not_sunk(operation, constants))
+            needed.update(operation.inputs)
         if name in WRITES:
             needed.add(operation.inputs[0])
     for operation in reversed(flat.operations):
@@ -149,6 +152,12 @@ def _not_sunk(operation: Operation, constants: Set[int]) -> Iterator[int]:
 def _branch(platforms: Sequence[Sequence[str] | None], platform: str) -> int:
     """The position of the platform among those of the branches; None takes all others."""
     return next(k for k, names in enumerate(platforms) if names is None or platform in names)
+
+
+def _untransposed(operation: Operation, transposed: Mapping[int, int]) -> Iterator[int]:
+    """The operands of a loop, which reads as they lie those that it does not carry."""
+    first = scan_of(operation.equation).num_consts
+    return (transposed.get(v, v) if k < first else v for k, v in enumerate(operation.inputs))
 
 
 def _called(equation: Equation) -> Program:

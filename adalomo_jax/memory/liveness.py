@@ -1,18 +1,18 @@
 """The temporaries of a traced program, by a walk over its equations, as a compiler would lay them out.
 
-The compiler is modelled by six rules:
+The compiler is modelled by these rules:
 
 - What is computed elementwise exists only where a matmul, a loop, a sort or the caller reads it; else it is part of
   what reads it. So of a slice, a cast, a broadcast.
 - A reduction's operand need not exist; its result does.
 - A buffer lives from the equation that makes it to the last one that reads it, directly or through such values.
-- A matmul reads its operands transposed, if it has to.
+- A matmul reads its operands transposed, if it has to. So do loops what they do not carry, but a TPU's.
 - A loop carries its values in place where nothing else reads them later, and so does a write into a slice.
 - Of branches by platform, there is only the one that is taken.
 
 A GPU's compiler adds one:
 
-- Constants that loops read or carry, and what they collect into, are made before the first of them.
+- What loops collect into is made before the first of them.
 
 A TPU's compiler adds three, and places the buffers by the rules of :mod:`adalomo_jax.memory.placement`:
 
@@ -69,7 +69,7 @@ def temporary_bytes(
     swapped = {flat.inputs[p]: size for p, size in copied.items()}
     flat.sizes.update(swapped)
     copies = _read_by_rows(flat, chip).intersection(swapped)
-    needed = needed_whole(flat, sinks=chip.platform == "tpu")
+    needed = needed_whole(flat, is_tpu=chip.platform == "tpu")
     made = _made(flat, in_place, scanned, needed, swapped)
     given = [*(flat.inputs[p] for p in scanned if flat.inputs[p] in needed), *copies]
     lives = _lives(flat, made, given, chip)
@@ -88,13 +88,11 @@ def _lives(flat: Flat, made: _Made, given: Collection[int], chip: Chip) -> Lives
 
 
 def _made_early(flat: Flat) -> dict[int, int]:
-    """Of constants, and of what loops collect, the place before the first loop."""
+    """Of what loops collect, the place before the first loop."""
     loops = [i for i, operation in enumerate(flat.operations) if operation.name in ("scan", "while")]
-    found = flat.constants
-    for operation in flat.operations:
-        if operation.name == "scan":
-            found.update(operation.outputs[scan_of(operation.equation).num_carry :])
-    return dict.fromkeys(found, loops[0]) if loops else {}
+    scans = [operation for operation in flat.operations if operation.name == "scan"]
+    collected = (v for scan in scans for v in scan.outputs[scan_of(scan.equation).num_carry :])
+    return dict.fromkeys(collected, loops[0]) if loops else {}
 
 
 def _added_in_place(made: _Made) -> set[int]:

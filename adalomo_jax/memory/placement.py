@@ -107,7 +107,7 @@ def table_bytes(program: Program, chip: Chip) -> int:
 
 def _tables(flat: Flat, platform: str) -> int:
     """How many operations have several results; of branches the most."""
-    needed = needed_whole(flat, sinks=True)
+    needed = needed_whole(flat, is_tpu=True)
     count = sum(results > 1 for results in _results_of_reductions(flat, needed))
     count += len(_written_and_read(flat))
     for operation in flat.operations:

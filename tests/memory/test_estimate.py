@@ -70,11 +70,21 @@ def two_loops(second, begun):
     return lambda platform: temporaries(fn, STACK, chip=Chip(platform))
 
 
-def test_a_gpu_makes_what_loops_begin_with_before_the_first_of_them():
+def test_a_gpu_makes_what_loops_collect_into_before_the_first_of_them():
     accumulates = two_loops(lambda total, x: (total + x, None), lambda: jnp.zeros(SQUARE))
     collects = two_loops(lambda _, x: (0.0, x * 2), lambda: 0.0)
-    assert accumulates("cuda") - accumulates("cpu") == ARRAY
+    assert accumulates("cuda") == accumulates("cpu")
     assert ARRAY < collects("cuda") - collects("cpu") <= 2 * ARRAY
+
+
+def test_a_loop_reads_a_transpose_as_it_lies_but_on_a_tpu():
+    def extra(platform):
+        multiply = lambda w, xs: jax.lax.scan(lambda total, x: (total + jnp.sum(x @ w), None), 0.0, xs)[0]
+        transposed, plain = (lambda w, xs: multiply(w.T, xs)), multiply
+        chip = Chip(platform)
+        return temporaries(transposed, SQUARE, STACK, chip=chip) - temporaries(plain, SQUARE, STACK, chip=chip)
+
+    assert extra("cuda") == 0 and extra("tpu") == ARRAY
 
 
 def test_of_branches_by_platform_one_is_taken():
