@@ -31,7 +31,10 @@ MODULES = {
         *("files", "names", "source", "gguf_file", "load", "checkpoint", "chat", "tokenizer", "gguf_tokenizer"),
         *("export", "model"),
     ],
-    "memory": ["targets", "collectives", "usage", "compile", "liveness", "tiles", "estimate", "report"],
+    "memory": [
+        *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),
+        *("estimate", "report"),
+    ],
 }
 """Within a layer, from the bottom to the top."""
 

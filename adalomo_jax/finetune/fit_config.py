@@ -54,7 +54,7 @@ class MemoryConfig:
     Of fused steps only: the unfused ones of --compare have all on the chip."""
     estimate: bool = False
     """Compile nothing, and estimate from shapes: no compiler is needed.
-    It is made for models of 100 million weights and more, on one TPU or GPU."""
+    It is made for the presets on one TPU or GPU, tiny on sequences of up to its 512 tokens."""
     json: bool = False
     """Print one JSON object for each row, and nothing else; bytes, not gigabytes."""
     output: Annotated[Path | None, default("memory.png under the current folder, and with --json none")] = None

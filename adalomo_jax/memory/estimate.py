@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
 from adalomo_jax.fused import FusedStep
-from adalomo_jax.fused.jaxpr import trace
+from adalomo_jax.fused.jaxpr import Program, trace
 from adalomo_jax.memory.compile import place, shares_of, whole_bytes
 from adalomo_jax.memory.liveness import temporary_bytes
+from adalomo_jax.memory.placement import TPU_GRANULE, Chip, table_bytes
 from adalomo_jax.memory.targets import Target
 from adalomo_jax.memory.tiles import lies_transposed, row_major_bytes, tiled_bytes
 from adalomo_jax.memory.usage import Usage
@@ -22,7 +24,8 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
 
     The arguments are counted, and the temporaries are those of the traced step, with their lifetimes, under the
     rules of :mod:`adalomo_jax.memory.liveness`. Of the chip it knows its limit, and of a TPU the tiles that arguments
-    lie in and its vector memory. It is made for accelerators and models whose weights are the most of what they need.
+    lie in, its cores and their vector memory. It is made for accelerators, and is nearest where what loops carry either
+    all fits in a TPU's vector memory or is far too large for it.
 
     Args and returns as of `compile_usage`. No plugin is needed, and nothing is compiled.
 
@@ -51,9 +54,8 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
     argument_bytes = sum(map(size_of, jax.tree.leaves((params, state, args))))
     updated = sum(map(size_of, given))
     copied = {i: row_major_bytes(x) for i, x in enumerate(given) if is_tpu and lies_transposed(x)}
-    vector_bytes = target.vector_mib * 2**20 if is_tpu else None
     in_place = {i: i for i in range(len(given))}
-    temp_bytes = temporary_bytes(program, in_place, copied=copied, vector_bytes=vector_bytes)
+    temp_bytes = _temporary_bytes(program, in_place, copied, argument_bytes, _chip(target))
     return Usage(
         params_bytes=shares.params,
         state_bytes=shares.state,
@@ -69,6 +71,21 @@ def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fus
         compile_seconds=time.perf_counter() - began,
         estimated=True,
     )
+
+
+def _chip(target: Target) -> Chip:
+    granule = TPU_GRANULE if target.platform == "tpu" else 1
+    return Chip(target.platform, target.vector_mib * 2**20, target.cores, granule)
+
+
+def _temporary_bytes(
+    program: Program, in_place: Mapping[int, int], copied: Mapping[int, int], argument_bytes: int, chip: Chip
+) -> int:
+    of = lambda chip: temporary_bytes(program, in_place, copied=copied, chip=chip)
+    if not chip.vector_bytes:
+        return of(chip)
+    holds_all = chip.cores == 1 and argument_bytes + of(chip._replace(vector_bytes=0)) <= chip.vector_bytes
+    return of(chip._replace(holds_all=holds_all)) + table_bytes(program, chip)
 
 
 def _call(structure: Any, leaves: Any) -> tuple[Any, ...]:

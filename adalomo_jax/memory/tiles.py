@@ -11,6 +11,8 @@ LANES = 128
 """Elements of a tile's row."""
 SUBLANES = 8
 """Rows of a tile."""
+VECTOR_TILE_BYTES = 512
+"""The least that a vector or a scalar takes."""
 
 
 def row_major_bytes(x: Any) -> int:
@@ -21,10 +23,13 @@ def row_major_bytes(x: Any) -> int:
         >>> row_major_bytes(jax.ShapeDtypeStruct((30, 576, 192), jnp.bfloat16)) == 30 * 576 * 256 * 2
         True
     """
-    *outer, rows, columns = (1, 1, *x.shape)[-max(2, x.ndim) :]
-    # A row alone is laid out by itself, without seven empty ones.
-    rows = rows if rows == 1 else _whole(rows, SUBLANES)
-    return math.prod(outer) * rows * _whole(columns, LANES) * jnp.dtype(x.dtype).itemsize
+    itemsize = jnp.dtype(x.dtype).itemsize
+    if x.ndim < 2:
+        tile = max(VECTOR_TILE_BYTES // itemsize, min(SUBLANES * LANES, _power_of_two(math.prod(x.shape))))
+        return _whole(math.prod(x.shape), tile) * itemsize
+    *outer, rows, columns = x.shape
+    # Of fewer rows than eight, a tile has the next power of two.
+    return math.prod(outer) * _whole(rows, min(SUBLANES, _power_of_two(rows))) * _whole(columns, LANES) * itemsize
 
 
 def lies_transposed(x: Any) -> bool:
@@ -49,3 +54,8 @@ def _swapped(x: Any) -> Any:
 
 def _whole(size: int, tile: int) -> int:
     return -(-size // tile) * tile
+
+
+def _power_of_two(size: int) -> int:
+    """The least that is not below."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -4,24 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from on_targets import memory_rows, needs_cuda, needs_libtpu
+from traced import ARRAY, SQUARE, STACK, N, temporaries, tpu
 
 from adalomo_jax import adalomo, fuse
-from adalomo_jax.fused.jaxpr import trace
 from adalomo_jax.memory import TARGETS, compile_usage, estimate_usage
-from adalomo_jax.memory.liveness import temporary_bytes
+from adalomo_jax.memory.placement import Chip
 from adalomo_jax.memory.tiles import lies_transposed, row_major_bytes, tiled_bytes
-
-N = 64
-ARRAY = N * N * 4
-
-
-def temporaries(fn, *shapes, in_place=(), **tpu):
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    program, _ = trace(lambda leaves: fn(*leaves), arguments)
-    return temporary_bytes(program, dict(in_place), **tpu)
-
-
-SQUARE = (N, N)
 
 
 def test_what_is_elementwise_exists_in_its_reader_only():
@@ -72,21 +60,47 @@ def test_a_branch_counts_as_the_larger():
     assert 2 * ARRAY <= temporaries(branch, (1,), SQUARE) <= 2 * ARRAY + 64
 
 
-def test_vector_memory_has_what_fits_between_loops():
-    chain = lambda x: jnp.sum(((x @ x) @ x) @ x)
-    assert temporaries(chain, SQUARE, vector_bytes=0) == 2 * ARRAY
-    assert temporaries(chain, SQUARE, vector_bytes=ARRAY) == ARRAY
-    assert temporaries(chain, SQUARE, vector_bytes=ARRAY - 1) == 2 * ARRAY
-    assert temporaries(chain, SQUARE, vector_bytes=2 * ARRAY + 8) == 0
+def two_loops(second, begun):
+    """The first needs two squares inside, the second none."""
+
+    def fn(xs):
+        first = jax.lax.scan(lambda total, x: (total + jnp.sum((x @ x) @ x), None), 0.0, xs)[0]
+        return first, jax.lax.scan(second, begun(), xs)
+
+    return lambda platform: temporaries(fn, STACK, chip=Chip(platform))
 
 
-def test_vector_memory_has_neither_what_outlives_a_loop_nor_what_becomes_an_output():
-    def around(x, xs):
-        kept = x @ x
-        return jnp.sum(jax.lax.scan(lambda total, x: (total + jnp.sum(x), None), 0.0, xs)[0] + kept @ kept)
+def test_a_gpu_makes_what_loops_collect_into_before_the_first_of_them():
+    accumulates = two_loops(lambda total, x: (total + x, None), lambda: jnp.zeros(SQUARE))
+    collects = two_loops(lambda _, x: (0.0, x * 2), lambda: 0.0)
+    assert accumulates("cuda") == accumulates("cpu")
+    assert ARRAY < collects("cuda") - collects("cpu") <= 2 * ARRAY
 
-    assert ARRAY <= temporaries(around, SQUARE, (8, N, N), vector_bytes=2**20) < 2 * ARRAY
-    assert temporaries(lambda x: x + x @ x, SQUARE, in_place={0: 0}.items(), vector_bytes=2**20) == ARRAY
+
+def test_a_loop_reads_a_transpose_as_it_lies_but_on_a_tpu():
+    def extra(platform):
+        multiply = lambda w, xs: jax.lax.scan(lambda total, x: (total + jnp.sum(x @ w), None), 0.0, xs)[0]
+        transposed, plain = (lambda w, xs: multiply(w.T, xs)), multiply
+        chip = Chip(platform)
+        return temporaries(transposed, SQUARE, STACK, chip=chip) - temporaries(plain, SQUARE, STACK, chip=chip)
+
+    assert extra("cuda") == 0 and extra("tpu") == ARRAY
+
+
+def test_of_branches_by_platform_one_is_taken():
+    branches = lambda x: jax.lax.platform_dependent(x, cpu=lambda x: (x @ x) @ x, default=lambda x: x * 2)
+    on = lambda platform: temporaries(lambda x: jnp.sum(branches(x)), SQUARE, chip=Chip(platform))
+    assert on("cpu") == 2 * ARRAY and on("cuda") == 4
+
+
+def test_a_tpus_matmul_adds_to_what_it_is_written_over():
+    def extra(fn, platform="tpu"):
+        return temporaries(fn, SQUARE, SQUARE, in_place={0: 0}.items(), chip=Chip(platform))
+
+    assert extra(lambda total, x: total + x @ x) == 0
+    assert extra(lambda total, x: total + x @ x, "cuda") == ARRAY
+    assert extra(lambda total, x: total + total @ x) == ARRAY
+    assert extra(lambda total, x: (total + (y := x @ x), jnp.sum(y))) >= ARRAY
 
 
 def multiply_and_write(stack, x):
@@ -113,7 +127,7 @@ def test_a_broadcast_constant_is_made_in_a_tpus_loop():
         zeros = jnp.zeros(SQUARE)
         return jax.lax.scan(lambda total, x: (total + jnp.sum(jnp.where(x > 0, x, zeros)), None), 0.0, xs)[0]
 
-    assert temporaries(masked, (8, N, N)) - temporaries(masked, (8, N, N), vector_bytes=0) >= ARRAY
+    assert temporaries(masked, (8, N, N)) - temporaries(masked, (8, N, N), chip=tpu(0)) >= ARRAY
 
 
 def test_tiles():
@@ -124,9 +138,13 @@ def test_tiles():
     assert tiled_bytes(array(32, 4096, 4096)) == 32 * 4096 * 4096 * 2
     assert tiled_bytes(array(30, 576, dtype=jnp.float32)) == 32 * 640 * 4
     assert tiled_bytes(array(dtype=jnp.int32)) == 128 * 4
+    assert tiled_bytes(array(4, 128)) == 4 * 128 * 2 and tiled_bytes(array(3, 130)) == 4 * 256 * 2
+    assert tiled_bytes(array(128)) == 256 * 2 and tiled_bytes(array(384, dtype=jnp.float32)) == 512 * 4
+    assert tiled_bytes(array(1025, dtype=jnp.float32)) == 2048 * 4
 
 
 @pytest.mark.parametrize("fused", ["--fused", "--no-fused"])
+@pytest.mark.parametrize("model, seq_len", [("tiny", 512), ("smollm2-135m", 512), ("smollm2-135m", 2048)])
 @pytest.mark.parametrize(
     "device",
     [
@@ -134,8 +152,8 @@ def test_tiles():
         *(pytest.param(device, marks=needs_cuda) for device in ("h100", "rtx-4090")),
     ],
 )
-def test_an_estimate_of_a_small_preset_is_within_a_tenth(device, fused):
-    options = ["--model", "smollm2-135m", "--device", device, fused]
+def test_an_estimate_of_a_small_preset_is_within_a_tenth(device, model, seq_len, fused):
+    options = ["--model", model, "--seq-len", str(seq_len), "--device", device, fused]
     (compiled,), (estimated,) = (memory_rows(*options, *more).values() for more in ([], ["--estimate"]))
     assert estimated["estimated"] and not compiled["estimated"]
     assert estimated["peak_bytes"] == pytest.approx(compiled["peak_bytes"], rel=0.1)
