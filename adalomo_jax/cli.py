@@ -34,6 +34,10 @@ def main(args: Sequence[str] | None = None) -> None:
         _stop(str(stopped), 143)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+    except Exception as error:  # of any library that writes
+        if "No space left" not in str(error):
+            raise
+        _stop(f"the disk is full: {' '.join(str(error).split())}", 2)
 
 
 def _parse(args: Sequence[str] | None) -> Any:

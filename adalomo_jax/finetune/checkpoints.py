@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,8 +96,8 @@ class Saver:
         except Exception as error:
             folder = Path(self.manager.directory)
             raise InputError(
-                f"a checkpoint in {folder} could not be written: {one_line(error)[:300]}; "
-                f"{_there_are(steps_in(folder))}; mend that, and go on with --resume"
+                f"a checkpoint in {folder} could not be written: {_reason(error)}; {_there_are(steps_in(folder))}; "
+                "mend that, and go on with --resume"
             ) from error
 
 
@@ -119,8 +121,6 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
             if step > after:
                 shutil.rmtree(folder / str(step))
     wait_for_all("checkpoints of later steps are removed")
-    # What goes wrong comes back as an error; Orbax and grain log it too, with its traceback.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     loss = lambda metrics: metrics["eval_loss"]
     policies = [
         ocp.checkpoint_managers.LatestN(keep),
@@ -132,6 +132,7 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
+    _tell_errors_once()
     try:
         manager = ocp.CheckpointManager(folder.absolute(), options=options)
     except Exception as error:
@@ -236,12 +237,30 @@ def _read(path: Path, **args: Any) -> dict[str, Any]:
     """Items of a checkpoint. Whatever Orbax meets in damaged files, of which no list is to be had, is a ValueError."""
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
+    _tell_errors_once()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**args))
     except Exception as error:
         raise ValueError(one_line(error)[:300]) from error
     return {name: found[name] for name in args}
+
+
+@functools.cache
+def _tell_errors_once() -> None:
+    """From now on, what comes back as an error is not printed too, with its traceback, by those who met it first.
+
+    It is not undone: they may be at it in other threads while the error is on its way.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def told(unraisable: Any) -> None:
+        # TensorStore, of other reads and writes of Orbax's when one has failed (orbax-checkpoint 0.12.8).
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = told
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -261,6 +280,12 @@ def _sealed(record: Record) -> dict[str, Any]:
 
 def _digest(contents: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore says RESOURCE_EXHAUSTED, the file and much else where a disk is full."""
+    is_full = any(words in str(error) for words in ("No space left", "Disk quota", "RESOURCE_EXHAUSTED"))
+    return "the disk is full" if is_full else one_line(error)[:300]
 
 
 def _there_are(steps: list[int]) -> str:
