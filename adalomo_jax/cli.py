@@ -15,23 +15,29 @@ if TYPE_CHECKING:
     from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
 
-EXTRA = ("flax", "gguf", "grain", "jinja2", "matplotlib", "rich", "safetensors", "tokenizers", "tyro")
+EXTRA = ("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "rich", "safetensors", "tokenizers", "tyro")
 """What the extra ``finetune`` installs: the script is there without it."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """``adalomo-jax``: exits with 0, with 2 for unusable input (one line on stderr), or with 130 when interrupted."""
+    """``adalomo-jax``: exits with 0, or after one line on stderr: 2, unusable input; 130, interrupted; 143, SIGTERM."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
-    from adalomo_jax.finetune.config import InputError
+    from adalomo_jax.finetune.config import InputError, Stopped
 
     try:
         _run(_parse(args))
     except InputError as error:
         _stop(str(error), 2)
+    except Stopped as stopped:
+        _stop(str(stopped), 143)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
+    except Exception as error:  # of any library that writes
+        if "No space left" not in str(error):
+            raise
+        _stop(f"the disk is full: {' '.join(str(error).split())}", 2)
 
 
 def _parse(args: Sequence[str] | None) -> Any:

@@ -21,12 +21,19 @@ AXES = ("data", "fsdp", "tensor")
 
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
-RUN_FILES = ("metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "config.json")
+RUN_FILES = (
+    *("metrics.jsonl", "summary.json", "loss.png", "model.safetensors", "config.json"),
+    "checkpoints",
+)
 """What a run leaves in its output folder."""
 
 
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
+
+
+class Stopped(Exception):
+    """A signal has ended the run, and all is saved; the message is one line and says how to go on."""
 
 
 def one_line(error: Exception) -> str:
@@ -107,8 +114,20 @@ class FinetuneConfig:
     """Round bfloat16 weights stochastically; to nearest, most of adalomo's steps vanish."""
     evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
     """Steps from one evaluation to the next."""
+    checkpoint_every: Annotated[int | None, default("at each evaluation")] = None
+    """Steps from one checkpoint to the next, of weights, optimizer and place in the data; and one at the last step.
+    They are written to <output>/checkpoints while training goes on. 0 writes none."""
+    keep: int = 2
+    """How many of the last checkpoints to keep; the one with the lowest evaluation loss is kept besides."""
+    resume: bool = False
+    """Go on with the run in --output from its newest checkpoint, to the same weights as if it had not been stopped.
+    Give the same options again; those that do not change the numbers, such as --mesh or --no-fused, may be others.
+    SIGTERM makes a run save a checkpoint and stop."""
+    resume_step: Annotated[int | None, default("the newest")] = None
+    """With --resume, the step of an older checkpoint to go on from; the newer ones are removed."""
     output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
-    """Folder for metrics.jsonl, summary.json, loss.png and the model in Hugging Face's format; without a run so far."""
+    """Folder for metrics.jsonl, summary.json, loss.png and the model in Hugging Face's format.
+    It may hold no run yet, but with --resume."""
 
 
 def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
@@ -158,6 +177,15 @@ def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
         f"--evaluate-every must be at least 1 step, got {config.evaluate_every}": (
             config.evaluate_every is None or config.evaluate_every >= 1
         ),
+        f"--checkpoint-every must be 0, for none, or a number of steps, got {config.checkpoint_every}": (
+            config.checkpoint_every is None or config.checkpoint_every >= 0
+        ),
+        f"--keep must be at least 1 checkpoint, got {config.keep}": config.keep >= 1,
+        "--resume goes on with the run in --output: name its folder": not config.resume or config.output is not None,
+        "--resume-step is of --resume: give it too": config.resume_step is None or config.resume,
+        f"--resume-step must be at least 1, got {config.resume_step}": (
+            config.resume_step is None or config.resume_step >= 1
+        ),
         f"--seed must be from 0 to 2**32 - 1, got {config.seed}": 0 <= config.seed < 2**32,
     }
     for message, holds in checks.items():
@@ -168,6 +196,11 @@ def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
 def evaluation_interval(config: FinetuneConfig) -> int:
     """Steps from one evaluation to the next."""
     return config.evaluate_every or max(1, config.steps // 10)
+
+
+def checkpoint_interval(config: FinetuneConfig) -> int:
+    """Steps from one checkpoint to the next; 0 for none."""
+    return evaluation_interval(config) if config.checkpoint_every is None else config.checkpoint_every
 
 
 def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
@@ -196,8 +229,10 @@ def output_folder(config: FinetuneConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder} is a file, not a folder")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if held:
-        raise InputError(f"--output {folder} holds a run already ({', '.join(held)}); name another folder")
+    if held and not config.resume:
+        raise InputError(
+            f"--output {folder} holds a run already ({', '.join(held)}); name another folder, or go on with --resume"
+        )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")

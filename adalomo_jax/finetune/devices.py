@@ -39,6 +39,12 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_all(done: str) -> None:
+    """Until all processes are here; ``done`` says what they have done, in the error that one of them is missing."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(done)
+
+
 class Rows(NamedTuple):
     """Which rows of a batch a process's devices need; others may need the same ones."""
 

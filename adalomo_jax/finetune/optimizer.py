@@ -18,7 +18,7 @@ TUNED_LEARNING_RATES = {"adalomo": 1e-3, "lomo": 1e-2, "adamw": 1e-4, "adafactor
 def make_schedule(config: FinetuneConfig) -> optax.Schedule:
     """Learning rate by step, the first step being 0: a linear warmup, then the schedule, which ends at ``steps``."""
     peak = peak_learning_rate(config)
-    warmup = min(10, config.steps // 10) if config.warmup_steps is None else config.warmup_steps
+    warmup = warmup_steps(config)
     rest = max(1, config.steps - warmup)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -46,3 +46,8 @@ def peak_learning_rate(config: FinetuneConfig) -> float:
     if config.learning_rate is not None:
         return config.learning_rate
     return (LEARNING_RATES if config.model in PRESETS else TUNED_LEARNING_RATES)[config.optimizer]
+
+
+def warmup_steps(config: FinetuneConfig) -> int:
+    """The option, or what suits the number of steps."""
+    return min(10, config.steps // 10) if config.warmup_steps is None else config.warmup_steps

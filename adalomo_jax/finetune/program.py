@@ -131,18 +131,26 @@ def attention_of(config: FinetuneConfig, model: LlamaConfig, platform: str) -> K
 
 
 def build_program(
-    config: FinetuneConfig, model: Pretrained, mesh: Mesh | None = None, on_tensor: Callable[[], object] = lambda: None
+    config: FinetuneConfig,
+    model: Pretrained,
+    mesh: Mesh | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
+    restore: Callable[[Any, Any], tuple[Any, Any]] | None = None,
 ) -> Program:
     """The weights to start from, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it.
 
-    Of a checkpoint, ``on_tensor`` is called after each of its tensors.
+    Of a model's checkpoint, ``on_tensor`` is called after each of its tensors. Where ``restore`` is given, it turns the
+    shapes of parameters and state, with their shardings, into the arrays to go on from, and no others are made.
     """
     platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
     training = make_training(config, model.config, of_batch, platform=platform)
-    params = _first_params(config, model, training, mesh, on_tensor)
     step, args, loss_fn = training.step, training.args, training.loss_fn
-    state = step.init(params, *args)
+    if restore is None:
+        params = _first_params(config, model, training, mesh, on_tensor)
+        state = step.init(params, *args)
+    else:
+        params, state = restore(*abstract_arrays(training, mesh))
     jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
     compiled = jitted.lower(params, state, *args).compile()
     count = jax.jit(_count, out_shardings=args[1].sharding)
@@ -172,6 +180,14 @@ def _first_params(
     if model.checkpoint is None:
         return jax.jit(training.make_params, out_shardings=shardings)()
     return load_params(model.config, model.checkpoint.source, config.dtype, shardings, on_tensor)
+
+
+def abstract_arrays(training: Training, mesh: Mesh | None) -> tuple[Any, Any]:
+    """Parameters and optimizer state as ``jax.ShapeDtypeStruct``s, on a mesh with their shardings."""
+    params = jax.eval_shape(training.make_params)
+    if mesh is not None:
+        params = jax.tree.map(lambda x, s: x.update(sharding=s), params, param_shardings(params, mesh))
+    return params, training.step.abstract_state(params, *training.args)
 
 
 def _count(batch: Batch) -> jax.Array:

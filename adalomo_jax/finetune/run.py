@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
+from adalomo_jax.finetune.checkpoints import Origin, Record, open_saver
 from adalomo_jax.finetune.config import (
     FinetuneConfig,
     InputError,
+    Stopped,
     batch_parts,
     check_options,
     check_preset,
+    checkpoint_interval,
     mesh_sizes,
     one_line,
     output_folder,
 )
 from adalomo_jax.finetune.data import Data, load_data
-from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
-from adalomo_jax.finetune.loop import train
-from adalomo_jax.finetune.metrics import Row, append_row, to_json
+from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of, wait_for_all
+from adalomo_jax.finetune.loop import Trained, train
+from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
 from adalomo_jax.finetune.plot import plot_losses
-from adalomo_jax.finetune.program import build_program
+from adalomo_jax.finetune.program import Program, build_program
 from adalomo_jax.finetune.report import progress_bar, summarize, summary_table
+from adalomo_jax.finetune.resume import (
+    checkpoints_of,
+    earlier_rows,
+    find_checkpoint,
+    is_finished,
+    origin_of,
+    restored,
+)
+from adalomo_jax.finetune.stopping import stop_requests
 from adalomo_jax.models import PRESETS, Llama, generate
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
@@ -42,7 +57,9 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     """Train, write the output folder, and print a sample and a report.
 
     Raises:
-        InputError: an option, a checkpoint or a text cannot be used. Nothing has been compiled or written then.
+        InputError: an option, a checkpoint or a text cannot be used, and nothing has been compiled or written then; or
+            a checkpoint could not be written.
+        Stopped: a signal has ended it; all is saved.
     """
     model = model_of(config.model)
     check_options(config, model.config)
@@ -50,13 +67,26 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     mesh, is_first = mesh_of(config), is_first_process()
     console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
+    if config.resume and is_finished(folder):
+        console.print(f"the run in {folder} is finished", highlight=False, soft_wrap=True)
+        return folder
     data = data_of(config, model)
-    console.print(f"{data.report}\ncompiling", highlight=False)
-    program = build_program(config, model, mesh)
+    origin = origin_of(config, model, data)
+    start = find_checkpoint(config, folder, origin)
+    rows = earlier_rows(folder, start)
+    console.print(str(data.report), highlight=False)
+    if config.resume:
+        where = f"after step {start.step}" if start else f"at the beginning: there is no checkpoint in {folder}"
+        console.print(f"going on {where}", highlight=False, soft_wrap=True)
+    console.print("compiling", highlight=False)
+    program = build_program(config, model, mesh, restore=start and partial(restored, folder, start))
+    wait_for_all("the output folder is checked")
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
+        export_rest(folder, model, config.dtype)
+        if config.resume:
+            write_rows(folder / "metrics.jsonl", rows)
 
-    rows: list[Row] = []
     with progress_bar(console, config.steps) as show:
 
         def on_row(row: Row) -> None:
@@ -65,19 +95,44 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
                 append_row(folder / "metrics.jsonl", row)
             show(row)
 
-        trained = train(program, config, data, on_row)
+        trained = train_saving(program, config, data, on_row, folder, origin, start, mesh)
 
+    if trained.stopped_at is not None:
+        raise Stopped(
+            f"stopped after step {trained.stopped_at}, which is saved; to go on, give the same options with "
+            f"--output {folder} --resume"
+        )
     continuation = sample(model, trained.params, data, config)
     summary = summarize(config, model.name, program, trained, rows)
-    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)
     if is_first:
-        export_rest(folder, model, config.dtype)
         plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
         write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n"))
+    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)  # last: see is_finished
     console.print(continuation, markup=False, highlight=False)
     console.print(summary_table(summary))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def train_saving(
+    program: Program,
+    config: FinetuneConfig,
+    data: Data,
+    on_row: Callable[[Row], None],
+    folder: Path,
+    origin: Origin,
+    start: Record | None,
+    mesh: Mesh | None,
+) -> Trained:
+    """`train`, with checkpoints and an ear for SIGTERM, unless the options ask for no checkpoints."""
+    if not checkpoint_interval(config):
+        return train(program, config, data, on_row, start=start)
+    after = start.step if start else 0
+    with (
+        open_saver(checkpoints_of(folder), origin, keep=config.keep, after=after) as saver,
+        stop_requests(mesh) as is_asked_to_stop,
+    ):
+        return train(program, config, data, on_row, start=start, save=saver.save, is_asked_to_stop=is_asked_to_stop)
 
 
 def model_of(name: str) -> Pretrained:

@@ -74,13 +74,7 @@ def model_from(folder):
 
 
 def test_a_run_leaves_its_files_and_no_others(finished):
-    assert sorted(path.name for path in finished.iterdir()) == [
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "model.safetensors",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in finished.iterdir()) == sorted(RUN_FILES)
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

@@ -1,0 +1,118 @@
+"""How a run goes on from a checkpoint: which one, whether it is of this run, and what to say if not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adalomo_jax.finetune.checkpoints import Origin, Record, read_record, restore, steps_in
+from adalomo_jax.finetune.config import FinetuneConfig, InputError, evaluation_interval, one_line
+from adalomo_jax.finetune.data import Data
+from adalomo_jax.finetune.fingerprints import data_fingerprint
+from adalomo_jax.finetune.metrics import Row, read_rows
+from adalomo_jax.finetune.optimizer import peak_learning_rate, warmup_steps
+from adalomo_jax.pretrained.model import Pretrained
+from adalomo_jax.pretrained.source import INDEX, SINGLE
+
+FREE = (
+    *("fused", "attention", "mesh", "coordinator", "processes", "process"),
+    *("checkpoint_every", "keep", "resume", "resume_step", "output"),
+    *("model", "data", "skip_bad"),
+)
+"""Options that may differ when a run goes on: up to rounding they change nothing, or `Origin` has what they led to."""
+
+
+def origin_of(config: FinetuneConfig, model: Pretrained, data: Data) -> Origin:
+    """What a run with these options is made of."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    options |= {
+        "learning_rate": peak_learning_rate(config),
+        "warmup_steps": warmup_steps(config),
+        "evaluate_every": evaluation_interval(config),
+    }
+    return Origin(options, {"name": model.name, **dataclasses.asdict(model.config)}, data_fingerprint(data))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has left its weights there, which are written last."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where a run in this folder has its checkpoints."""
+    return folder / "checkpoints"
+
+
+def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Record | None:
+    """The checkpoint to go on from, with ``--resume``; None to begin.
+
+    Raises:
+        InputError: it is damaged, or of another run; no other one is taken in its place.
+    """
+    steps = steps_in(checkpoints_of(folder)) if config.resume else []
+    if not steps and config.resume_step is None:
+        return None
+    step = config.resume_step or steps[-1]
+    if step not in steps:
+        there = f"only those of the steps {', '.join(map(str, steps))}" if steps else "none at all"
+        raise InputError(f"--resume-step {step}: {folder} has no checkpoint of this step, {there}")
+    try:
+        record = read_record(checkpoints_of(folder) / str(step))
+    except ValueError as error:
+        raise unusable(folder, step, error) from None
+    differing = differences(record.origin, origin)
+    if differing:
+        raise InputError(
+            f"the checkpoint of step {step} in {folder} is of a run with other options: {'; '.join(differing)}; "
+            "give the same ones, or name another --output"
+        )
+    return record
+
+
+def differences(was: Origin, now: Origin) -> list[str]:
+    """What differs between two runs, each with both values."""
+    name = lambda key: f"--{key.replace('_', '-')}"
+    found = [f"{name(key)} was {a}, and is {b}" for key, a, b in _differing(was.options, now.options)]
+    sizes = [f"--model: its {key} was {a}, and is {b}" for key, a, b in _differing(was.model, now.model)]
+    if was.data != now.data:
+        sizes.append(f"--data led to the sequences {was.data[:12]}, and leads to {now.data[:12]}")
+    return found + sizes
+
+
+def unusable(folder: Path, step: int, error: Exception) -> InputError:
+    """A checkpoint that cannot be read, and what there is besides."""
+    older = [other for other in steps_in(checkpoints_of(folder)) if other < step]
+    steps = ", ".join(map(str, older))
+    way_out = (
+        f"older ones are of the steps {steps}; to take one, say --resume-step {older[-1]}"
+        if older
+        else ("there is no older one; begin again in another --output")
+    )
+    return InputError(f"the checkpoint of step {step} in {folder} is damaged: {one_line(error)}; {way_out}")
+
+
+def restored(folder: Path, record: Record, params: Any, state: Any) -> tuple[Any, Any]:
+    """The arrays of the checkpoint that `find_checkpoint` has found, from their shapes."""
+    try:
+        return restore(checkpoints_of(folder) / str(record.step), record, params, state)
+    except ValueError as error:
+        raise unusable(folder, record.step, error) from None
+
+
+def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
+    """The rows of ``metrics.jsonl`` up to the step that a run goes on from."""
+    if start is None:
+        return []
+    path = folder / "metrics.jsonl"
+    rows = [row for row in read_rows(path) if row.step <= start.step]
+    if not rows:
+        raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")
+    return rows
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    was, now = (json.loads(json.dumps(dict(values))) for values in (was, now))  # a checkpoint has lists for tuples
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
