@@ -256,8 +256,8 @@ def _tell_errors_once() -> None:
     hook = sys.unraisablehook
 
     def told(unraisable: Any) -> None:
-        # TensorStore, of other reads and writes of Orbax's when one has failed (orbax-checkpoint 0.12.8).
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # Of Orbax's other reads and writes, which it drops when one has failed (orbax-checkpoint 0.12.8).
+        if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
             hook(unraisable)
 
     sys.unraisablehook = told

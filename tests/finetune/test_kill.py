@@ -57,10 +57,9 @@ def test_killed_at_random_moments(tmp_path, launch):
         if kill % 3 == 0:  # while it starts, reads, compiles
             time.sleep(chance.uniform(0, 2))
         else:  # while it trains, and each other time in the middle of writing
-            waits = lambda before=before, kill=kill: (
-                not steps_in(folder) - before or (kill % 3 == 1 and not writing(folder))
-            )
-            while time.monotonic() < give_up and waits():
+            while time.monotonic() < give_up:
+                if steps_in(folder) - before and (kill % 3 == 2 or writing(folder)):
+                    break
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.01 if kill % 3 == 1 else 0.3))
         process.kill()
