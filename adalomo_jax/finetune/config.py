@@ -21,8 +21,8 @@ AXES = ("data", "fsdp", "tensor")
 
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "model.safetensors", "config.json")
-"""What a run leaves in its output folder."""
+RUN_FILES = ("metrics.jsonl", "loss.png", "run.png", "model.safetensors", "config.json")
+"""What a run leaves in its output folder, beside a file for TensorBoard whose name has the time and the machine."""
 
 
 class InputError(Exception):
@@ -72,6 +72,9 @@ class FinetuneConfig:
     """Length of a sequence, in tokens. Documents are packed into sequences, and do not see each other there."""
     learning_rate: Annotated[float | None, default("by optimizer, smaller where weights are trained further")] = None
     """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights."""
+    find_lr: bool = False
+    """Train no model, but look for a learning rate: a range test, in which it rises at each of 100 steps.
+    Prints the losses and suggests a rate; leaves lr.jsonl and lr.png in the output folder, and no weights."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warmup: constant, or falling to 0 at the last step."""
     warmup_steps: Annotated[int | None, default("10, at most a tenth of the steps")] = None
@@ -108,7 +111,8 @@ class FinetuneConfig:
     evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
     """Steps from one evaluation to the next."""
     output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
-    """Folder for metrics.jsonl, loss.png, model.safetensors and config.json; it may hold no run yet."""
+    """Folder for the weights (model.safetensors, config.json), metrics.jsonl, loss.png, run.png and TensorBoard's file.
+    It may hold no run yet."""
 
 
 def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
@@ -136,6 +140,7 @@ def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
             config.seq_len <= longest
         ),
         f"--learning-rate must be above 0, got {rate}": _is_positive(rate),
+        "--find-lr looks for the learning rate: leave --learning-rate out": not config.find_lr or rate is None,
         f"--warmup-steps must be from 0 to the {config.steps} of --steps, got {warmup}": (
             warmup is None or 0 <= warmup <= config.steps
         ),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from adalomo_jax.finetune.config import FinetuneConfig, batch_parts, evaluation_interval, mesh_sizes
 from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
-from adalomo_jax.finetune.devices import rows_here, spread, spread_batches, spread_rows
+from adalomo_jax.finetune.devices import gather, rows_here, spread, spread_batches, spread_rows
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 
@@ -41,6 +41,14 @@ class Stopwatch:
         self._mark = time.perf_counter()
 
 
+def step_row(step: int, metrics: dict[str, Any], learning_rate: float, tokens_per_second: float) -> StepRow:
+    """The row of a step, from what `fuse` has measured in it."""
+    update_rms = {path: of_layers.tolist() for path, of_layers in metrics["update_rms"].items()}
+    return StepRow(
+        step, float(metrics["loss"]), float(metrics["grad_norm"]), learning_rate, tokens_per_second, update_rms
+    )
+
+
 def train(program: Program, config: FinetuneConfig, data: Data, on_row: Callable[[Row], None]) -> Trained:
     """Run all steps; ``on_row`` gets some 200 step rows and the evaluations. Consumes ``program``'s arrays."""
     params, state = program.params, program.state
@@ -59,9 +67,9 @@ def train(program: Program, config: FinetuneConfig, data: Data, on_row: Callable
         params, state = result.params, result.state
         evaluating = step % evaluate_every == 0 or step == config.steps
         if step % log_every == 0 or evaluating:
-            loss, grad_norm = float(result.loss), float(result.metrics["grad_norm"])
+            metrics = gather(result.metrics)
             rate = (step - last) * tokens / watch.lap()
-            on_row(StepRow(step, loss, grad_norm, float(program.learning_rates[step - 1]), rate))
+            on_row(step_row(step, metrics, float(program.learning_rates[step - 1]), rate))
             last = step
         if evaluating:
             on_row(EvaluationRow.of(step, float(program.evaluate(params, evaluation))))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 MOST_NATS = 700.0
 """Above it, ``exp`` is more than a float holds."""
@@ -19,6 +22,8 @@ class StepRow(NamedTuple):
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
+    update_rms: Mapping[str, float | Sequence[float]] = {}
+    """By the path of a parameter, the root mean square of what the step added to it; of a stack that of each layer."""
 
 
 class EvaluationRow(NamedTuple):
@@ -39,6 +44,59 @@ Row = StepRow | EvaluationRow
 
 def append_row(path: Path, row: Row) -> None:
     """Add one JSON object on a line; numbers that are not finite become null, which JSON can say."""
-    values = {k: v if math.isfinite(v) else None for k, v in row._asdict().items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(json.dumps(_as_json(row._asdict())) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that `append_row` has written; null is read as NaN.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no row; the message names it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return [_parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def layer_medians(row: StepRow) -> np.ndarray:
+    """``[layers]``: the median over a layer's matrices of the root mean square of their updates.
+
+    Vectors, whose updates are of another size, do not count: norms and biases. Empty where nothing is stacked.
+
+    >>> of_layers = {"layers/mlp/kernel": [1.0, 2.0], "layers/norm/weight": [9.0, 9.0], "layers/q/kernel": [3.0, 4.0]}
+    >>> layer_medians(StepRow(1, 0.0, 0.0, 0.0, 0.0, of_layers | {"embed": 7.0})).tolist()
+    [2.0, 3.0]
+    """
+    stacks = [of_layers for path, of_layers in row.update_rms.items() if _is_matrix(path) and np.ndim(of_layers) == 1]
+    return np.median(np.array(stacks, float), axis=0) if stacks else np.zeros(0)
+
+
+def _is_matrix(path: str) -> bool:
+    return path.rpartition("/")[2] == "kernel"
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_as_json(inner) for inner in value]
+    return value if math.isfinite(value) else None
+
+
+def _parse_row(line: str, place: str) -> Row:
+    try:
+        found = {name: _parse_number(value) for name, value in json.loads(line).items()}
+        return EvaluationRow(**found) if "eval_loss" in found else StepRow(**found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} is no row of a run: {' '.join(str(error).split())}") from None
+
+
+def _parse_number(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _parse_number(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_parse_number(inner) for inner in value]
+    return math.nan if value is None else value

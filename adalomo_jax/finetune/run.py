@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from adalomo_jax.finetune.config import (
 )
 from adalomo_jax.finetune.data import Data, load_data
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of
+from adalomo_jax.finetune.find_lr import find_lr
 from adalomo_jax.finetune.loop import train
-from adalomo_jax.finetune.metrics import Row, append_row
-from adalomo_jax.finetune.plot import plot_losses
+from adalomo_jax.finetune.metrics import Row, append_row, read_rows
+from adalomo_jax.finetune.plot import plot_losses, plot_run
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.finetune.report import progress_bar, run_table
+from adalomo_jax.finetune.tensorboard import event_file
 from adalomo_jax.models import PRESETS, Llama, generate
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
@@ -51,17 +54,21 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     folder = output_folder(config)
     data = data_of(config, model)
     console.print(f"{data.report}\ncompiling", highlight=False)
+    if config.find_lr:
+        return find_lr(config, model, data, mesh, folder if is_first else None, console)
     program = build_program(config, model, mesh)
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
 
     rows: list[Row] = []
-    with progress_bar(console, config.steps) as show:
+    events = event_file(folder) if is_first else contextlib.nullcontext()
+    with progress_bar(console, config.steps) as show, events as write_event:
 
         def on_row(row: Row) -> None:
             rows.append(row)
-            if is_first:
+            if write_event is not None:
                 append_row(folder / "metrics.jsonl", row)
+                write_event(row)
             show(row)
 
         trained = train(program, config, data, on_row)
@@ -70,7 +77,9 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)
     if is_first:
         export_rest(folder, model, config.dtype)
+        rows = read_rows(folder / "metrics.jsonl")  # of a resumed run all, not those of its last part
         plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
+        plot_run(folder / "run.png", rows, f"{model.name}, {config.optimizer}")
     console.print(continuation, markup=False, highlight=False)
     console.print(run_table(config, model.name, program, trained, rows))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
