@@ -70,18 +70,27 @@ class _Diverged(Exception):
 
 
 def find_lr(
-    config: FinetuneConfig, model: Pretrained, data: Data, mesh: Mesh | None, folder: Path | None, console: Console
-) -> Path | None:
+    config: FinetuneConfig,
+    model: Pretrained,
+    data: Data,
+    mesh: Mesh | None,
+    folder: Path,
+    console: Console,
+    *,
+    writes: bool = True,
+) -> Path:
     """Run the test with the options' model, data and optimizer; print, draw and write what it finds into the folder.
+
+    Of several processes each takes part, and one writes.
 
     Raises:
         InputError: the folder holds a test already, or the loss fell at no rate.
     """
-    if folder is not None and any((folder / name).exists() for name in FILES):
+    if any((folder / name).exists() for name in FILES):
         raise InputError(f"--output {folder} holds a range test already ({', '.join(FILES)}); name another folder")
     rates = range_test(config, model, data, mesh, console)
     suggestion = suggest(rates)
-    if folder is not None:
+    if writes:
         _write(folder, rates, suggestion, f"{model.name}, {config.optimizer}")
     console.print(_table(rates))
     console.print(_advice(suggestion), highlight=False, soft_wrap=True)
@@ -141,8 +150,8 @@ def suggest(rates: Sequence[Rate]) -> Suggestion:
     losses = np.array([rate.loss for rate in rates[: least + 1]])
     if len(losses) < WINDOW or not math.isfinite(losses[0]):
         raise InputError(
-            f"--find-lr: the loss was least at step {least + 1} of {len(rates)}, at the smallest learning rates; it must "
-            "fall to show one: is the model broken, or its data known to it already?"
+            f"--find-lr: the loss was least at step {least + 1} of {len(rates)}, at the smallest learning rates; it "
+            "must fall to show one: is the model broken, or its data known to it already?"
         )
     windows = np.lib.stride_tricks.sliding_window_view(losses, WINDOW)
     steps = np.arange(WINDOW) - (WINDOW - 1) / 2
@@ -152,8 +161,8 @@ def suggest(rates: Sequence[Rate]) -> Suggestion:
 
 def _advice(suggestion: Suggestion) -> str:
     return (
-        f"the loss falls fastest at {suggestion.steepest:.1e}, and is least at {10 * suggestion.tenth:.1e}, where it is "
-        f"about to rise: a tenth of that is {suggestion.tenth:.1e}\n"
+        f"the loss falls fastest at {suggestion.steepest:.1e}, and is least at {10 * suggestion.tenth:.1e}, where it "
+        f"is about to rise: a tenth of that is {suggestion.tenth:.1e}\n"
         f"suggested, the greater of the two: --learning-rate {suggestion.rate:.1e}"
     )
 

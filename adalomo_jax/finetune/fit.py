@@ -122,6 +122,7 @@ def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
         optimizer=step.optimizer,
         fused=step.fused,
         dtype=config.dtype,
+        update_rms=False,
     )
 
 

@@ -43,7 +43,7 @@ class Stopwatch:
 
 def step_row(step: int, metrics: dict[str, Any], learning_rate: float, tokens_per_second: float) -> StepRow:
     """The row of a step, from what `fuse` has measured in it."""
-    update_rms = {path: of_layers.tolist() for path, of_layers in metrics["update_rms"].items()}
+    update_rms = {path: of_layers.tolist() for path, of_layers in metrics.get("update_rms", {}).items()}
     return StepRow(
         step, float(metrics["loss"]), float(metrics["grad_norm"]), learning_rate, tokens_per_second, update_rms
     )

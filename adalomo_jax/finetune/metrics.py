@@ -23,7 +23,8 @@ class StepRow(NamedTuple):
     learning_rate: float
     tokens_per_second: float
     update_rms: Mapping[str, float | Sequence[float]] = {}
-    """By the path of a parameter, the root mean square of what the step added to it; of a stack that of each layer."""
+    """By the path of a parameter, the root mean square of what the step added to it; of a stack that of each layer.
+    Empty, and not in the file, where it was not measured."""
 
 
 class EvaluationRow(NamedTuple):
@@ -45,7 +46,7 @@ Row = StepRow | EvaluationRow
 def append_row(path: Path, row: Row) -> None:
     """Add one JSON object on a line; numbers that are not finite become null, which JSON can say."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_as_json(row._asdict())) + "\n")
+        file.write(json.dumps(_as_json({k: v for k, v in row._asdict().items() if v != {}})) + "\n")
 
 
 def read_rows(path: Path) -> list[Row]:

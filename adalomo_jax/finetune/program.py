@@ -112,7 +112,7 @@ def make_training(
             stochastic_rounding=None if config.stochastic_rounding else False,
             seed=config.seed,
             offload=offload,
-            rms_metrics=True,
+            rms_metrics=config.update_rms,
         ),
         args=_abstract_args(config, batch_sharding),
         schedule=schedule,

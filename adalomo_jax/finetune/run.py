@@ -55,7 +55,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     data = data_of(config, model)
     console.print(f"{data.report}\ncompiling", highlight=False)
     if config.find_lr:
-        return find_lr(config, model, data, mesh, folder if is_first else None, console)
+        return find_lr(config, model, data, mesh, folder, console, writes=is_first)
     program = build_program(config, model, mesh)
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)

@@ -50,11 +50,11 @@ def test_the_key_decides_and_the_prompt_stays(model):
 def plain_nucleus(logits, top_p):
     """By the definition, a row at a time."""
     found = np.full(logits.shape, -np.inf, np.float32)
-    for row, kept in zip(logits, found):
+    for i, row in enumerate(logits):
         probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
         total = 0.0
         for token in np.argsort(-probabilities, kind="stable"):
-            kept[token] = row[token]
+            found[i, token] = row[token]
             total += probabilities[token]
             if total >= top_p:
                 break
@@ -102,9 +102,7 @@ def test_after_the_end_token_there_is_nothing_else(model):
 
 @pytest.mark.parametrize("sampler", [Sampler(0.0), Sampler(2.0), Sampler(2.0, 0.7)])
 def test_a_stream_is_the_same_text(model, sampler):
-    whole = generate(
-        model, PROMPT, 6, key=jax.random.key(1), temperature=sampler.temperature, top_p=sampler.top_p
-    )
+    whole = generate(model, PROMPT, 6, key=jax.random.key(1), temperature=sampler.temperature, top_p=sampler.top_p)
     streamed = list(stream(model, PROMPT, 6, key=jax.random.key(1), sampler=sampler))
     assert np.array_equal(np.stack(streamed, axis=1), whole[:, 3:])
 
