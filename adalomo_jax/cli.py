@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from adalomo_jax.finetune.compare import PlotConfig
     from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
+    from adalomo_jax.finetune.generate_config import GenerateConfig
 
-EXTRA = ("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "rich", "safetensors", "tokenizers", "tyro")
+EXTRA = (
+    *("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "rich", "safetensors"),
+    *("tensorboardX", "tokenizers", "tyro"),
+)
 """What the extra ``finetune`` installs: the script is there without it."""
 
 
@@ -44,10 +49,12 @@ def _parse(args: Sequence[str] | None) -> Any:
     """The options of the command that ``args`` name."""
     import tyro
 
+    from adalomo_jax.finetune.compare import PlotConfig
     from adalomo_jax.finetune.config import FinetuneConfig, InputError
     from adalomo_jax.finetune.fit_config import MemoryConfig
+    from adalomo_jax.finetune.generate_config import GenerateConfig
 
-    commands = {"finetune": FinetuneConfig, "memory": MemoryConfig}
+    commands = {"finetune": FinetuneConfig, "generate": GenerateConfig, "plot": PlotConfig, "memory": MemoryConfig}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -75,14 +82,22 @@ def _first_paragraph(box: str) -> str:
     return " ".join(first).rstrip(".")
 
 
-def _run(command: FinetuneConfig | MemoryConfig) -> None:
+def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig) -> None:
     """Imports what a command needs only when it runs, so that ``--help`` is quick."""
+    from adalomo_jax.finetune.compare import PlotConfig, compare
     from adalomo_jax.finetune.config import FinetuneConfig
+    from adalomo_jax.finetune.generate_config import GenerateConfig
 
     if isinstance(command, FinetuneConfig):
         from adalomo_jax.finetune.run import run
 
         run(command)
+    elif isinstance(command, GenerateConfig):
+        from adalomo_jax.finetune.generate import run as run_generate
+
+        run_generate(command)
+    elif isinstance(command, PlotConfig):
+        compare(command)
     else:
         from adalomo_jax.finetune.fit import run as run_memory
 

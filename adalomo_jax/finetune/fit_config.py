@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.finetune.config import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes, one_line
+from adalomo_jax.finetune.config import (
+    InputError,
+    Optimizer,
+    batch_parts,
+    check_picture,
+    check_preset,
+    default,
+    mesh_sizes,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
@@ -115,8 +123,5 @@ def picture(config: MemoryConfig) -> Path | None:
         if config.json:
             return None
         path = Path("memory.png")
-    if path.is_dir():
-        raise InputError(f"--output {path} is a folder, not a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output {path} cannot be written: {path.parent} is no folder that may be written to")
+    check_picture(path)
     return path

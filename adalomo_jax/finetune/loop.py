@@ -17,7 +17,7 @@ from adalomo_jax.finetune.config import (
     mesh_sizes,
 )
 from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
-from adalomo_jax.finetune.devices import rows_here, spread, spread_batches, spread_rows
+from adalomo_jax.finetune.devices import gather, rows_here, spread, spread_batches, spread_rows
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 
@@ -52,6 +52,14 @@ class Stopwatch:
     def resume(self) -> None:
         """Leave out the time since the last lap."""
         self._mark = time.perf_counter()
+
+
+def step_row(step: int, metrics: dict[str, Any], learning_rate: float, tokens_per_second: float) -> StepRow:
+    """The row of a step, from what `fuse` has measured in it."""
+    update_rms = {path: of_layers.tolist() for path, of_layers in metrics.get("update_rms", {}).items()}
+    return StepRow(
+        step, float(metrics["loss"]), float(metrics["grad_norm"]), learning_rate, tokens_per_second, update_rms
+    )
 
 
 def train(
@@ -95,9 +103,9 @@ def train(
         at_end, eval_loss = step == config.steps, None
         evaluating = step % evaluate_every == 0 or at_end
         if step % log_every == 0 or evaluating:
-            loss, grad_norm = float(result.loss), float(result.metrics["grad_norm"])
+            metrics = gather(result.metrics)
             rate = (step - last) * tokens / watch.lap()
-            on_row(StepRow(step, loss, grad_norm, float(program.learning_rates[step - 1]), rate))
+            on_row(step_row(step, metrics, float(program.learning_rates[step - 1]), rate))
             last = step
         if evaluating:
             eval_loss = float(program.evaluate(params, evaluation))

@@ -31,6 +31,11 @@ def make_schedule(config: FinetuneConfig) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
+def make_range_schedule(config: FinetuneConfig, below: float, above: float, steps: int) -> optax.Schedule:
+    """A learning rate that rises exponentially, from and to these multiples of the optimizer's own peak."""
+    return optax.exponential_decay(below * peak_learning_rate(config), steps - 1, above / below)
+
+
 def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The rule that the options name. The moments of adamw are float32, whatever the weights are."""
     if config.optimizer == "adafactor":

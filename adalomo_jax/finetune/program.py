@@ -75,11 +75,13 @@ def make_training(
     *,
     platform: str,
     offload: Offload | None = None,
+    schedule: optax.Schedule | None = None,
 ) -> Training:
     """The step that the options make, of a model of these sizes. Computes nothing.
 
     On a mesh the step takes parameters and batches that are sharded over it; the latter's sharding is given. The
     platform is that of the devices to compile for. What is offloaded is for ``step.place`` to put into host memory.
+    A schedule takes the place of the options' own.
     """
     attention = attention_of(config, model, platform)
 
@@ -88,7 +90,7 @@ def make_training(
         return Llama(model, rngs=nnx.Rngs(config.seed), dtype=dtype, attention=attention, batch_sharding=batch_sharding)
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
-    schedule = make_schedule(config)
+    schedule = schedule or make_schedule(config)
 
     def loss_fn(params, batch: Batch, count):
         model: Llama = nnx.merge(graphdef, params)
@@ -110,6 +112,7 @@ def make_training(
             stochastic_rounding=None if config.stochastic_rounding else False,
             seed=config.seed,
             offload=offload,
+            rms_metrics=platform != "tpu" if config.update_rms is None else config.update_rms,
         ),
         args=_abstract_args(config, batch_sharding),
         schedule=schedule,
@@ -136,15 +139,18 @@ def build_program(
     mesh: Mesh | None = None,
     on_tensor: Callable[[], object] = lambda: None,
     restore: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+    *,
+    schedule: optax.Schedule | None = None,
 ) -> Program:
     """The weights to start from, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it.
 
     Of a model's checkpoint, ``on_tensor`` is called after each of its tensors. Where ``restore`` is given, it turns the
-    shapes of parameters and state, with their shardings, into the arrays to go on from, and no others are made.
+    shapes of parameters and state, with their shardings, into the arrays to go on from, and no others are made. See
+    `make_training` for the schedule.
     """
     platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
-    training = make_training(config, model.config, of_batch, platform=platform)
+    training = make_training(config, model.config, of_batch, platform=platform, schedule=schedule)
     step, args, loss_fn = training.step, training.args, training.loss_fn
     if restore is None:
         params = _first_params(config, model, training, mesh, on_tensor)

@@ -19,7 +19,7 @@ from adalomo_jax.pretrained.source import INDEX, SINGLE
 
 FREE = (
     *("fused", "attention", "mesh", "coordinator", "processes", "process"),
-    *("checkpoint_every", "keep", "resume", "resume_step", "output"),
+    *("checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
     *("model", "data", "skip_bad"),
 )
 """Options that may differ when a run goes on: up to rounding they change nothing, or `Origin` has what they led to."""
@@ -107,7 +107,7 @@ def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
     if start is None:
         return []
     path = folder / "metrics.jsonl"
-    rows = [row for row in read_rows(path) if row.step <= start.step]
+    rows = [row for row in (read_rows(path) if path.exists() else []) if row.step <= start.step]
     if not rows:
         raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")
     return rows

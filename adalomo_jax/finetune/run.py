@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,10 @@ from adalomo_jax.finetune.config import (
 )
 from adalomo_jax.finetune.data import Data, load_data
 from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of, wait_for_all
+from adalomo_jax.finetune.find_lr import find_lr
 from adalomo_jax.finetune.loop import Trained, train
 from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
-from adalomo_jax.finetune.plot import plot_losses
+from adalomo_jax.finetune.plot import plot_losses, plot_run
 from adalomo_jax.finetune.program import Program, build_program
 from adalomo_jax.finetune.report import progress_bar, summarize, summary_table
 from adalomo_jax.finetune.resume import (
@@ -43,6 +45,7 @@ from adalomo_jax.finetune.resume import (
     restored,
 )
 from adalomo_jax.finetune.stopping import stop_requests
+from adalomo_jax.finetune.tensorboard import event_file
 from adalomo_jax.models import PRESETS, Llama, generate
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
@@ -71,10 +74,12 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         console.print(f"the run in {folder} is finished", highlight=False, soft_wrap=True)
         return folder
     data = data_of(config, model)
+    console.print(str(data.report), highlight=False)
+    if config.find_lr:
+        return find_lr(config, model, data, mesh, folder, console, writes=is_first)
     origin = origin_of(config, model, data)
     start = find_checkpoint(config, folder, origin)
     rows = earlier_rows(folder, start)
-    console.print(str(data.report), highlight=False)
     if config.resume:
         where = f"after step {start.step}" if start else f"at the beginning: there is no checkpoint in {folder}"
         console.print(f"going on {where}", highlight=False, soft_wrap=True)
@@ -87,12 +92,14 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         if config.resume:
             write_rows(folder / "metrics.jsonl", rows)
 
-    with progress_bar(console, config.steps) as show:
+    events = event_file(folder, start.step + 1 if start else 0) if is_first else contextlib.nullcontext()
+    with progress_bar(console, config.steps) as show, events as write_event:
 
         def on_row(row: Row) -> None:
             rows.append(row)
-            if is_first:
+            if write_event is not None:
                 append_row(folder / "metrics.jsonl", row)
+                write_event(row)
             show(row)
 
         trained = train_saving(program, config, data, on_row, folder, origin, start, mesh)
@@ -106,6 +113,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     summary = summarize(config, model.name, program, trained, rows)
     if is_first:
         plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
+        plot_run(folder / "run.png", rows, f"{model.name}, {config.optimizer}")
         write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n"))
     export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)  # last: see is_finished
     console.print(continuation, markup=False, highlight=False)

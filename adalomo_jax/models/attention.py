@@ -72,6 +72,24 @@ def causal_attention(
     return on_parts(q_BTNH, k_BTKH, v_BTKH, *segments)
 
 
+def cached_attention(
+    q_BQNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first: int | jax.Array, *, window: int | None = None
+) -> jax.Array:
+    """The rows of ``causal_attention`` for queries at the positions ``first``, ``first + 1``, ... alone.
+
+    Args:
+      q_BQNH: queries.
+      k_BTKH: keys of the positions 0, 1, ...; those after a query's own may hold anything finite.
+      v_BTKH: values.
+      first: the position of the first query; it may be traced.
+      window: how many positions a query sees, its own included.
+
+    Returns:
+      ``[B, Q, N, H]``, in the dtype of the queries.
+    """
+    return _in_blocks(q_BQNH, k_BTKH, v_BTKH, None, window, first)
+
+
 def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
     """What suits a platform (``"tpu"``, ``"gpu"``, ``"cuda"`` or ``"cpu"``) best: its own kernel where that can be had.
 
@@ -106,15 +124,20 @@ def _is_seen(
 
 
 def _in_blocks(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None
+    q_BQNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None,
+    first: int | jax.Array = 0,
 ) -> jax.Array:
-    B, T, N, H = q_BTNH.shape
-    if T <= BLOCK:
-        is_seen = _is_seen(jnp.arange(T), T, segments_BT, segments_BT, window)
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=is_seen)
+    (B, Q, N, H), T = q_BQNH.shape, k_BTKH.shape[1]
+    if Q <= BLOCK:
+        is_seen = _is_seen(first + jnp.arange(Q), T, segments_BT, segments_BT, window)
+        return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=is_seen)
     in_blocks = lambda x: jnp.moveaxis(_padded(x).reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
-    blocks = in_blocks(q_BTNH)
-    firsts = jnp.arange(blocks.shape[0]) * BLOCK
+    blocks = in_blocks(q_BQNH)
+    firsts = first + jnp.arange(blocks.shape[0]) * BLOCK
 
     @jax.checkpoint
     def of_block(first_block_and_segments):
@@ -123,7 +146,7 @@ def _in_blocks(
         return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=is_seen)
 
     out = lax.map(of_block, (firsts, blocks, None if segments_BT is None else in_blocks(segments_BT)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :T]
+    return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :Q]
 
 
 def _padded(x_BT: jax.Array) -> jax.Array:

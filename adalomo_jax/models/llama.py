@@ -61,14 +61,22 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
     ) -> jax.Array:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
-        k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
-        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, cos, sin)
         out_BTNH = causal_attention(
             q_BTNH, k_BTKH, v_BTKH, self.kind, segments_BT=segments_BT, window=self.window, sharding=self.sharding
         )
-        return self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1))
+        return self.join(out_BTNH)
+
+    def project(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, turned by the angles of their positions."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
+        k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
+        return q_BTNH, k_BTKH, self.v_proj(x_BTD).reshape(heads)
+
+    def join(self, out_BTNH: jax.Array) -> jax.Array:
+        """What the heads found, back into the residual stream."""
+        return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -96,7 +104,11 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
     ) -> jax.Array:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, segments_BT)
+        return self.add(x_BTD, self.self_attn(self.input_layernorm(x_BTD), cos, sin, segments_BT))
+
+    def add(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
+        """The stream with what its attention found, and with what SwiGLU makes of the sum."""
+        x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 

@@ -34,11 +34,11 @@ def frequency_divisors(frequencies: jax.Array, scaling: RopeScaling) -> jax.Arra
 
 
 def rotary_angles(
-    length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None
+    length: int, head_dim: int, theta: float, scaling: RopeScaling | None = None, *, first: int | jax.Array = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[T, H / 2]`` (float32) of position times frequency."""
+    """Cosines and sines ``[T, H / 2]`` (float32) of position times frequency; ``first`` is the first position."""
     frequencies = rotary_frequencies(head_dim, theta, scaling)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = (first + jnp.arange(length)).astype(jnp.float32)[:, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from adalomo_jax.models.decoding import Cache, empty_cache, read
 from adalomo_jax.models.llama import Llama
 
 
+class Sampler(NamedTuple):
+    """How a token is drawn from a model's logits. Of Python's numbers: a static argument of ``jit``."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """The tokens that are drawn from are the likeliest ones, as few as have this probability together; 1: all."""
+    eos: int | None = None
+    """The token after which a sequence has ended: it is repeated to the end."""
+
+
 def generate(
-    model: Llama, prompt_tokens_BP: jax.Array, length: int, *, key: jax.Array, temperature: float = 1.0
+    model: Llama,
+    prompt_tokens_BP: jax.Array,
+    length: int,
+    *,
+    key: jax.Array,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos: int | None = None,
 ) -> jax.Array:
     """Continue each prompt by ``length`` sampled tokens.
 
-    Every token costs one forward pass over the whole window of ``P + length`` positions (no cache of keys and values).
-    Jits with ``length`` and ``temperature`` static.
+    The prompt is read at once; then each token costs a forward pass over one position, which sees the others in a cache
+    of keys and values. Jits with all but ``model``, ``prompt_tokens_BP`` and ``key`` static.
 
     Args:
         model: the model.
@@ -22,33 +45,115 @@ def generate(
         length: tokens to add; ``P + length`` may not exceed ``max_position_embeddings``.
         key: a PRNG key.
         temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw from the nucleus: the likeliest tokens, as few as have this probability together.
+        eos: the token that ends a sequence: all positions after it are ``eos``.
 
     Returns:
         Token ids ``[B, P + length]``, the prompt included.
 
     Raises:
-        ValueError: the prompt is empty, the window too long or the temperature negative.
+        ValueError: the prompt is empty, the window too long, the temperature negative, or ``top_p`` not above 0 and at
+            most 1.
+
+    Source: nucleus sampling: Holtzman et al. (2020), arXiv:1904.09751.
     """
-    P = prompt_tokens_BP.shape[1]
+    sampler = Sampler(temperature, top_p, eos)
+    _check(model, prompt_tokens_BP.shape[1], length, sampler)
+    if length == 0:
+        return prompt_tokens_BP
+
+    def advance(decoding, _):
+        decoding = _advance(model, decoding, key, sampler)
+        return decoding, decoding.token_B
+
+    first = _begin(model, prompt_tokens_BP, length, key, sampler)
+    _, tokens_TB = jax.lax.scan(advance, first, length=length - 1)
+    return jnp.concatenate([prompt_tokens_BP, first.token_B[:, None], tokens_TB.T], axis=1)
+
+
+def stream(
+    model: Llama, prompt_tokens_BP: jax.Array, length: int, *, key: jax.Array, sampler: Sampler
+) -> Iterator[np.ndarray]:
+    """The tokens ``[B]`` that `generate` adds, each as soon as it is there, until all sequences have ended.
+
+    It compiles two programs by itself: do not call it under ``jit``. Args and errors are those of `generate`.
+    """
+    _check(model, prompt_tokens_BP.shape[1], length, sampler)
+    begin = jax.jit(_begin, static_argnames=("length", "sampler"))
+    advance = jax.jit(_advance, static_argnames="sampler", donate_argnums=1)
+    decoding = None
+    for _ in range(length):
+        if decoding is None:
+            decoding = begin(model, prompt_tokens_BP, length, key, sampler)
+        else:
+            decoding = advance(model, decoding, key, sampler)
+        yield np.array(decoding.token_B)
+        if np.all(decoding.ended_B):
+            return
+
+
+def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """The logits of the likeliest tokens, as few as have the probability ``top_p`` together; the others are -inf.
+
+    >>> nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), 0.6).tolist()[0][0]
+    -inf
+    """
+    order_BV = jnp.argsort(logits_BV, axis=-1, descending=True)
+    sorted_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    is_kept_BV = jnp.put_along_axis(
+        jnp.zeros(logits_BV.shape, bool), order_BV, before_BV < top_p, axis=-1, inplace=False
+    )
+    return jnp.where(is_kept_BV, logits_BV, -jnp.inf)
+
+
+class _Decoding(NamedTuple):
+    """Where generation stands: the last token is drawn but not yet read."""
+
+    cache: Cache
+    token_B: jax.Array
+    ended_B: jax.Array
+
+
+def _begin(model: Llama, prompt_tokens_BP: jax.Array, length: int, key: jax.Array, sampler: Sampler) -> _Decoding:
+    """After the prompt, with room for ``length`` more tokens."""
+    B, P = prompt_tokens_BP.shape
+    x_BPD, cache = read(model, prompt_tokens_BP, empty_cache(model, B, P + length))
+    token_B = _draw(model, x_BPD, cache, key, sampler).astype(prompt_tokens_BP.dtype)
+    return _Decoding(cache, token_B, _ends(token_B, sampler))
+
+
+def _advance(model: Llama, decoding: _Decoding, key: jax.Array, sampler: Sampler) -> _Decoding:
+    """One token further."""
+    x_B1D, cache = read(model, decoding.token_B[:, None], decoding.cache)
+    token_B = _draw(model, x_B1D, cache, key, sampler).astype(decoding.token_B.dtype)
+    token_B = jnp.where(decoding.ended_B, decoding.token_B, token_B)
+    return _Decoding(cache, token_B, decoding.ended_B | _ends(token_B, sampler))
+
+
+def _draw(model: Llama, x_BSD: jax.Array, cache: Cache, key: jax.Array, sampler: Sampler) -> jax.Array:
+    """The token after those that were read. Its place decides its key: it is the same however it was reached."""
+    return _sample(jax.random.fold_in(key, cache.length), model.logits(x_BSD[:, -1]), sampler)
+
+
+def _ends(token_B: jax.Array, sampler: Sampler) -> jax.Array:
+    return jnp.zeros(token_B.shape, bool) if sampler.eos is None else token_B == sampler.eos
+
+
+def _sample(key: jax.Array, logits_BV: jax.Array, sampler: Sampler) -> jax.Array:
+    if sampler.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / sampler.temperature
+    return jax.random.categorical(key, logits_BV if sampler.top_p == 1 else nucleus(logits_BV, sampler.top_p))
+
+
+def _check(model: Llama, P: int, length: int, sampler: Sampler) -> None:
     window = model.config.max_position_embeddings
     if not 1 <= P <= P + length <= window:
         raise ValueError(
             f"the prompt (at least 1 token) and the continuation must fit {window} positions, got {P} + {length}."
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}.")
-
-    def next_token(tokens_BT, position):
-        x_BTD = model.hidden(tokens_BT)
-        logits_BV = model.logits(jax.lax.dynamic_index_in_dim(x_BTD, position - 1, axis=1, keepdims=False))
-        token_B = _sample(jax.random.fold_in(key, position), logits_BV, temperature).astype(tokens_BT.dtype)
-        return jax.lax.dynamic_update_index_in_dim(tokens_BT, token_B, position, axis=1), None
-
-    tokens_BT = jnp.pad(prompt_tokens_BP, [(0, 0), (0, length)])
-    return jax.lax.scan(next_token, tokens_BT, jnp.arange(P, P + length))[0]
-
-
-def _sample(key: jax.Array, logits_BV: jax.Array, temperature: float) -> jax.Array:
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1)
-    return jax.random.categorical(key, logits_BV / temperature)
+    if not sampler.temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {sampler.temperature}.")
+    if not 0 < sampler.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {sampler.top_p}.")

@@ -9,6 +9,7 @@ from adalomo_jax.models import PRESETS, LlamaConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
 from adalomo_jax.pretrained.export import copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
+from adalomo_jax.pretrained.source import read_json
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
 
 
@@ -61,9 +62,16 @@ def export_rest(folder: Path, model: Pretrained, dtype: str) -> None:
     export_config(folder, model.config, dtype, like)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> ByteTokenizer | TextTokenizer:
-    if checkpoint.hugging_face is None:
-        return tokenizer_of_gguf(checkpoint.path)
-    if checkpoint.hugging_face.get("tokens") == _BYTES["tokens"]:
+def find_tokenizer(folder: Path) -> ByteTokenizer | TextTokenizer:
+    """The tokenizer of a folder in Hugging Face's format; of bytes where `export_rest` wrote it of a preset.
+
+    Raises:
+        ValueError: it has no ``config.json``, or no tokenizer that can be read.
+    """
+    if read_json(folder / "config.json").get("tokens") == _BYTES["tokens"]:
         return ByteTokenizer()
-    return read_tokenizer(checkpoint.path)
+    return read_tokenizer(folder)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> ByteTokenizer | TextTokenizer:
+    return tokenizer_of_gguf(checkpoint.path) if checkpoint.hugging_face is None else find_tokenizer(checkpoint.path)

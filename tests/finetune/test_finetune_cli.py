@@ -73,16 +73,25 @@ def model_from(folder):
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(found.config, rngs=nnx.Rngs(0)))), params)
 
 
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_a_run_leaves_its_files_and_no_others(finished):
-    assert sorted(path.name for path in finished.iterdir()) == sorted(RUN_FILES)
-    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    *named, events = sorted(files_of(finished), key=lambda name: name.startswith("events."))
+    assert sorted(named) == sorted(RUN_FILES)
+    assert events.startswith("events.out.tfevents.")
+    for picture in ("loss.png", "run.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_metrics_have_all_steps_and_a_falling_loss(finished):
     steps, evaluations = read_metrics(finished)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in evaluations] == [0, 1, 2, 3, 4, 5, 6]
-    assert set(steps[0]) == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert set(steps[0]) == {"step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "update_rms"}
+    assert len(steps[0]["update_rms"]["layers/mlp/up_proj/kernel"]) == 4
+    assert steps[0]["update_rms"]["embed_tokens/embedding"] > 0
     assert 5.3 < evaluations[0]["eval_loss"] < 5.8
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.3
     assert all(row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in steps)
@@ -140,21 +149,22 @@ def quick_compilation():
     [
         {"optimizer": "lomo", "schedule": "linear", "dtype": "bfloat16"},
         {"optimizer": "adamw", "schedule": "constant", "fused": False},
-        {"optimizer": "adafactor", "schedule": "linear"},
+        {"optimizer": "adafactor", "schedule": "linear", "update_rms": False},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_options_reach_the_run(options, corpus, tmp_path, capsys, monkeypatch):
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4, tie_word_embeddings=True)
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **sizes))
-    flags = [f"--{name}={value}" for name, value in options.items() if name != "fused"]
-    flags += [] if options.get("fused", True) else ["--no-fused"]
+    flags = [f"--{name}={value}" for name, value in options.items() if value is not False]
+    flags += [f"--no-{name.replace('_', '-')}" for name, value in options.items() if value is False]
     small = ["--data", str(corpus), "--steps", "2", "--batch-size", "1", "--seq-len", "8"]
     main(["finetune", *small, *flags, "--output", str(tmp_path / "run")])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(RUN_FILES)
+    assert sorted(name for name in files_of(tmp_path / "run") if not name.startswith("events.")) == sorted(RUN_FILES)
     steps, evaluations = read_metrics(tmp_path / "run")
     assert [row["step"] for row in steps] == [1, 2] and len(evaluations) == 3
     assert all(math.isfinite(row["loss"]) for row in steps)
+    assert all(("update_rms" in row) == options.get("update_rms", True) for row in steps)
     assert all(math.isfinite(row["eval_loss"]) for row in evaluations)
     second = 1 if options["schedule"] == "constant" else 0.5
     peak = LEARNING_RATES[options["optimizer"]]
@@ -228,6 +238,7 @@ def places(tmp_path, corpus, finished):
         ("--model {tmp}/missing", "missing: there is no file or folder"),
         ("--model {corpus}", "config.json cannot be read"),
         ("--seed -1", "--seed must be from 0"),
+        ("--find-lr --learning-rate 1e-3", "--find-lr looks for the learning rate: leave --learning-rate out"),
         ("--output {finished}", "holds a run already"),
         ("--output {tmp}/short.txt", "is a file, not a folder"),
         ("--output {tmp}/short.txt/run", "cannot be created"),
@@ -285,7 +296,10 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
         ("finetune --foo", "Unrecognized options: --foo"),
         ("memory --device tpu-v9", "invalid choice 'tpu-v9' for argument '--device'. .*'tpu-v5e', .*'cpu'"),
         ("pretrain", "Unrecognized options: pretrain"),
-        ("", "Expected one of {finetune, memory}"),
+        ("", "Expected one of {finetune, generate, plot, memory}"),
+        ("generate --prompt x", "--model"),
+        ("generate --prompt x --model y --length z", "Error parsing --length"),
+        ("plot --foo", "Unrecognized options: --foo"),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, encoding, monkeypatch, capsys):
@@ -294,7 +308,7 @@ def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, enco
         main(arguments.split())
     pattern = ".*".join(map(re.escape, message.split(".*")))
     assert stopped.value.code == 2
-    command = f" {arguments.split()[0]}" if arguments.startswith(("finetune", "memory")) else ""
+    command = f" {arguments.split()[0]}" if arguments.startswith(("finetune", "generate", "plot", "memory")) else ""
     assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax{command} --help\n", capsys.readouterr().err)
 
 

@@ -1,0 +1,40 @@
+"""The numbers of a run as TensorBoard's event files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adalomo_jax.finetune.metrics import Row, StepRow, layer_medians
+
+
+@contextmanager
+def event_file(folder: Path, first_step: int = 0) -> Iterator[Callable[[Row], None]]:
+    """Yields the function that adds a row to a new event file in the folder.
+
+    Args:
+        folder: exists. It may hold event files of earlier parts of the run.
+        first_step: what they hold of this step and later ones TensorBoard is told to forget: a resumed run repeats it.
+    """
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=first_step or None) as writer:
+
+        def write(row: Row) -> None:
+            for tag, value in scalars(row).items():
+                writer.add_scalar(tag, value, row.step)
+
+        yield write
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """What TensorBoard shows of a row, by its tags. Of updates the median over each layer's matrices.
+
+    >>> scalars(StepRow(3, 2.5, 1.0, 1e-3, 100.0))
+    {'loss': 2.5, 'grad_norm': 1.0, 'learning_rate': 0.001, 'tokens_per_second': 100.0}
+    """
+    found = {name: value for name, value in row._asdict().items() if name not in ("step", "update_rms")}
+    if isinstance(row, StepRow):
+        found |= {f"update_rms/layer_{layer:02}": float(value) for layer, value in enumerate(layer_medians(row))}
+    return found

@@ -1,0 +1,81 @@
+"""A Llama's forward pass in parts: new positions see the keys and values of those before them in a cache.
+
+Letters in names of arrays: as in `llama`; S new positions, T positions that the cache has room for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adalomo_jax.models.attention import cached_attention
+from adalomo_jax.models.llama import Block, Llama
+from adalomo_jax.models.rotary import rotary_angles
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions that a model has read."""
+
+    k_LBTKH: jax.Array
+    v_LBTKH: jax.Array
+    length: jax.Array
+    """How many positions have been read, an int32 scalar."""
+
+
+def empty_cache(model: Llama, batch_size: int, positions: int) -> Cache:
+    """A cache with room for so many positions of each sequence, in the type of the model's weights."""
+    config = model.config
+    shape = (config.num_hidden_layers, batch_size, positions, config.num_key_value_heads, config.head_dim)
+    of_values = lambda: jnp.zeros(shape, model.embed_tokens.embedding[...].dtype)
+    return Cache(of_values(), of_values(), jnp.zeros((), jnp.int32))
+
+
+def read(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """``model.hidden`` of all tokens so far, at the new ones alone.
+
+    A prompt is read at once, what is generated token by token; the parts may have any lengths.
+
+    Args:
+        model: the model.
+        tokens_BS: token ids, which follow those that have been read.
+        cache: of an `empty_cache`, or as the last call left it. It must have room for them, which is not checked: how
+            many have been read is known only when the program runs.
+
+    Returns:
+        The residual stream ``[B, S, D]`` after the last norm, and the cache with the new positions.
+
+    Example:
+        >>> from adalomo_jax.models import PRESETS
+        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> tokens = jnp.arange(8)[None]
+        >>> _, cache = read(model, tokens[:, :5], empty_cache(model, 1, 8))
+        >>> x, cache = read(model, tokens[:, 5:], cache)
+        >>> bool(jnp.allclose(x, model.hidden(tokens)[:, 5:], atol=1e-5))
+        True
+    """
+    config, first = model.config, cache.length
+    S = tokens_BS.shape[1]
+    angles = rotary_angles(S, config.head_dim, config.rope_theta, config.rope_scaling, first=first)
+    graphdef, layers = nnx.split(model.layers)
+
+    def run_layer(x_BSD, layer_and_cache):
+        layer, k_BTKH, v_BTKH = layer_and_cache
+        block: Block = nnx.merge(graphdef, layer)
+        q_BSNH, k_BSKH, v_BSKH = block.self_attn.project(block.input_layernorm(x_BSD), *angles)
+        k_BTKH, v_BTKH = _write(k_BTKH, k_BSKH, first), _write(v_BTKH, v_BSKH, first)
+        out_BSNH = cached_attention(q_BSNH, k_BTKH, v_BTKH, first, window=config.sliding_window)
+        return block.add(x_BSD, block.self_attn.join(out_BSNH)), (k_BSKH, v_BSKH)
+
+    x_BSD = model.embed_tokens(tokens_BS)
+    x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(run_layer, x_BSD, (layers, cache.k_LBTKH, cache.v_LBTKH))
+    # Only the new positions leave the scan: stacked whole, the cache would be copied for every token.
+    k_LBTKH, v_LBTKH = (_write(old, new, first) for old, new in ((cache.k_LBTKH, k_LBSKH), (cache.v_LBTKH, v_LBSKH)))
+    return model.norm(x_BSD), Cache(k_LBTKH, v_LBTKH, first + S)
+
+
+def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """With the new positions at their places, on the axis before the heads."""
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, first, axis=cached.ndim - 3)

@@ -1,0 +1,156 @@
+"""The command generate: what it prints, from which checkpoints, and how it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import adalomo_jax.finetune.generate as generate_module
+from adalomo_jax.cli import main
+from adalomo_jax.finetune.generate import Loaded, pieces
+from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.pretrained import ByteTokenizer
+from adalomo_jax.pretrained.export import export_params
+from adalomo_jax.pretrained.model import export_rest, find_model
+
+SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4, max_position_embeddings=40)
+PROMPT = "a text"
+
+
+@pytest.fixture(scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **SIZES))
+        yield find_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def params(small):
+    random = np.random.default_rng(0)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Llama(small.config, rngs=nnx.Rngs(0))), nnx.Param))
+    return jax.tree.map(lambda w: jnp.asarray(random.normal(0.1, 0.4, w.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def folder(small, params, tmp_path_factory):
+    """As finetune leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    export_params(folder, params, small.config)
+    export_rest(folder, small, "float32")
+    return folder
+
+
+def expected(small, params, length, **options):
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(small.config, rngs=nnx.Rngs(0)))), params)
+    prompt = np.frombuffer(PROMPT.encode(), np.uint8).astype(np.int32)
+    tokens = generate(model, jnp.asarray(prompt)[None], length, **options)[0]
+    return bytes(map(int, tokens)).decode(errors="replace")
+
+
+def test_it_prints_the_prompt_and_what_the_model_adds(folder, small, params, capsys):
+    main(["generate", "--model", str(folder), "--prompt", PROMPT, "--length", "20", "--temperature", "0"])
+    printed = capsys.readouterr()
+    assert printed.out == expected(small, params, 20, key=jax.random.key(0), temperature=0) + "\n"
+    assert printed.err.startswith("20 tokens, ") and printed.err.endswith(" tokens/s\n")
+
+
+def test_its_options_reach_the_sampler(folder, small, params, capsys):
+    options = ["--temperature", "2", "--top-p", "0.6", "--seed", "5", "--length", "12"]
+    main(["generate", "--model", str(folder), "--prompt", PROMPT, *options])
+    drawn = capsys.readouterr().out
+    assert drawn == expected(small, params, 12, key=jax.random.key(5), temperature=2.0, top_p=0.6) + "\n"
+    assert drawn != expected(small, params, 12, key=jax.random.key(5), temperature=2.0) + "\n"
+
+
+def test_a_checkpoint_within_a_run_is_restored(folder, small, params, tmp_path, capsys, monkeypatch):
+    export_rest(tmp_path, small, "float32")
+    step = tmp_path / "checkpoints" / "30"
+    step.mkdir(parents=True)
+    asked = []
+
+    def restore(path, dtype):
+        asked.append((path, dtype))
+        return small.config, params
+
+    monkeypatch.setattr(generate_module, "restore", restore)
+    main(["generate", "--model", str(step), "--prompt", PROMPT, "--length", "9", "--temperature", "0"])
+    assert asked == [(step, "float32")]
+    assert capsys.readouterr().out == expected(small, params, 9, key=jax.random.key(0), temperature=0) + "\n"
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", str(tmp_path), "--prompt", PROMPT])
+    assert f"the run has a checkpoint that you can name, {step}" in capsys.readouterr().err
+
+
+class Words:
+    """One word a token, and 0 ends a text; a chat has marks around a message."""
+
+    vocab_size, eos = 256, 0
+
+    def encode(self, texts, *, add_special=True):
+        ids = [[len(word) for word in text.split()] for text in texts]
+        return [type("Encoded", (), {"tokens": np.array(i, np.int32)}) for i in ids]
+
+    def decode(self, tokens):
+        return " ".join(str(int(token)) for token in tokens)
+
+    def prompt(self, messages):
+        return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
+
+
+def test_a_chat_is_put_in_its_template_and_stops_at_the_end(small, params, capsys, monkeypatch):
+    seen = []
+
+    def stream(model, prompt, length, *, key, sampler):
+        seen.append((prompt.tolist(), sampler.eos))
+        yield from (np.array([token]) for token in (7, 8, 0))
+
+    monkeypatch.setattr(generate_module, "load_model", lambda *_: Loaded(small.config, Words(), params))  # type: ignore
+    monkeypatch.setattr(generate_module, "stream", stream)
+    main(["generate", "--model", "any", "--prompt", "hello you", "--chat", "--system", "be kind", "--length", "9"])
+    printed = capsys.readouterr()
+    assert seen == [([[8, 2, 4, 6, 5, 3, 11]], 0)]
+    assert printed.out == "7 8\n"
+    assert printed.err.startswith("3 tokens")
+
+
+def test_pieces_are_whole_characters():
+    tokens = "aé€!\u20ac".encode()
+    assert list(pieces(tokens, ByteTokenizer())) == ["a", "é", "€", "!", "€", ""]
+    assert list(pieces(tokens[:-1], ByteTokenizer()))[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model {folder} --prompt", "--prompt"),
+        ("--model tiny --prompt x", "--model tiny is a preset without weights"),
+        ("--model {tmp}/nothing --prompt x", "there is no file or folder"),
+        ("--model {tmp} --prompt x", "config.json cannot be read"),
+        ("--model smollm --prompt x", "there is no file or folder smollm"),
+        ("--model {folder} --prompt x --chat", "bytes have no chat template; leave --chat out"),
+        ("--model {folder} --prompt x --system y", "--system is of --chat: give it too"),
+        ("--model {folder} --prompt x --length 40", "--prompt (1 tokens) and --length 40 must fit the 40 positions"),
+        ("--model {folder} --prompt x --length 0", "--length must be at least 1 token, got 0"),
+        ("--model {folder} --prompt x --temperature -1", "--temperature must be 0 (the likeliest token) or more"),
+        ("--model {folder} --prompt x --temperature nan", "--temperature must be 0"),
+        ("--model {folder} --prompt x --top-p 0", "--top-p must be above 0 and at most 1 (all tokens), got 0.0"),
+        ("--model {folder} --prompt x --top-p 1.5", "--top-p must be above 0 and at most 1 (all tokens), got 1.5"),
+        ("--model {folder} --prompt x --seed -1", "--seed must be from 0"),
+        ("--model {folder} --prompt=", "--prompt must be of at least one token, got none"),
+    ],
+)
+@pytest.mark.usefixtures("small")
+def test_unusable_input_is_one_line_and_status_2(arguments, message, folder, tmp_path, capsys, monkeypatch):
+    def too_early(*_, **__):
+        raise AssertionError("generated before the input was checked")
+
+    monkeypatch.setattr(generate_module, "stream", too_early)
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", *arguments.format(folder=folder, tmp=tmp_path).split()])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith("adalomo-jax: ") and captured.err.count("\n") == 1
+    assert message in captured.err and captured.out == ""

@@ -1,0 +1,78 @@
+"""Reading in parts, with a cache, equals the forward pass over the whole."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adalomo_jax.models import PRESETS, Llama, RopeScaling
+from adalomo_jax.models.attention import BLOCK
+from adalomo_jax.models.decoding import empty_cache, read
+
+LLAMA = dataclasses.replace(
+    PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8, max_position_embeddings=1200
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "llama-3": dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8)),
+    "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0)),
+    "mistral": dataclasses.replace(LLAMA, sliding_window=5),
+    "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, tie_word_embeddings=True),
+}
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 24)))
+
+
+def model_of(config):
+    """With weights so large that every part of it is seen in the logits."""
+    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(0)
+    draw = lambda w: jnp.asarray(random.normal(0.1, 0.3, w.shape).astype(np.float32))
+    return nnx.merge(nnx.graphdef(abstract), jax.tree.map(draw, nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
+
+
+def in_parts(model, tokens, lengths):
+    """The logits of all positions, read in parts of these lengths."""
+    read_jitted = jax.jit(read)
+    cache = empty_cache(model, tokens.shape[0], tokens.shape[1])
+    found, start = [], 0
+    for length in lengths:
+        x, cache = read_jitted(model, tokens[:, start : start + length], cache)
+        found.append(model.logits(x))
+        start += length
+    assert start == tokens.shape[1] == int(cache.length)
+    return jnp.concatenate(found, axis=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_whole_at_every_position(family):
+    model = model_of(FAMILIES[family])
+    whole = jax.jit(lambda model: model(TOKENS))(model)
+    assert float(jnp.std(whole)) > 0.3
+    for lengths in ([1] * 24, [7] + [1] * 17, [3, 11, 10], [24]):
+        np.testing.assert_allclose(in_parts(model, TOKENS, lengths), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama-3", "linear", "mistral"])
+def test_each_of_the_family_s_parts_is_seen(family):
+    """The twin: were positions, scaling or window forgotten on the way, the test above would fail."""
+    config = FAMILIES[family]
+    changed = dataclasses.replace(config, rope_scaling=None, sliding_window=None)
+    whole, other = (jax.jit(lambda model: model(TOKENS))(model_of(c)) for c in (config, changed))
+    assert float(jnp.max(jnp.abs(whole - other))) > 1e-2
+
+
+def test_a_prompt_of_several_blocks():
+    model = model_of(FAMILIES["mistral"])
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, 256, (1, BLOCK + 90)))
+    whole = jax.jit(lambda model: model(tokens))(model)
+    np.testing.assert_allclose(in_parts(model, tokens, [1, BLOCK + 88, 1]), whole, atol=1e-4)
+
+
+def test_the_cache_has_the_type_of_the_weights():
+    model = Llama(LLAMA, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    x, cache = read(model, TOKENS, empty_cache(model, 2, 30))
+    assert x.dtype == cache.k_LBTKH.dtype == cache.v_LBTKH.dtype == jnp.bfloat16
+    assert cache.k_LBTKH.shape == (3, 2, 30, 2, 8)
