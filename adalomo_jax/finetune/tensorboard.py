@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 from adalomo_jax.finetune.metrics import Row, StepRow, layer_medians
+
+FLUSH_SECONDS = 10
+"""How far the file may lag behind the run."""
 
 
 @contextmanager
@@ -19,11 +23,17 @@ def event_file(folder: Path, first_step: int = 0) -> Iterator[Callable[[Row], No
     """
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=first_step or None) as writer:
+    with ExitStack() as stack:
+
+        @cache
+        def writer() -> SummaryWriter:
+            """Made with the first row: a run that ends before it leaves no file."""
+            made = SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=FLUSH_SECONDS)
+            return stack.enter_context(made)
 
         def write(row: Row) -> None:
             for tag, value in scalars(row).items():
-                writer.add_scalar(tag, value, row.step)
+                writer().add_scalar(tag, value, row.step)
 
         yield write
 

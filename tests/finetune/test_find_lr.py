@@ -57,7 +57,7 @@ def test_a_loss_that_never_falls_suggests_nothing(loss):
 
 def test_rates_rise_by_the_same_factor_around_the_optimizer_s_own():
     schedule = make_range_schedule(FinetuneConfig(optimizer="lomo"), BELOW, ABOVE, STEPS)
-    rates = [float(schedule(step)) for step in range(STEPS)]
+    rates = np.asarray(schedule(np.arange(STEPS)))
     own = LEARNING_RATES["lomo"]
     np.testing.assert_allclose(rates, np.geomspace(BELOW * own, ABOVE * own, STEPS), rtol=1e-4)
 
@@ -89,7 +89,7 @@ def rates_in(folder):
 
 
 def suggested(folder):
-    return suggest([Rate(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rates_in(folder)]).rate
+    return suggest([Rate._make(math.nan if v is None else v for v in row.values()) for row in rates_in(folder)]).rate
 
 
 def test_it_leaves_its_rows_and_a_picture_and_no_weights(tested):

@@ -1,5 +1,6 @@
 """Rows, and what is made of them: their file, TensorBoard's, and pictures."""
 
+import importlib
 import json
 import math
 import struct
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import adalomo_jax.finetune.plot as plot_module
 from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row, layer_medians, read_rows
 from adalomo_jax.finetune.plot import plot_losses, plot_run, plot_runs
 from adalomo_jax.finetune.tensorboard import event_file, scalars
 
+protocol = importlib.import_module("tensorboardX.proto.event_pb2")  # made at run time: no type checker knows it
 UPDATES = {
     "embed_tokens/embedding": 7.0,
     "layers/mlp/up_proj/kernel": [1.0, 2.0, 3.0],
@@ -38,7 +39,7 @@ def events_in(folder):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            yield Event.FromString(data[at + 12 : at + 12 + length])
+            yield protocol.Event.FromString(data[at + 12 : at + 12 + length])
             at += 12 + length + 4
 
 
@@ -46,7 +47,7 @@ def shown(folder):
     """``{(tag, step): values}``, as TensorBoard forgets what a later start of the run purges."""
     found = {}
     for event in events_in(folder):
-        if event.session_log.status == SessionLog.START:
+        if event.session_log.status == protocol.SessionLog.START:
             found = {key: values for key, values in found.items() if key[1] < event.step}
         for value in event.summary.value:
             found.setdefault((value.tag, event.step), []).append(value.simple_value)
