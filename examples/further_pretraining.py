@@ -52,7 +52,7 @@ def shakespeare(folder):
 def result(folder, options):
     """What a run came to; it runs if it has not."""
     if not (folder / "summary.json").exists():
-        run(FinetuneConfig(output=folder, **options))
+        run(FinetuneConfig(output=folder, checkpoint_every=0, **options))
     return json.loads((folder / "summary.json").read_text())
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from adalomo_jax.finetune.checkpoints import restore_params
 from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.generate_config import GenerateConfig, check_generate_options
 from adalomo_jax.models import PRESETS, Llama, LlamaConfig
@@ -69,7 +70,8 @@ def load_model(name: str, dtype: str) -> Loaded:
         raise InputError(f"--model {name} is a preset without weights; give a checkpoint, or train one with finetune")
     try:
         if path.parent.name == CHECKPOINTS and path.name.isdecimal():
-            sizes, params = restore(path, dtype)
+            params, sizes = restore_params(path)
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
             return Loaded(sizes, find_tokenizer(path.parents[1]), params)
         model = find_model(name)
         if model.checkpoint is None:
@@ -79,11 +81,6 @@ def load_model(name: str, dtype: str) -> Loaded:
         steps = sorted(path.glob(f"{CHECKPOINTS}/[0-9]*"), key=lambda step: (len(step.name), step.name))
         hint = f"; the run has a checkpoint that you can name, {steps[-1]}" if steps else ""
         raise InputError(f"--model {name}: {one_line(error)}{hint}") from None
-
-
-def restore(path: Path, dtype: str) -> tuple[LlamaConfig, Any]:
-    """The sizes and the parameters of a run's checkpoint ``OUTPUT/checkpoints/STEP``, in a type."""
-    raise ValueError(f"{path}: checkpoints of a run that goes on are not read yet; give its output folder")
 
 
 def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> np.ndarray:

@@ -65,23 +65,32 @@ def test_its_options_reach_the_sampler(folder, small, params, capsys):
     assert drawn != expected(small, params, 12, key=jax.random.key(5), temperature=2.0) + "\n"
 
 
-def test_a_checkpoint_within_a_run_is_restored(folder, small, params, tmp_path, capsys, monkeypatch):
-    export_rest(tmp_path, small, "float32")
-    step = tmp_path / "checkpoints" / "30"
-    step.mkdir(parents=True)
-    asked = []
-
-    def restore(path, dtype):
-        asked.append((path, dtype))
-        return small.config, params
-
-    monkeypatch.setattr(generate_module, "restore", restore)
-    main(["generate", "--model", str(step), "--prompt", PROMPT, "--length", "9", "--temperature", "0"])
-    assert asked == [(step, "float32")]
-    assert capsys.readouterr().out == expected(small, params, 9, key=jax.random.key(0), temperature=0) + "\n"
+def test_a_checkpoint_within_a_run_is_restored(small, tmp_path, capsys):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("a line of a text that repeats itself\n" * 40)
+    options = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "1",
+        "--seq-len",
+        "16",
+        "--learning-rate",
+        "0.3",
+        "--checkpoint-every",
+        "1",
+    ]
+    main(["finetune", "--data", str(text), "--output", str(run), *options])
+    capsys.readouterr()
+    texts = {}
+    for name in (run, run / "checkpoints" / "2", run / "checkpoints" / "1"):
+        main(["generate", "--model", str(name), "--prompt", PROMPT, "--length", "9", "--seed", "3"])
+        texts[name.name] = capsys.readouterr().out
+    assert texts["2"] == texts["run"] != texts["1"]
+    (run / "model.safetensors").unlink()
     with pytest.raises(SystemExit):
-        main(["generate", "--model", str(tmp_path), "--prompt", PROMPT])
-    assert f"the run has a checkpoint that you can name, {step}" in capsys.readouterr().err
+        main(["generate", "--model", str(run), "--prompt", PROMPT])
+    assert f"the run has a checkpoint that you can name, {run / 'checkpoints' / '2'}" in capsys.readouterr().err
 
 
 class Words:
