@@ -72,7 +72,7 @@ def best_of(name, runs, options, rates):
 def main(model="tiny", runs=None):
     runs = Path(runs or tempfile.mkdtemp())
     if model == "tiny":
-        options = {"model": model, "data": (Path(__file__).parent,), **FEW}
+        options = {"model": model, "data": tuple(sorted(Path(__file__).parent.glob("*.py"))), **FEW}
         for optimizer in ("adalomo", "adamw"):
             print(optimizer, result(runs / optimizer, options | {"optimizer": optimizer})["eval_loss"])
         return
