@@ -37,8 +37,9 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
         arrays: of types of 1, 2 or 4 bytes.
 
     Example:
-      >>> checksums({"a": jnp.zeros(3), "b": jnp.array([1, 0], jnp.int8), "c": jnp.array([0, 1], jnp.int8)})
-      {'a': 0, 'b': 1, 'c': 1468087807}
+      >>> sums = checksums({"a": jnp.zeros(3), "b": jnp.array([1, 0], jnp.int8), "c": jnp.array([0, 1], jnp.int8)})
+      >>> sums["a"], sums["b"], sums["b"] == sums["c"]
+      (0, 1, False)
     """
     return {name: int(value) for name, value in gather(_checksums(dict(arrays))).items()}
 
