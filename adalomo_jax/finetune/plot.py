@@ -72,6 +72,8 @@ def plot_range(
         axes.plot(rates, losses, linewidth=1, label=name, **style)
     axes.axvline(suggested, color="black", linestyle="--", label=f"suggested: {suggested:.1e}")
     axes.set_xscale("log")
+    finite = [loss for losses in curves.values() for loss in losses if np.isfinite(loss)]
+    axes.set_ylim(min(finite) * 0.95, 1.5 * finite[0])  # a loss that diverges would press all others flat
     axes.set_title(title)
     axes.legend()
     _write(path, figure)
@@ -114,6 +116,7 @@ def _set_log(axes: Any) -> None:
 
 def _axes_of(axes: Any, label: str, below: str = "step") -> Any:
     axes.set(xlabel=below, ylabel=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     return axes
 
