@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -242,7 +242,7 @@ def _read(path: Path, **args: Any) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**args))
     except Exception as error:
-        raise ValueError(one_line(error)[:300]) from error
+        raise ValueError(one_line(cast(Exception, error.__cause__ or error))[:300]) from error
     return {name: found[name] for name in args}
 
 

@@ -75,6 +75,7 @@ def model_from(folder):
 
 def test_a_run_leaves_its_files_and_no_others(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints",
         "config.json",
         "loss.png",
         "metrics.jsonl",
@@ -232,7 +233,7 @@ def places(tmp_path, corpus, finished):
     ],
 )
 def test_unusable_input_is_one_line_and_status_2(arguments, message, places, capsys, monkeypatch):
-    def compiled_too_early(*_):
+    def compiled_too_early(*_, **__):
         raise AssertionError("compiled before the input was checked")
 
     monkeypatch.setattr(run_module, "build_program", compiled_too_early)
@@ -252,22 +253,22 @@ def test_unusable_input_is_one_line_and_status_2(arguments, message, places, cap
 
 
 def test_good_input_does_compile(places, monkeypatch):
-    monkeypatch.setattr(run_module, "build_program", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_module, "build_program", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["finetune", "--data", str(places["corpus"]), "--output", str(places["tmp"] / "run")])
 
 
 def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "build_program", lambda *_: None)
+    monkeypatch.setattr(run_module, "build_program", lambda *_, **__: None)
     monkeypatch.setattr(run_module, "train", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL])
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "adalomo-jax: interrupted\n"
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != "checkpoints"] == ["config.json"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import tiny
 
 from adalomo_jax.cli import main
 from adalomo_jax.finetune.config import RUN_FILES
+from adalomo_jax.models import PRESETS
 
 OPTIONS = ["--steps", "3", "--batch-size", "8", "--microbatches", "2", "--seq-len", "32", "--warmup-steps", "0"]
 MESH = ["--mesh", "fsdp=4,tensor=2"]
@@ -43,25 +47,56 @@ def test_a_mesh_of_eight_devices(corpus, tmp_path, on_one_device, capsys):
     assert "fsdp=4,tensor=2: bytes a device" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "adalomo_jax", "finetune", "--data", str(corpus), "--output", str(folder)]
-    command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes)]
+def launch(processes, corpus, folder, *options, program=("-m", "adalomo_jax")):
+    """The command in several processes."""
+    command = [sys.executable, *program, "finetune", "--data", str(corpus), "--output", str(folder)]
+    command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), *options]
     flags = f"--xla_force_host_platform_device_count={8 // processes}"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
-    running = [
+    return [
         subprocess.Popen(
             [*command, "--process", str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for i in range(processes)
     ]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
+    folder = tmp_path / "run"
+    running = launch(processes, corpus, folder)
     printed = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0] * processes, printed[0][1][-3000:]
     np.testing.assert_allclose(losses(folder), on_one_device, rtol=1e-5)
     assert sorted(path.name for path in folder.iterdir()) == sorted(RUN_FILES)
     said = ["written to" in out for out, _ in printed]
     assert said == [True] + [False] * (processes - 1)
+
+
+def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, monkeypatch):
+    options = ["--steps", "30", "--evaluate-every", "30", "--learning-rate", "1e-3"]
+    monkeypatch.setitem(PRESETS, "tiny", tiny.TINY)
+    main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "one"), *OPTIONS, *options])
+
+    folder = tmp_path / "run"
+    running = launch(2, corpus, folder, *options, program=[tiny.__file__])
+    metrics, give_up = folder / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < give_up and not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+        time.sleep(0.01)
+    running[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [143, 143], printed[0][1][-3000:]
+    (said,) = {
+        *re.findall(r"^adalomo-jax: stopped after step (\d+), which is saved", printed[0][1] + printed[1][1], re.M)
+    }
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [said] and int(said) < 30
+    assert not (folder / "model.safetensors").exists()
+
+    running = launch(2, corpus, folder, *options, "--resume", program=[tiny.__file__])
+    printed = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], printed[0][1][-3000:]
+    assert f"going on after step {said}" in printed[0][0]
+    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def free_port():
