@@ -38,7 +38,7 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
     Example:
       >>> checksums({"a": jnp.zeros(3), "b": jnp.array([1, 0], jnp.int8), "c": jnp.array([0, 1], jnp.int8)})
-      {'a': 0, 'b': 1, 'c': 1468087807}
+      {'a': 0, 'b': 1, 'c': 1561565219}
     """
     return {name: int(value) for name, value in gather(_checksums(dict(arrays))).items()}
 
