@@ -72,4 +72,3 @@ def test_killed_at_random_moments(tmp_path, launch):
     assert while_writing >= 3 and len(set(reached)) >= 5, (while_writing, reached)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert rows(folder) == rows(whole)
-    print(while_writing, reached)
