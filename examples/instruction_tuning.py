@@ -53,6 +53,7 @@ def main(model="tiny"):
         batch_size=4,
         seq_len=128,
         learning_rate=5e-4,
+        evaluate_every=6,
         output=folder / "run",
     )
     run = finetune(options)
