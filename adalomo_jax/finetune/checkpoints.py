@@ -26,6 +26,8 @@ from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import RopeScaling
 from adalomo_jax.pretrained.names import param_shapes
 
+FOLDER = "checkpoints"
+"""Of a run's output: where its checkpoints are, by step."""
 FORMAT = 1
 """Of the record; it grows when older code cannot read newer checkpoints."""
 

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from adalomo_jax.finetune.config import InputError, check_picture
+from adalomo_jax.finetune.config import METRICS, InputError, check_picture
 
 if TYPE_CHECKING:
     from adalomo_jax.finetune.metrics import Row
-
-METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,10 @@ AXES = ("data", "fsdp", "tensor")
 
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
+METRICS = "metrics.jsonl"
+"""Of a run's output: its rows."""
 RUN_FILES = (
-    *("metrics.jsonl", "summary.json", "loss.png", "run.png", "model.safetensors", "config.json"),
+    *(METRICS, "summary.json", "loss.png", "run.png", "model.safetensors", "config.json"),
     "checkpoints",
 )
 """What a run leaves in its output folder, beside a file for TensorBoard whose name has the time and the machine."""

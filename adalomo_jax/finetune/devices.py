@@ -67,11 +67,10 @@ def rows_here(sharding: NamedSharding | None, batch_size: int) -> Rows:
     return Rows(np.array(mine), distinct.index(mine), len(distinct))
 
 
-def spread_rows(batch: Any, sharding: NamedSharding | None, batch_size: int) -> Any:
-    """A batch of which each process has its `rows_here`, put where they belong."""
+def spread_rows(batch: Any, sharding: NamedSharding | None, rows: np.ndarray, batch_size: int) -> Any:
+    """A batch of which each process has the rows that `rows_here` names, put where they belong."""
     if sharding is None:
         return batch
-    rows = rows_here(sharding, batch_size).rows
 
     def put(mine: np.ndarray) -> jax.Array:
         def part(index):

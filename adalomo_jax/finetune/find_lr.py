@@ -6,7 +6,6 @@ Source: Smith (2015), arXiv:1506.01186; smoothing and the stop follow fastai's `
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.table import Table
 from adalomo_jax.finetune.config import FinetuneConfig, InputError
 from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.loop import train
-from adalomo_jax.finetune.metrics import Row, StepRow
+from adalomo_jax.finetune.metrics import Row, StepRow, to_json
 from adalomo_jax.finetune.optimizer import make_range_schedule
 from adalomo_jax.finetune.plot import plot_range
 from adalomo_jax.finetune.program import build_program
@@ -180,8 +179,7 @@ def _table(rates: Sequence[Rate]) -> Table:
 
 def _write(folder: Path, rates: Sequence[Rate], suggestion: Suggestion, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    as_json = lambda rate: {k: v if math.isfinite(v) else None for k, v in rate._asdict().items()}
-    lines = "".join(json.dumps(as_json(rate)) + "\n" for rate in rates)
+    lines = "".join(to_json(rate) + "\n" for rate in rates)
     write_whole(folder / FILES[0], lambda partial: partial.write_text(lines, encoding="utf-8"))
     curves = {"training batch": [rate.loss for rate in rates], "smoothed": [rate.smoothed for rate in rates]}
     plot_range(folder / FILES[1], [rate.learning_rate for rate in rates], curves, suggestion.rate, title)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 
 from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer, mesh_sizes
 from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, model_sizes, picture
-from adalomo_jax.finetune.program import make_training
+from adalomo_jax.finetune.program import abstract_params, make_training
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, LlamaConfig
-from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh, param_shardings
+from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh
 from adalomo_jax.pretrained.files import write_whole
 
 
@@ -79,11 +79,11 @@ def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Ste
     of_batch = batch_sharding(mesh) if mesh is not None and spread else None
     options = _as_finetune(config, step)
     training = make_training(options, model, of_batch, platform=target.platform, offload=offload)
-    params, args = jax.eval_shape(training.make_params), training.args
+    params, args = abstract_params(training, mesh), training.args
     if mesh is not None:
-        params = jax.tree.map(_sharded, params, param_shardings(params, mesh))
         batch, count = args
-        args = jax.tree.map(lambda x: _sharded(x, batch_sharding(mesh)), batch), _sharded(count, everywhere(mesh))
+        of_rows = batch_sharding(mesh)
+        args = jax.tree.map(lambda x: x.update(sharding=of_rows), batch), count.update(sharding=everywhere(mesh))
         params = training.step.place(params, *args)
     usage = estimate_usage if config.estimate else compile_usage
     return usage(training.step, params, *args, target=target, fused=step.fused)
@@ -128,10 +128,6 @@ def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
 def _with_positions(model: LlamaConfig, seq_len: int) -> LlamaConfig:
     """Rotary positions are computed, so that a longer limit takes no memory."""
     return dataclasses.replace(model, max_position_embeddings=max(model.max_position_embeddings, seq_len))
-
-
-def _sharded(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _name(optimizer: str, fused: bool) -> str:

@@ -11,19 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from adalomo_jax.finetune.checkpoints import restore_params
+from adalomo_jax.finetune.checkpoints import FOLDER, restore_params, steps_in
 from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.generate_config import GenerateConfig, check_generate_options
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig
+from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
 from adalomo_jax.models.sampling import Sampler, stream
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import find_model, find_tokenizer
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
 
-CHECKPOINTS = "checkpoints"
-"""The folder of a run's output that has its checkpoints, by step."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How text ends whose last token is a part of a character."""
 
@@ -51,8 +48,7 @@ def run(config: GenerateConfig) -> str:
             f"--prompt ({len(tokens):,} tokens) and --length {config.length} must fit the {room:,} positions of the "
             "model together; shorten one of them"
         )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(loaded.config, rngs=nnx.Rngs(0), dtype=config.dtype)))
-    model: Llama = nnx.merge(graphdef, loaded.params)
+    model = llama_of(loaded.config, loaded.params)
     sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.eos)
     key = jax.random.key(config.seed)
     drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)
@@ -69,7 +65,7 @@ def load_model(name: str, dtype: str) -> Loaded:
     if name in PRESETS and not path.exists():
         raise InputError(f"--model {name} is a preset without weights; give a checkpoint, or train one with finetune")
     try:
-        if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        if path.parent.name == FOLDER and path.name.isdecimal():
             params, sizes = restore_params(path)
             params = jax.tree.map(lambda x: x.astype(dtype), params)
             return Loaded(sizes, find_tokenizer(path.parents[1]), params)
@@ -78,8 +74,8 @@ def load_model(name: str, dtype: str) -> Loaded:
             raise ValueError("it has no weights")
         return Loaded(model.config, model.tokenizer, load_params(model.config, model.checkpoint.source, dtype))
     except ValueError as error:
-        steps = sorted(path.glob(f"{CHECKPOINTS}/[0-9]*"), key=lambda step: (len(step.name), step.name))
-        hint = f"; the run has a checkpoint that you can name, {steps[-1]}" if steps else ""
+        steps = steps_in(path / FOLDER)
+        hint = f"; the run has a checkpoint that you can name, {path / FOLDER / str(steps[-1])}" if steps else ""
         raise InputError(f"--model {name}: {one_line(error)}{hint}") from None
 
 

@@ -17,7 +17,7 @@ from adalomo_jax.finetune.config import (
     mesh_sizes,
 )
 from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
-from adalomo_jax.finetune.devices import gather, rows_here, spread, spread_batches, spread_rows
+from adalomo_jax.finetune.devices import Rows, gather, rows_here, spread, spread_batches, spread_rows
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 
@@ -87,7 +87,8 @@ def train(
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
     evaluation = evaluation_batches(data, batch_size=config.batch_size, parts=parts)
     evaluation = spread(evaluation, spread_batches(program.batch_sharding))
-    batches, begin = _batches_from(program, config, data, start)
+    here = rows_here(program.batch_sharding, config.batch_size)
+    batches, begin = _batches_from(here, config, data, start)
     log_every, evaluate_every = max(1, config.steps // 200), evaluation_interval(config)
     save_every = checkpoint_interval(config)
     if start is None:
@@ -96,7 +97,7 @@ def train(
     stopped, step, result = False, begin, None
     while step < config.steps and not stopped:
         step, before = step + 1, result
-        batch = spread_rows(next(batches), program.batch_sharding, config.batch_size)
+        batch = spread_rows(next(batches), program.batch_sharding, here.rows, config.batch_size)
         result = program.step(params, state, batch)
         params, state = result.params, result.state
         jax.block_until_ready(before and before.loss)  # one step waits for the device, so that a stop waits for one
@@ -120,11 +121,10 @@ def train(
     return Trained(params, state, rate, step if stopped else None)
 
 
-def _batches_from(program: Program, config: FinetuneConfig, data: Data, start: Record | None) -> tuple[Any, int]:
-    """The iterator of batches, and how many steps are done."""
-    rows = rows_here(program.batch_sharding, config.batch_size)
+def _batches_from(here: Rows, config: FinetuneConfig, data: Data, start: Record | None) -> tuple[Any, int]:
+    """The iterator of this process's rows of the batches, and how many steps are done."""
     batches = iter(
-        training_batches(data, batch_size=config.batch_size, seed=config.seed, process=rows.part, processes=rows.parts)
+        training_batches(data, batch_size=config.batch_size, seed=config.seed, process=here.part, processes=here.parts)
     )
     if start is None:
         return batches, 0

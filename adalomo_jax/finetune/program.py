@@ -137,23 +137,21 @@ def build_program(
     config: FinetuneConfig,
     model: Pretrained,
     mesh: Mesh | None = None,
-    on_tensor: Callable[[], object] = lambda: None,
     restore: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     *,
     schedule: optax.Schedule | None = None,
 ) -> Program:
     """The weights to start from, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it.
 
-    Of a model's checkpoint, ``on_tensor`` is called after each of its tensors. Where ``restore`` is given, it turns the
-    shapes of parameters and state, with their shardings, into the arrays to go on from, and no others are made. See
-    `make_training` for the schedule.
+    Where ``restore`` is given, it turns the shapes of parameters and state, with their shardings, into the arrays to go
+    on from, and no others are made. See `make_training` for the schedule.
     """
     platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
     training = make_training(config, model.config, of_batch, platform=platform, schedule=schedule)
     step, args, loss_fn = training.step, training.args, training.loss_fn
     if restore is None:
-        params = _first_params(config, model, training, mesh, on_tensor)
+        params = _first_params(config, model, training, mesh)
         state = step.init(params, *args)
     else:
         params, state = restore(*abstract_arrays(training, mesh))
@@ -179,21 +177,25 @@ def build_program(
     )
 
 
-def _first_params(
-    config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None, on_tensor: Callable[[], object]
-) -> Any:
+def _first_params(config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None) -> Any:
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
         return jax.jit(training.make_params, out_shardings=shardings)()
-    return load_params(model.config, model.checkpoint.source, config.dtype, shardings, on_tensor)
+    return load_params(model.config, model.checkpoint.source, config.dtype, shardings)
 
 
 def abstract_arrays(training: Training, mesh: Mesh | None) -> tuple[Any, Any]:
     """Parameters and optimizer state as ``jax.ShapeDtypeStruct``s, on a mesh with their shardings."""
-    params = jax.eval_shape(training.make_params)
-    if mesh is not None:
-        params = jax.tree.map(lambda x, s: x.update(sharding=s), params, param_shardings(params, mesh))
+    params = abstract_params(training, mesh)
     return params, training.step.abstract_state(params, *training.args)
+
+
+def abstract_params(training: Training, mesh: Mesh | None) -> Any:
+    """The parameters alone; see `abstract_arrays`."""
+    params = jax.eval_shape(training.make_params)
+    if mesh is None:
+        return params
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), params, param_shardings(params, mesh))
 
 
 def _count(batch: Batch) -> jax.Array:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adalomo_jax.finetune.checkpoints import Origin, Record, read_record, restore, steps_in
-from adalomo_jax.finetune.config import FinetuneConfig, InputError, evaluation_interval, one_line
+from adalomo_jax.finetune.checkpoints import FOLDER, Origin, Record, read_record, restore, steps_in
+from adalomo_jax.finetune.config import METRICS, FinetuneConfig, InputError, evaluation_interval, one_line
 from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.fingerprints import data_fingerprint
 from adalomo_jax.finetune.metrics import Row, read_rows
@@ -43,7 +43,7 @@ def is_finished(folder: Path) -> bool:
 
 def checkpoints_of(folder: Path) -> Path:
     """Where a run in this folder has its checkpoints."""
-    return folder / "checkpoints"
+    return folder / FOLDER
 
 
 def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Record | None:
@@ -106,7 +106,7 @@ def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
     """The rows of ``metrics.jsonl`` up to the step that a run goes on from."""
     if start is None:
         return []
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     rows = [row for row in (read_rows(path) if path.exists() else []) if row.step <= start.step]
     if not rows:
         raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
 from adalomo_jax.finetune.checkpoints import Origin, Record, open_saver
 from adalomo_jax.finetune.config import (
+    METRICS,
     FinetuneConfig,
     InputError,
     Stopped,
@@ -46,7 +45,7 @@ from adalomo_jax.finetune.resume import (
 )
 from adalomo_jax.finetune.stopping import stop_requests
 from adalomo_jax.finetune.tensorboard import event_file
-from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.models import PRESETS, generate, llama_of
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.files import write_whole
@@ -90,7 +89,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         export_rest(folder, model, config.dtype)
         if config.resume:
-            write_rows(folder / "metrics.jsonl", rows)
+            write_rows(folder / METRICS, rows)
 
     events = event_file(folder, start.step + 1 if start else 0) if is_first else contextlib.nullcontext()
     with progress_bar(console, config.steps) as show, events as write_event:
@@ -98,7 +97,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         def on_row(row: Row) -> None:
             rows.append(row)
             if write_event is not None:
-                append_row(folder / "metrics.jsonl", row)
+                append_row(folder / METRICS, row)
                 write_event(row)
             show(row)
 
@@ -168,14 +167,12 @@ def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -
     document = first.tokens_BT[first.segments_BT == 1]
     prompt = document[: max(1, min(len(document), config.seq_len) // 4)]
     length = min(SAMPLE_LENGTH, config.seq_len - len(prompt))
-    # One sequence, which no mesh can spread, of any length, which not every kernel takes.
-    dtype = jnp.dtype(config.dtype)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(model.config, rngs=nnx.Rngs(0), dtype=dtype)))
 
     @jax.jit
     def continued(params, prompt_BP):
-        merged: Llama = nnx.merge(graphdef, params)
-        return generate(merged, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
+        # One sequence, which no mesh can spread, of any length, which not every kernel takes.
+        llama = llama_of(model.config, params)
+        return generate(llama, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
     tokens = gather(continued(params, prompt[None]))[0]
     return f"{model.tokenizer.decode(prompt)}|{model.tokenizer.decode(tokens[len(prompt) :])}"

@@ -6,6 +6,7 @@ from adalomo_jax.models.config import RopeScaling as RopeScaling
 from adalomo_jax.models.hugging_face import from_hugging_face as from_hugging_face
 from adalomo_jax.models.hugging_face import to_hugging_face as to_hugging_face
 from adalomo_jax.models.llama import Llama as Llama
+from adalomo_jax.models.llama import llama_of as llama_of
 from adalomo_jax.models.loss import count_targets as count_targets
 from adalomo_jax.models.loss import next_token_loss as next_token_loss
 from adalomo_jax.models.sampling import generate as generate

@@ -7,6 +7,7 @@ H width of a head, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,21 @@ class Llama(nnx.Module):
     def head(self) -> jax.Array:
         """The head's matrix ``[D, V]``, or the transposed embedding."""
         return self.embed_tokens.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
+
+
+def llama_of(config: LlamaConfig, params: Any) -> Llama:
+    """The model that has these parameters, a nested dictionary of arrays; ``nnx.state`` of it gives them back.
+
+    Example:
+        >>> from adalomo_jax.models import PRESETS
+        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        >>> tokens = jnp.arange(8)[None]
+        >>> bool(jnp.all(llama_of(PRESETS["tiny"], params)(tokens) == model(tokens)))
+        True
+    """
+    dtype = params["embed_tokens"]["embedding"].dtype
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
 
 
 @jax.custom_vjp

@@ -45,7 +45,7 @@ class GGUFSource:
 
     def __init__(self, path: Path):
         self.path = path
-        reader = _reader(path)
+        reader = open_gguf(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         self.config = _config(fields, tensors, path)
@@ -97,7 +97,12 @@ class GGUFSource:
         return out
 
 
-def _reader(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """The fields and the table of tensors of a GGUF file.
+
+    Raises:
+        ValueError: it is none, or ends early.
+    """
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:

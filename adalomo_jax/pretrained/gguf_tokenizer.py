@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from adalomo_jax.pretrained.gguf_file import open_gguf
 from adalomo_jax.pretrained.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -70,17 +71,11 @@ def tokenizer_of_gguf(path: Path) -> TextTokenizer:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """The metadata below ``tokenizer.``, without that prefix and ``ggml.``."""
-    import gguf
-
-    try:
-        fields = gguf.GGUFReader(path).fields
-        return {
-            name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
-            for name, field in fields.items()
-            if name.startswith("tokenizer.")
-        }
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
+    return {
+        name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
+        for name, field in open_gguf(path).fields.items()
+        if name.startswith("tokenizer.")
+    }
 
 
 def _build(fields: Mapping[str, Any]) -> TextTokenizer:

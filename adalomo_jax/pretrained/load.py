@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,6 @@ def load_params(
     source: TensorSource,
     dtype: str,
     shardings: Any | None = None,
-    on_tensor: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The parameters of a `Llama`, as a nested dictionary of arrays.
 
@@ -55,7 +54,6 @@ def load_params(
         source: where the tensors are.
         dtype: of the parameters.
         shardings: a tree like the parameters of their ``NamedSharding``s; None puts them on one device.
-        on_tensor: called after each tensor.
 
     Raises:
         ValueError: see `check_tensors`.
@@ -66,31 +64,22 @@ def load_params(
     for path, shape in _leaves(param_shapes(config, dtype)):
         tensors = [tensor for tensor in tensors_of(config) if tensor.path == path]
         sharding = by_path.get(path) or SingleDeviceSharding(jax.local_devices()[0])
-        _put(params, path, _load_leaf(source, tensors, shape, sharding, on_tensor))
+        _put(params, path, _load_leaf(source, tensors, shape, sharding))
     return params
 
 
-def _load_leaf(
-    source: TensorSource,
-    tensors: list[Tensor],
-    shape: jax.ShapeDtypeStruct,
-    sharding: Any,
-    on_tensor: Callable[[], object],
-) -> jax.Array:
+def _load_leaf(source: TensorSource, tensors: list[Tensor], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
     """A parameter, of one tensor or of one a layer."""
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
     write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, turned(x), i, 0)
     if tensors[0].layer is None:
-        value = jax.jit(turned, out_shardings=sharding)(_read(source, tensors[0], sharding)).block_until_ready()
-        on_tensor()
-        return value
+        return jax.jit(turned, out_shardings=sharding)(_read(source, tensors[0], sharding)).block_until_ready()
     write_in_place = jax.jit(write, donate_argnums=0, out_shardings=sharding)
     value = jax.jit(partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)()
     for tensor in tensors:
         # Waited for: the next tensor is not read while this one is still in memory.
         value = write_in_place(value, _read(source, tensor, sharding), tensor.layer).block_until_ready()
-        on_tensor()
     return value
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from adalomo_jax.pretrained.chat import ChatText, chat_prompt, chat_text
+from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.pretrained.source import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -139,7 +141,7 @@ class TextTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as ``read_tokenizer`` and transformers read them."""
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", lambda path: self.tokenizer.save(str(path)))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -147,7 +149,7 @@ class TextTokenizer:
             "chat_template": self.chat_template,
         }
         text = json.dumps({name: value for name, value in config.items() if value is not None}, indent=2)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / "tokenizer_config.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -170,7 +172,7 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.
     """
     tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_if_there(folder / "tokenizer_config.json")
     eos, bos = (_special_token(folder, tokenizer, config, name) for name in ("eos", "bos"))
     try:
         return TextTokenizer(tokenizer, eos=eos, bos=bos, chat_template=_read_chat_template(folder, config))
@@ -186,7 +188,7 @@ def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
             f"{path.parent} has no tokenizer.json; transformers makes one of a tokenizer.model: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
-    content = _read_json(path)
+    content = read_json(path)
     content |= {"truncation": None, "padding": None}
     _keep_white_space(content.get("post_processor"))
     try:
@@ -213,7 +215,7 @@ def _special_token(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[s
             raise ValueError(f"{folder / 'tokenizer_config.json'}: the {name}_token {text!r} is not in tokenizer.json")
         return token
     for file in ("generation_config.json", "config.json"):
-        token = _read_json(folder / file).get(f"{name}_token_id")
+        token = _read_if_there(folder / file).get(f"{name}_token_id")
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, int):
             return token
@@ -235,17 +237,9 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return named["default"]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def _read_text(path: Path) -> str:

@@ -25,7 +25,7 @@ from adalomo_jax.finetune.config import RUN_FILES, FinetuneConfig
 from adalomo_jax.finetune.data import evaluation_batches, load_data
 from adalomo_jax.finetune.optimizer import LEARNING_RATES
 from adalomo_jax.memory.usage import format_bytes
-from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.models import PRESETS, llama_of, next_token_loss
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
@@ -70,7 +70,7 @@ def model_from(folder):
     """The model, from the exported files alone."""
     found = open_checkpoint(folder)
     params = load_params(found.config, found.source, "float32")
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(found.config, rngs=nnx.Rngs(0)))), params)
+    return llama_of(found.config, params)
 
 
 def files_of(folder):

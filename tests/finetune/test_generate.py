@@ -1,6 +1,7 @@
 """The command generate: what it prints, from which checkpoints, and how it refuses."""
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 import adalomo_jax.finetune.generate as generate_module
 from adalomo_jax.cli import main
 from adalomo_jax.finetune.generate import Loaded, pieces
-from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.models import PRESETS, Llama, generate, llama_of
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.model import export_rest, find_model
@@ -44,7 +45,7 @@ def folder(small, params, tmp_path_factory):
 
 
 def expected(small, params, length, **options):
-    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(small.config, rngs=nnx.Rngs(0)))), params)
+    model = llama_of(small.config, params)
     prompt = np.frombuffer(PROMPT.encode(), np.uint8).astype(np.int32)
     tokens = generate(model, jnp.asarray(prompt)[None], length, **options)[0]
     return bytes(map(int, tokens)).decode(errors="replace")
@@ -116,7 +117,7 @@ def test_a_chat_is_put_in_its_template_and_stops_at_the_end(small, params, capsy
         seen.append((prompt.tolist(), sampler.eos))
         yield from (np.array([token]) for token in (7, 8, 0))
 
-    monkeypatch.setattr(generate_module, "load_model", lambda *_: Loaded(small.config, Words(), params))  # type: ignore
+    monkeypatch.setattr(generate_module, "load_model", lambda *_: Loaded(small.config, cast(Any, Words()), params))
     monkeypatch.setattr(generate_module, "stream", stream)
     main(["generate", "--model", "any", "--prompt", "hello you", "--chat", "--system", "be kind", "--length", "9"])
     printed = capsys.readouterr()

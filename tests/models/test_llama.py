@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig, next_token_loss
+from adalomo_jax.models import PRESETS, Llama, LlamaConfig, llama_of, next_token_loss
 
 SMALL = LlamaConfig(
     vocab_size=37,
@@ -211,3 +211,13 @@ def test_a_sequence_beyond_the_positions_is_refused():
     graphdef, params = make()
     with pytest.raises(ValueError, match="max_position_embeddings=32 tokens, got 33"):
         nnx.merge(graphdef, params)(jnp.zeros((1, 33), jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_model_of_given_parameters_computes_in_their_type(dtype):
+    config = dataclasses.replace(PRESETS["tiny"], hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
+    model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+    found = llama_of(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    tokens = jnp.arange(8)[None]
+    assert found.hidden(tokens).dtype == dtype
+    np.testing.assert_array_equal(found(tokens), model(tokens))

