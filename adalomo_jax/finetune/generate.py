@@ -52,7 +52,9 @@ def run(config: GenerateConfig) -> str:
     sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.eos)
     key = jax.random.key(config.seed)
     drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)
-    return _print("" if config.chat else config.prompt, (int(token) for (token,) in drawn), loaded.tokenizer)
+    # An answer begins a text of its own; what continues the prompt does not.
+    before = () if config.chat else tokens
+    return _print("" if config.chat else config.prompt, (int(token) for (token,) in drawn), loaded.tokenizer, before)
 
 
 def load_model(name: str, dtype: str) -> Loaded:
@@ -102,25 +104,26 @@ def _chat_text(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer)
     return tokenizer.prompt([*system, {"role": "user", "content": config.prompt}])
 
 
-def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()) -> Iterator[str]:
     """The text of tokens, a piece as soon as it is known: whole characters, spaces between the tokens included.
 
-    The pieces together are the text of all tokens but the last, where that is the one that ends a text.
+    The pieces together are what the tokens add to the text of those before them, without the last where that is the
+    one that ends a text. Alone they would be read as the beginning of a text, where some tokenizers leave a space out.
     """
-    held: list[int] = []
-    before = ""
+    held = list(map(int, before))
+    known = tokenizer.decode(held)
     for token in tokens:
         if token == tokenizer.eos:
             break
         held.append(token)
         text = tokenizer.decode(held)
         if not text.endswith(_UNFINISHED):
-            yield text[len(before) :]
-            before = text
-    yield tokenizer.decode(held)[len(before) :]
+            yield text[len(known) :]
+            known = text
+    yield tokenizer.decode(held)[len(known) :]
 
 
-def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer) -> str:
+def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int]) -> str:
     """The text after the prompt; then, on the standard error, how fast it came."""
     times: list[float] = []
 
@@ -131,7 +134,7 @@ def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer) -> str:
 
     printed = ""
     print(prompt, end="", flush=True)
-    for piece in pieces(timed(), tokenizer):
+    for piece in pieces(timed(), tokenizer, before):
         printed += piece
         print(piece, end="", flush=True)
     print()

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from adalomo_jax import FusedStep, fuse
-from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.config import FinetuneConfig, InputError, one_line
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
 from adalomo_jax.finetune.packing import Batch
 from adalomo_jax.memory.compile import shard_bytes, shares_of
@@ -181,7 +181,10 @@ def _first_params(config: FinetuneConfig, model: Pretrained, training: Training,
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
         return jax.jit(training.make_params, out_shardings=shardings)()
-    return load_params(model.config, model.checkpoint.source, config.dtype, shardings)
+    try:
+        return load_params(model.config, model.checkpoint.source, config.dtype, shardings)
+    except ValueError as error:
+        raise InputError(f"--model {config.model}: {one_line(error)}") from None
 
 
 def abstract_arrays(training: Training, mesh: Mesh | None) -> tuple[Any, Any]:

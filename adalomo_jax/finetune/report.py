@@ -17,12 +17,15 @@ from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow, perplexity
 from adalomo_jax.finetune.program import Program, tree_bytes
 from adalomo_jax.memory.usage import format_bytes
 
+_SPEED_SECONDS = 86_400.0
+"""Over which the time left is judged. Rich's half a minute may pass between two rows, and it would then show none."""
+
 
 @contextmanager
 def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Row], None]]:
     """Yields the function that shows a row: steps move the bar, evaluations are lines of their own."""
     columns = [BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}")]
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=_SPEED_SECONDS) as progress:
         task = progress.add_task("train", total=steps, now="")
 
         def show(row: Row) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,14 +109,14 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
             f"stopped after step {trained.stopped_at}, which is saved; to go on, give the same options with "
             f"--output {folder} --resume"
         )
-    continuation = sample(model, trained.params, data, config)
     summary = summarize(config, model.name, program, trained, rows)
     if is_first:
         plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
         plot_run(folder / "run.png", rows, f"{model.name}, {config.optimizer}")
         write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n"))
-    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)  # last: see is_finished
-    console.print(continuation, markup=False, highlight=False)
+    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)  # the last file: see is_finished
+    # Only now: the sample is a program of its own, and what it may fail of costs no weights.
+    console.print(sample(model, trained.params, data, config), markup=False, highlight=False)
     console.print(summary_table(summary))
     console.print(f"written to {folder}", highlight=False, soft_wrap=True)
     return folder
@@ -175,4 +176,6 @@ def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -
         return generate(llama, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
     tokens = gather(continued(params, prompt[None]))[0]
-    return f"{model.tokenizer.decode(prompt)}|{model.tokenizer.decode(tokens[len(prompt) :])}"
+    text = model.tokenizer.decode(tokens)
+    read = len(os.path.commonprefix([text, model.tokenizer.decode(prompt)]))  # a prompt may end within a character
+    return f"{text[:read]}|{text[read:]}"

@@ -45,9 +45,8 @@ class GGUFSource:
 
     def __init__(self, path: Path):
         self.path = path
-        reader = open_gguf(path)
+        reader, fields = open_gguf(path, lambda name: not name.startswith("tokenizer."))
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         self.config = _config(fields, tensors, path)
         architecture = fields["general.architecture"]
         names = _hugging_face_names(self.config, architecture)
@@ -93,18 +92,27 @@ class GGUFSource:
                 if block.size != (stop - start) * row_bytes:
                     raise ValueError(f"{self.path} ends within a tensor: it is not whole, copy it again.")
                 shaped = block if is_vector else block.reshape(stop - start, row_bytes)
-                out[start:stop] = dequantize(shaped, place.type).reshape(stop - start, *place.shape[1:])
+                out[start:stop] = self._values(shaped, place.type).reshape(stop - start, *place.shape[1:])
         return out
 
+    def _values(self, blocks: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        try:
+            return dequantize(blocks, kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path} has a tensor of type {kind.name}, which the gguf package cannot read"
+            ) from None
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """The fields and the table of tensors of a GGUF file.
+
+def open_gguf(path: Path, is_wanted: Callable[[str], bool]) -> tuple[gguf.GGUFReader, dict[str, Any]]:
+    """The table of tensors of a GGUF file, and the values of those fields whose names are wanted.
 
     Raises:
         ValueError: it is none, or ends early.
     """
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        return reader, {name: field.contents() for name, field in reader.fields.items() if is_wanted(name)}
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise ValueError(f"{path} is no whole GGUF file ({' '.join(str(error).split())}): copy it again.") from None
 

@@ -71,11 +71,8 @@ def tokenizer_of_gguf(path: Path) -> TextTokenizer:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """The metadata below ``tokenizer.``, without that prefix and ``ggml.``."""
-    return {
-        name.removeprefix("tokenizer.").removeprefix("ggml."): field.contents()
-        for name, field in open_gguf(path).fields.items()
-        if name.startswith("tokenizer.")
-    }
+    _, fields = open_gguf(path, lambda name: name.startswith("tokenizer."))
+    return {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
 
 
 def _build(fields: Mapping[str, Any]) -> TextTokenizer:

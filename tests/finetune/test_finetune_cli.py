@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import EXTRA, main
@@ -206,6 +207,12 @@ def places(tmp_path, corpus, finished):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "binary.bin").write_bytes(b"\0" * 1000)
     (tmp_path / "folder").mkdir()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(finished / "config.json", broken)
+    tensors = load_file(finished / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors")
     return {"tmp": tmp_path, "corpus": corpus, "finished": finished}
 
 
@@ -237,6 +244,7 @@ def places(tmp_path, corpus, finished):
         ("--evaluate-every 0", "--evaluate-every must be at least 1 step, got 0"),
         ("--model {tmp}/missing", "missing: there is no file or folder"),
         ("--model {corpus}", "config.json cannot be read"),
+        ("--model {tmp}/broken", "the tensors must be those of the model's sizes; 1 missing: model.norm.weight"),
         ("--seed -1", "--seed must be from 0"),
         ("--find-lr --learning-rate 1e-3", "--find-lr looks for the learning rate: leave --learning-rate out"),
         ("--output {finished}", "holds a run already"),
@@ -262,6 +270,13 @@ def test_unusable_input_is_one_line_and_status_2(arguments, message, places, cap
     assert message in captured.err
     assert captured.out == ""
     assert sorted(places["tmp"].rglob("*")) == before
+
+
+def test_a_sample_that_fails_costs_no_weights(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "sample", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["finetune", "--data", str(corpus), "--steps", "1", "--output", str(tmp_path / "run")])
+    assert model_from(tmp_path / "run") is not None
 
 
 def test_good_input_does_compile(places, monkeypatch):

@@ -132,6 +132,18 @@ def test_pieces_are_whole_characters():
     assert list(pieces(tokens[:-1], ByteTokenizer()))[-1] == "\N{REPLACEMENT CHARACTER}"
 
 
+class Pieced(ByteTokenizer):
+    """Each token is a word with the space before it, which a text does not begin with."""
+
+    def decode(self, tokens):
+        return "".join(f" {int(token)}" for token in tokens).removeprefix(" ")
+
+
+def test_what_continues_a_text_is_not_read_as_its_beginning():
+    assert list(pieces([7, 8], Pieced(), before=[5, 6])) == [" 7", " 8", ""]
+    assert list(pieces([7, 8], Pieced())) == ["7", " 8", ""]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -133,3 +133,16 @@ def test_the_packaged_model_is_smollm2():
     assert set(found.source.shapes) == {tensor.name for tensor in tensors_of(found.config)}
     norms = load_params(found.config, found.source, "bfloat16")["layers"]["input_layernorm"]["weight"]
     assert norms.shape == (30, 576) and jax.numpy.all(jax.numpy.isfinite(norms))
+
+
+def test_a_type_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, LLAMA, tensors_in(random_params(LLAMA), LLAMA), Kind.Q8_0)
+    source = open_checkpoint(path).source
+
+    def cannot(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr("adalomo_jax.pretrained.gguf_file.dequantize", cannot)
+    with pytest.raises(ValueError, match="model.gguf has a tensor of type Q8_0, which the gguf package cannot read"):
+        source.read("model.embed_tokens.weight", ())
