@@ -67,9 +67,9 @@ def compare(known, run_once):
 
 
 def table_row(results):
-    losses, (row, rate, _, _, size) = [result.eval_loss for result in results], results[0]
-    spread = f"{max(losses) - min(losses):.3f}" if len(losses) > 1 else ""
-    return f"| {row} | {rate:g} | {sum(losses) / len(losses):.3f} | {spread} | {size / 1e9:.2f} GB |"
+    losses, (row, rate, _, loss, size) = [result.eval_loss for result in results], results[0]
+    seeds = f"{sum(losses) / len(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+    return f"| {row} | {rate:g} | {loss:.3f} | {seeds} | {size / 1e9:.2f} GB |"
 
 
 def read(path):
