@@ -137,8 +137,8 @@ def train_saving(
         return train(program, config, data, on_row, start=start)
     after = start.step if start else 0
     with (
+        stop_requests(mesh) as is_asked_to_stop,  # outermost: schedulers send SIGTERM again while a save is written
         open_saver(checkpoints_of(folder), origin, keep=config.keep, after=after) as saver,
-        stop_requests(mesh) as is_asked_to_stop,
     ):
         return train(program, config, data, on_row, start=start, save=saver.save, is_asked_to_stop=is_asked_to_stop)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import adalomo_jax.finetune.program as program_module
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.checkpoints import restore_params
+from adalomo_jax.finetune.checkpoints import Saver, restore_params
 from adalomo_jax.fused.step import FusedStep
 from adalomo_jax.models import PRESETS, llama_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
@@ -232,6 +232,30 @@ def test_sigterm_saves_and_stops(finished, command, tmp_path, capsys, monkeypatc
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     main([*quiet, "--resume"])
     assert weights(folder) == weights(finished) and rows(folder) == rows(finished)
+
+
+def test_a_second_sigterm_does_not_stop_the_save(command, tmp_path, capsys, monkeypatch):
+    append, wait, deaths = run_module.append_row, Saver.wait, []
+
+    def terminated(path, row):
+        append(path, row)
+        if row.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def waiting(saver):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(saver)
+
+    monkeypatch.setattr(run_module, "append_row", terminated)
+    monkeypatch.setattr(Saver, "wait", waiting)
+    previous = signal.signal(
+        signal.SIGTERM, lambda *_: deaths.append("while saving")
+    )  # the default would end the tests
+    try:
+        refused(capsys, [*command, "--checkpoint-every", "100", "--output", str(tmp_path / "run")], status=143)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not deaths and steps_in(tmp_path / "run") == [2]
 
 
 def test_without_checkpoints(command, tmp_path):
