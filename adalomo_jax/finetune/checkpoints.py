@@ -32,6 +32,10 @@ FORMAT = 1
 """Of the record; it grows when older code cannot read newer checkpoints."""
 
 
+_REMOVED = ".removed-"
+"""What the name of a folder that is no checkpoint any more begins with; neither `steps_in` nor Orbax reads it."""
+
+
 class Origin(NamedTuple):
     """What a run is made of. A checkpoint continues a run of the same origin."""
 
@@ -119,9 +123,7 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
         InputError: the folder cannot be used, or a checkpoint could not be written.
     """
     if is_first_process():
-        for step in steps_in(folder):
-            if step > after:
-                shutil.rmtree(folder / str(step))
+        _remove_later(folder, after)
     wait_for_all("checkpoints of later steps are removed")
     loss = lambda metrics: metrics["eval_loss"]
     policies = [
@@ -217,6 +219,15 @@ def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     config = LlamaConfig(**sizes)
     shapes = param_shapes(config, record.origin.options["dtype"])
     return _restore_items(path, record, {"params": shapes})["params"], config
+
+
+def _remove_later(folder: Path, after: int) -> None:
+    """Renamed first, all of them: a kill in the middle leaves none that is half there, which would be the newest."""
+    for step in steps_in(folder):
+        if step > after:
+            (folder / str(step)).rename(folder / f"{_REMOVED}{step}")
+    for removed in folder.glob(f"{_REMOVED}*"):  # those too that an earlier start was killed over
+        shutil.rmtree(removed)
 
 
 def _restore_items(path: Path, record: Record, trees: dict[str, Any]) -> dict[str, Any]:

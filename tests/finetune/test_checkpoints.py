@@ -108,6 +108,26 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps_in(tmp_path) == [2, 5]
 
 
+def test_a_kill_while_later_ones_are_removed_leaves_none_in_part(tmp_path, monkeypatch):
+    params, state = trees(size=50)
+    with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
+        for step in (1, 2, 3):
+            saver.save(step, params, state, {}, None)
+
+    def killed(path):
+        next(file for file in path.rglob("*") if file.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        with open_saver(tmp_path, ORIGIN, keep=3, after=1):
+            pass
+    assert checkpoints.steps_in(tmp_path) == [1]
+    with open_saver(tmp_path, ORIGIN, keep=3, after=1) as saver:
+        saver.save(2, params, state, {}, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
 def test_a_full_disk_loses_no_older_checkpoint(tmp_path):
     small, large = trees(size=100), trees(size=500_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
