@@ -68,7 +68,7 @@ class FinetuneConfig:
     """Text files, JSONL files, folders of both, read recursively, and folders that Hugging Face's datasets has saved.
     A line of JSONL has text, or prompt and completion, or messages of a chat with role and content.
     Of the last two the completion, and what the assistant says, is learned; chats take the checkpoint's own template.
-    A tenth is kept for evaluation: whole documents, or the tail of a single one; or the dataset's own split."""
+    A tenth is kept for evaluation: whole documents, or of a few large ones a tail; or the dataset's own split."""
     skip_bad: bool = False
     """Leave out lines of JSONL that cannot be used, and count them; without, they stop the run before it starts."""
     steps: int = 600

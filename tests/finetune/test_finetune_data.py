@@ -11,6 +11,7 @@ from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.corpus import standard_library
 from adalomo_jax.finetune.data import (
     EVALUATION_SHARE,
+    SHARE_FACTOR,
     Data,
     evaluation_batches,
     load_data,
@@ -59,9 +60,39 @@ def test_split_does_not_depend_on_the_order():
     assert chosen != {document.name for document in DOCUMENTS[: len(chosen)]}
 
 
-def test_two_documents_are_one_for_each():
-    train, evaluation = split_documents([Document("a", "a" * 10), Document("b", "b" * 1000)])
-    assert len(train) == len(evaluation) == 1
+@pytest.mark.parametrize("notes", ["notes.txt", "a", "b", "c"])
+def test_a_large_document_is_not_held_out_whole_whatever_its_name(notes):
+    small, book = Document(notes, "n" * 10), Document("book.txt", "b" * 980 + "e" * 10)
+    for documents in ([small, book], [book, small]):
+        train, evaluation = split_documents(documents)
+        assert evaluation == [Document("book.txt", "b" * 90 + "e" * 10)]
+        assert sorted(train) == sorted([small, Document("book.txt", "b" * 890)])
+
+
+def test_a_document_too_large_to_hold_out_is_passed_over_for_the_next():
+    documents = [Document(f"{i}", "t" * 20) for i in range(30)]
+    first, *rest = split_documents(documents)[1]
+    larger = [document._replace(text="t" * 500) if document == first else document for document in documents]
+    held = split_documents(larger)[1]
+    assert first.name not in [document.name for document in held]
+    assert set(rest) < set(held) and len(held) == 6  # 120 of 1080: the fewest that hold the share
+
+
+@pytest.mark.parametrize(
+    "sizes", [[100] * 2, [100] * 4, [100] * 5, [100] * 9, [1, 999], [30, 30, *[188] * 5], [1] * 40]
+)
+def test_what_is_held_out_is_within_a_factor_of_two_of_the_share(sizes):
+    train, evaluation = split_documents([Document(f"{i}.txt", "t" * size) for i, size in enumerate(sizes)])
+    held, total = (sum(len(document.text) for document in part) for part in (evaluation, [*train, *evaluation]))
+    assert total == sum(sizes)
+    assert EVALUATION_SHARE / SHARE_FACTOR <= held / total <= EVALUATION_SHARE * SHARE_FACTOR
+
+
+def test_a_document_that_is_learned_in_parts_is_not_cut():
+    parts = [Document(name, "p" * size, ((0, 1),)) for name, size in (("a", 500), ("b", 350), ("c", 400))]
+    assert split_documents(parts) == ([parts[0], parts[2]], [parts[1]])
+    train, evaluation = split_documents([*parts, Document("d", "t" * 380)])
+    assert evaluation == [Document("d", "t" * 163)] and train[:3] == parts
 
 
 def test_one_document_is_split_by_its_tail_between_characters():
