@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adalomo_jax.finetune.config import InputError
-from adalomo_jax.finetune.documents import COLUMNS, FIELDS, Broken, Document, document_of, parse_record
+from adalomo_jax.finetune.documents import (
+    COLUMNS,
+    FIELDS,
+    Broken,
+    Document,
+    PassedOver,
+    document_of,
+    lines_of,
+    parse_record,
+)
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -26,6 +35,7 @@ _COMPRESSED = {
     ".xz": b"\xfd7zXZ\0",
 }
 """Endings, and how such files begin."""
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
 
 
@@ -35,7 +45,7 @@ class Source(NamedTuple):
     path: Path
     name: str
     """The start of its documents' names."""
-    kind: Literal["text", "lines", "dataset"]
+    kind: Literal["text", "lines", "dataset", "unread split"]
     in_folder: bool = False
     """Found there, not named by the user: what is no text is passed over."""
     evaluation: bool = False
@@ -49,6 +59,7 @@ class Corpus(NamedTuple):
     evaluation: list[Document]
     """What data sets say is to be evaluated on. Where they say nothing, there is none: some documents must be kept."""
     broken: list[Broken]
+    passed_over: list[PassedOver]
 
 
 def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
@@ -56,29 +67,30 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
 
     Args:
         paths: text files, files of JSON lines (``.jsonl``, ``.json``), folders, where ``.jsonl`` are lines and all
-            other files text (hidden and empty ones, and those with zero bytes, are passed over), and folders that
-            ``datasets`` has saved. None for the sources of the standard library.
+            other files text (hidden and empty ones are passed over, and those that are compressed, UTF-16 or have
+            zero bytes, which are named), and folders that ``datasets`` has saved. None for the sources of the
+            standard library.
         tokenizer: its chat template is applied to conversations.
 
     Raises:
-        InputError: a path that is missing, unreadable, empty, compressed or not text.
+        InputError: a path that is missing, unreadable, empty, compressed or not text in UTF-8.
     """
     if paths is None:
-        return Corpus(standard_library(), [], [])
-    items: dict[Path, tuple[Source, list[Document | Broken]]] = {}
+        return Corpus(standard_library(), [], [], [])
+    items: dict[Path, tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
         sources = list_sources(path)
         keys = [source.path.resolve() for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
                 items[key] = source, list(_items(source, tokenizer))
-        if not any(items[key][1] for key in keys):
-            raise InputError(f"--data {path} " + ("holds no text files" if path.is_dir() else "is empty"))
+        _check_read(path, [item for key in keys for item in items[key][1]])
     found = [(item, source.evaluation) for source, of_source in items.values() for item in of_source]
     return Corpus(
         [item for item, evaluation in found if isinstance(item, Document) and not evaluation],
         [item for item, evaluation in found if isinstance(item, Document) and evaluation],
         [item for item, _ in found if isinstance(item, Broken)],
+        [item for item, _ in found if isinstance(item, PassedOver)],
     )
 
 
@@ -118,6 +130,7 @@ def _found(file: Path, folder: Path) -> Source:
 
 
 def _splits(path: Path) -> list[Source]:
+    """What is trained on, what is evaluated on, and the others, for the report of what was not read."""
     try:
         splits = json.loads(_read(path / _DATASETS[0]))["splits"]
     except (ValueError, KeyError, TypeError) as error:
@@ -125,11 +138,28 @@ def _splits(path: Path) -> list[Source]:
     if "train" not in splits:
         raise InputError(f"--data {path} must have the split train, got {', '.join(splits)}; give one of its folders")
     chosen = ["train", *[split for split in EVALUATION_SPLITS if split in splits][:1]]
-    return [Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen]
+    others = [split for split in splits if split not in chosen]
+    return [
+        *(Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen),
+        *(Source(path / name, f"{path.name}/{name}", "unread split") for name in others),
+    ]
 
 
-def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken]:
+def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> None:
+    """Refuses a path of which nothing was read."""
+    passed_over = [item for item in items if isinstance(item, PassedOver)]
+    if len(passed_over) < len(items):
+        return
+    if path.is_dir():
+        raise InputError("; ".join([f"--data {path} holds no text files", *lines_of(passed_over)]))
+    raise InputError(f"--data {path} is " + (passed_over[0].reason if passed_over else "empty"))
+
+
+def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken | PassedOver]:
     """The documents of a source, or what is wrong with them."""
+    if source.kind == "unread split":
+        yield PassedOver(str(source.path), "a split that is neither trained nor evaluated on")
+        return
     if source.kind == "text":
         yield from _text(source)
         return
@@ -141,12 +171,14 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken]:
             yield Broken(place, str(error))
 
 
-def _text(source: Source) -> Iterator[Document | Broken]:
+def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
     content = _read(source.path)
-    if b"\0" in content or _is_compressed(content):
-        if source.in_folder:
-            return
-        raise InputError(f"--data {source.path} is {_not_text(content)}")
+    reason = _encoded(content) or ("not text: it has zero bytes" if b"\0" in content else None)
+    if reason:
+        if not source.in_folder:
+            raise InputError(f"--data {source.path} is {reason}")
+        yield PassedOver(str(source.path), reason)
+        return
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -160,8 +192,8 @@ def _text(source: Source) -> Iterator[Document | Broken]:
 def _lines(source: Source) -> Iterator[tuple[int, str, bytes]]:
     """Number, place and content of the lines that are not blank."""
     content = _read(source.path)
-    if _is_compressed(content):
-        raise InputError(f"--data {source.path} is {_not_text(content)}")
+    if reason := _encoded(content):
+        raise InputError(f"--data {source.path} is {reason}")
     if content.lstrip()[:1] == b"[":
         raise InputError(f"--data {source.path} is one JSON array: write one object a line")
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -188,12 +220,11 @@ def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
     raise InputError(f"--data {source.path} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}")
 
 
-def _not_text(content: bytes) -> str:
-    return "compressed: unpack it first" if _is_compressed(content) else "not text: it has zero bytes"
-
-
-def _is_compressed(content: bytes) -> bool:
-    return content.startswith(tuple(_COMPRESSED.values()))
+def _encoded(content: bytes) -> str | None:
+    """In what, other than UTF-8, and the way out."""
+    if content.startswith(tuple(_COMPRESSED.values())):
+        return "compressed: unpack it first"
+    return "UTF-16: save it as UTF-8" if content.startswith(_UTF_16) else None
 
 
 def _holds(folder: Path, names: Sequence[str]) -> bool:

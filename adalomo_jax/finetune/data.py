@@ -12,7 +12,7 @@ import numpy as np
 
 from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.corpus import read_corpus
-from adalomo_jax.finetune.documents import Broken, Document
+from adalomo_jax.finetune.documents import Broken, Document, PassedOver, lines_of, listed
 from adalomo_jax.finetune.packing import Batch, Packed, pack, tokenize
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 
@@ -27,12 +27,10 @@ EVALUATION_BATCHES = 8
 """Batches that it reads at least, where the text has them."""
 ENDLESS = 2**48
 """More sequences than any run reads."""
-NAMED = 3
-"""How many broken records an error names; it counts the rest."""
 
 
 class DataReport(NamedTuple):
-    """What became of the text. It prints in two lines or three."""
+    """What became of the text. It prints in two lines, and one more for each way in which text was left out."""
 
     train_documents: int
     evaluation_documents: int
@@ -49,6 +47,7 @@ class DataReport(NamedTuple):
     """Tokens that were dropped because they were alone, of both parts."""
     unlearned: int
     """Tokens that were dropped in pieces where nothing is to be learned, of both parts."""
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __str__(self) -> str:
         skipped = f"; {self.skipped:,} broken records left out" if self.skipped else ""
@@ -63,7 +62,7 @@ class DataReport(NamedTuple):
                 f"dropped: {self.short:,} tokens that a cut left alone, {self.unlearned:,} in pieces of documents "
                 "where nothing is to be predicted"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *lines_of(self.passed_over)])
 
 
 class Data(NamedTuple):
@@ -91,7 +90,7 @@ def load_data(
             little text for one sequence to train on, or for a sequence to evaluate on for each of the parts.
         ValueError: a tokenizer with tokens that are not in its vocabulary.
     """
-    documents, evaluation, broken = read_corpus(paths, tokenizer)
+    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer)
     if broken and not skip_bad:
         raise InputError(f"{_listed(broken)}; mend them, or leave them out with --skip-bad")
     if not documents:
@@ -111,6 +110,7 @@ def load_data(
         padding=train_packed.padding,
         short=train_packed.short + evaluation_packed.short,
         unlearned=train_packed.unlearned + evaluation_packed.unlearned,
+        passed_over=tuple(passed_over),
     )
     return Data(train_packed, evaluation_packed, report)
 
@@ -230,9 +230,8 @@ def _cut(documents: Sequence[Document], i: int, length: int) -> tuple[list[Docum
 
 def _listed(broken: Sequence[Broken]) -> str:
     """The first broken records with their reasons, each on one line, and how many more there are."""
-    named = [f"{place} {' '.join(reason.split())}" for place, reason in broken[:NAMED]]
-    more = [f"and {len(broken) - NAMED:,} more"] if len(broken) > NAMED else []
-    return f"{len(broken):,} broken record{'s' * (len(broken) > 1)}: {'; '.join(named + more)}"
+    names = [f"{place} {' '.join(reason.split())}" for place, reason in broken]
+    return f"{len(broken):,} broken record{'s' * (len(broken) > 1)}: {listed(names)}"
 
 
 def _hash(document: Document) -> bytes:

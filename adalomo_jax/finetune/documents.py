@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from adalomo_jax.pretrained.tokenizer import Tokenizer
@@ -11,6 +11,8 @@ from adalomo_jax.pretrained.tokenizer import Tokenizer
 FIELDS = "text, prompt and completion, or messages"
 """What a record has one of."""
 COLUMNS = ("text", "prompt", "completion", "messages")
+NAMED = 3
+"""How many of a kind a message names; it counts the rest."""
 
 
 class Document(NamedTuple):
@@ -31,6 +33,36 @@ class Broken(NamedTuple):
     place: str
     """File and line."""
     reason: str
+
+
+class PassedOver(NamedTuple):
+    """A file of a folder, or a split of a data set, that is not read."""
+
+    place: str
+    reason: str
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a; b; c; and 1 more'
+    """
+    more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
+    # A file's name may have bytes that are not UTF-8, which no terminal takes.
+    return "; ".join([*names[:NAMED], *more]).encode(errors="backslashreplace").decode()
+
+
+def lines_of(passed_over: Iterable[PassedOver]) -> list[str]:
+    """A line for each reason, so that many files of one kind do not hide the only one of another.
+
+    >>> lines_of([PassedOver("a", "compressed"), PassedOver("b", "not text"), PassedOver("c", "compressed")])
+    ['2 passed over (compressed): a; c', '1 passed over (not text): b']
+    """
+    places: dict[str, list[str]] = {}
+    for place, reason in passed_over:
+        places.setdefault(reason, []).append(place)
+    return [f"{len(names):,} passed over ({reason}): {listed(names)}" for reason, names in places.items()]
 
 
 def parse_record(line: bytes) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from toy_tokenizer import ToyTokenizer
 
 from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.corpus import read_corpus, standard_library
-from adalomo_jax.finetune.documents import Broken, Document
+from adalomo_jax.finetune.documents import Broken, Document, PassedOver
 
 
 def read(*paths):
@@ -59,13 +59,14 @@ def test_folders_are_read_recursively_and_files_once(tmp_path):
     (tmp_path / "image").write_bytes(b"\x89PNG\0")
     (tmp_path / "none").touch()
     lines(tmp_path / "inner" / "c.jsonl", {"text": "c"}, {"text": "d"})
-    documents, _, broken = read(tmp_path, tmp_path / "b.txt", tmp_path / "inner" / ".." / "b.txt")
+    corpus = read(tmp_path, tmp_path / "b.txt", tmp_path / "inner" / ".." / "b.txt")
     names = ["b.txt", "inner/a.txt"]
-    assert documents == [
+    assert corpus.documents == [
         *(Document(name, name) for name in names),
         *(Document(f"inner/c.jsonl:{i}", text) for i, text in enumerate("cd", 1)),
     ]
-    assert broken == []
+    assert corpus.broken == []
+    assert corpus.passed_over == [PassedOver(f"{tmp_path}/image", "not text: it has zero bytes")]
 
 
 def test_text_is_as_it_is_written_but_for_a_mark_of_utf_8(tmp_path):
@@ -122,6 +123,7 @@ def test_a_data_set_may_say_what_to_evaluate_on(saved, split):
     corpus = read(saved("set", {"train": pairs, split: {"text": ["c"]}, "unsupervised": {"text": ["d"]}}))
     assert corpus.documents == [Document("set/train:1", "ab", ((1, 2),))]
     assert corpus.evaluation == [Document(f"set/{split}:1", "c")]
+    assert [item.place.rpartition("/set/")[2] for item in corpus.passed_over] == ["unsupervised"]
 
 
 def test_a_data_set_is_evaluated_on_one_split(saved):
@@ -172,6 +174,27 @@ def test_compressed_files_are_refused(tmp_path):
     for path in (gzipped, zipped, in_folder, in_folder.parent):
         with pytest.raises(InputError, match="is compressed: unpack it first"):
             read(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_what_of_a_folder_is_not_read_is_named_with_its_reason(tmp_path, encoding):
+    wide, packed = tmp_path / "wide.txt", tmp_path / "packed.txt"
+    wide.write_bytes("\ufeffGr\u00fc\u00dfe".encode(encoding))
+    packed.write_bytes(gzip.compress(b"text"))
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert str(error.value) == (
+        f"--data {tmp_path} holds no text files; 1 passed over (compressed: unpack it first): {packed}; "
+        f"1 passed over (UTF-16: save it as UTF-8): {wide}"
+    )
+    (tmp_path / "a.txt").write_text("a")
+    assert [Path(item.place).name for item in read(tmp_path).passed_over] == ["packed.txt", "wide.txt"]
+    for paths in ([wide], [tmp_path, wide]):
+        with pytest.raises(InputError, match="wide.txt is UTF-16: save it as UTF-8"):
+            read(*paths)
+    wide.rename(tmp_path / "wide.jsonl")
+    with pytest.raises(InputError, match="wide.jsonl is UTF-16: save it as UTF-8"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,18 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
     ]
 
 
+def test_the_report_names_what_was_not_read(tmp_path):
+    for i in range(1005):
+        (tmp_path / f"{i:04}.png").write_bytes(b"\0")
+    (tmp_path / "wide.txt").write_bytes("\ufeffwide".encode("utf-16-le"))
+    (tmp_path / "a.txt").write_text("a" * 300)
+    assert str(load_data([tmp_path], BYTES, seq_len=8).report).splitlines()[-2:] == [
+        f"1,005 passed over (not text: it has zero bytes): {tmp_path}/0000.png; {tmp_path}/0001.png; "
+        f"{tmp_path}/0002.png; and 1,002 more",
+        f"1 passed over (UTF-16: save it as UTF-8): {tmp_path}/wide.txt",
+    ]
+
+
 def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
     good = [{"text": f"text {i}"} for i in range(20)]
     first = write(tmp_path / "a.jsonl", *good, "no\n", {"text": 3})

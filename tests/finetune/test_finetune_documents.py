@@ -3,7 +3,7 @@
 import pytest
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune.documents import Document, document_of, parse_record
+from adalomo_jax.finetune.documents import Document, document_of, listed, parse_record
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -94,3 +94,7 @@ def test_a_line_that_is_no_record_says_why(line, reason):
     with pytest.raises(ValueError) as error:
         parse_record(line)
     assert reason in str(error.value)
+
+
+def test_names_that_are_not_utf_8_can_be_printed():
+    assert listed(["caf\udce9.png"]) == "caf\\udce9.png"
