@@ -40,6 +40,7 @@ class DataReport(NamedTuple):
     learned_tokens: int
     """Those of the training tokens that are predicted."""
     evaluation_tokens: int
+    evaluation_sequences: int
     train_sequences: int
     padding: float
     """Its share of the training sequences."""
@@ -55,7 +56,7 @@ class DataReport(NamedTuple):
             f"{self.train_documents:,} documents to train on, {self.evaluation_documents:,} to evaluate on{skipped}",
             f"{self.train_tokens:,} tokens to train on ({self.learned_tokens:,} of them predicted) in "
             f"{self.train_sequences:,} sequences with {self.padding:.1%} of padding, "
-            f"{self.evaluation_tokens:,} to evaluate on",
+            f"{self.evaluation_tokens:,} to evaluate on{self._read_of_them()}",
         ]
         if self.short or self.unlearned:
             lines.append(
@@ -63,6 +64,15 @@ class DataReport(NamedTuple):
                 "where nothing is to be predicted"
             )
         return "\n".join([*lines, *lines_of(self.passed_over)])
+
+    def _read_of_them(self) -> str:
+        """How many sequences `evaluation_batches` takes, where those are not all but for a part of a batch."""
+        if self.evaluation_sequences <= EVALUATION_SEQUENCES:
+            return ""
+        return (
+            f", of whose {self.evaluation_sequences:,} sequences an evaluation reads about {EVALUATION_SEQUENCES}, or "
+            f"{EVALUATION_BATCHES} batches if that is more"
+        )
 
 
 class Data(NamedTuple):
@@ -106,6 +116,7 @@ def load_data(
         train_tokens=train_packed.tokens,
         learned_tokens=train_packed.learned,
         evaluation_tokens=evaluation_packed.tokens,
+        evaluation_sequences=evaluation_packed.sequences,
         train_sequences=train_packed.sequences,
         padding=train_packed.padding,
         short=train_packed.short + evaluation_packed.short,

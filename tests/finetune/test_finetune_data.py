@@ -128,6 +128,17 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("sequences", "said"), [(64, ""), (65, "65 sequences an evaluation reads about 64, or 8 batches")]
+)
+def test_the_report_says_how_much_of_the_text_an_evaluation_reads(tmp_path, sequences, said):
+    (tmp_path / "a.txt").write_text("a" * 80 * sequences)
+    data = load_data([tmp_path], BYTES, seq_len=8)
+    assert data.report.evaluation_sequences == data.evaluation.sequences == sequences
+    assert evaluation_batches(data, batch_size=4).tokens_BT.shape[:2] == (16, 4)
+    assert said in str(data.report) and ("an evaluation reads" in str(data.report)) == bool(said)
+
+
 def test_the_report_names_what_was_not_read(tmp_path):
     for i in range(1005):
         (tmp_path / f"{i:04}.png").write_bytes(b"\0")
