@@ -66,6 +66,7 @@ class FinetuneConfig:
         default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
     ] = None
     """Text files, JSONL files, folders of both, read recursively, and folders that Hugging Face's datasets has saved.
+    JSONL files end in .jsonl or .ndjson; one that ends in .json is JSONL if it is named here, and text in a folder.
     A line of JSONL has text, or prompt and completion, or messages of a chat with role and content.
     Of the last two the completion, and what the assistant says, is learned; chats take the checkpoint's own template.
     A tenth is kept for evaluation: whole documents, or of a few large ones a tail; or the dataset's own split."""

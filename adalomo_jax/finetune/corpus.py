@@ -26,6 +26,7 @@ from adalomo_jax.pretrained.tokenizer import Tokenizer
 EVALUATION_SPLITS = ("validation", "test")
 """Of a data set with several splits, the one that is evaluated on; the first that there is."""
 
+_LINES = (".jsonl", ".ndjson")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
 _COMPRESSED = {
     ".gz": b"\x1f\x8b",
@@ -66,10 +67,10 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
     """All documents of the paths, each file once, in the order given, folders in the order of their names.
 
     Args:
-        paths: text files, files of JSON lines (``.jsonl``, ``.json``), folders, where ``.jsonl`` are lines and all
-            other files text (hidden and empty ones are passed over, and those that are compressed, UTF-16 or have
-            zero bytes, which are named), and folders that ``datasets`` has saved. None for the sources of the
-            standard library.
+        paths: text files, files of JSON lines (``.jsonl``, ``.ndjson``, ``.json``, in letters of any case), folders,
+            where ``.jsonl`` and ``.ndjson`` are lines and all other files text (hidden and empty ones are passed over,
+            and those that are compressed, UTF-16 or have zero bytes, which are named), and folders that ``datasets``
+            has saved. None for the sources of the standard library.
         tokenizer: its chat template is applied to conversations.
 
     Raises:
@@ -112,7 +113,7 @@ def list_sources(path: Path) -> list[Source]:
     if not path.exists():
         raise InputError(f"--data {path}: no such file or folder")
     if not path.is_dir():
-        return [Source(path, path.name, "lines" if path.suffix in (".jsonl", ".json") else "text")]
+        return [Source(path, path.name, "lines" if path.suffix.lower() in (*_LINES, ".json") else "text")]
     if _holds(path, _DATASETS):
         return _splits(path)
     if _holds(path, _DATASET):
@@ -124,9 +125,10 @@ def _found(file: Path, folder: Path) -> Source:
     """A file of a folder. What would be taken for text against all expectations is refused."""
     if file.name in _DATASETS or (file.name in _DATASET and _holds(file.parent, _DATASET)):
         raise InputError(f"--data {folder} holds a folder of datasets: give {file.parent} itself")
-    if ".jsonl" in file.suffixes[:-1] and file.suffix in _COMPRESSED:
+    suffixes = [suffix.lower() for suffix in ("", *file.suffixes)]
+    if set(_LINES) & set(suffixes[:-1]) and suffixes[-1] in _COMPRESSED:
         raise InputError(f"--data {file} is compressed: unpack it first")
-    return Source(file, file.relative_to(folder).as_posix(), "lines" if file.suffix == ".jsonl" else "text", True)
+    return Source(file, file.relative_to(folder).as_posix(), "lines" if suffixes[-1] in _LINES else "text", True)
 
 
 def _splits(path: Path) -> list[Source]:

@@ -74,15 +74,22 @@ def test_text_is_as_it_is_written_but_for_a_mark_of_utf_8(tmp_path):
     assert texts(read(tmp_path / "a.txt").documents) == ["one\r\n\u2028two \n"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.JSON", "a.JSONL", "a.ndjson"])
 def test_json_lines_may_be_blank_or_end_like_on_windows(tmp_path, name):
     (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n\r\n{"prompt": "c", "completion": "d"}')
     documents = read(tmp_path / name).documents
     assert documents == [Document(f"{name}:1", "a\u2028b"), Document(f"{name}:3", "cd", ((1, 2),))]
 
 
-def test_json_in_a_folder_is_text(tmp_path):
-    (tmp_path / "settings.json").write_text('{\n "a": 1\n}')
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.b.NDJSON"])
+def test_json_lines_in_a_folder_are_known_by_their_endings(tmp_path, name):
+    lines(tmp_path / name, {"text": "one"}, {"text": "two"})
+    assert read(tmp_path).documents == [Document(f"{name}:1", "one"), Document(f"{name}:2", "two")]
+
+
+@pytest.mark.parametrize("name", ["settings.json", "settings.JSON", "jsonl"])
+def test_json_in_a_folder_is_text(tmp_path, name):
+    (tmp_path / name).write_text('{\n "a": 1\n}')
     assert texts(read(tmp_path).documents) == ['{\n "a": 1\n}']
 
 
@@ -164,8 +171,9 @@ def test_a_data_set_inside_a_folder_is_not_taken_for_text(saved, tmp_path, conte
         read(tmp_path)
 
 
-def test_compressed_files_are_refused(tmp_path):
-    gzipped, zipped, in_folder = tmp_path / "a.jsonl", tmp_path / "a.txt", tmp_path / "folder" / "a.jsonl.gz"
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.JSONL.GZ", "a.ndjson.gz"])
+def test_compressed_files_are_refused(tmp_path, name):
+    gzipped, zipped, in_folder = tmp_path / "a.jsonl", tmp_path / "a.txt", tmp_path / "folder" / name
     in_folder.parent.mkdir()
     for path in (gzipped, in_folder):
         path.write_bytes(gzip.compress(b'{"text": "a"}'))
