@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,8 +28,8 @@ from adalomo_jax.pretrained.names import param_shapes
 
 FOLDER = "checkpoints"
 """Of a run's output: where its checkpoints are, by step."""
-FORMAT = 1
-"""Of the record; it grows when older code cannot read newer checkpoints."""
+FORMAT = 2
+"""Of the record; it grows when older code cannot read newer checkpoints. Those of earlier formats are read."""
 
 
 _REMOVED = ".removed-"
@@ -45,6 +45,8 @@ class Origin(NamedTuple):
     """The model's name, and its sizes as the fields of `LlamaConfig`."""
     data: str
     """The `data_fingerprint`."""
+    paths: Sequence[str] | None = None
+    """Where the text was, and none of it for the default; it may be elsewhere now. None in format 1."""
 
 
 class Record(NamedTuple):
@@ -177,8 +179,8 @@ def read_record(path: Path) -> Record:
     contents = sealed.get("record") if isinstance(sealed, dict) else None
     if not isinstance(contents, dict) or sealed.get("sha256") != _digest(contents):
         raise ValueError("its record is damaged")
-    if contents["format"] != FORMAT:
-        raise ValueError(f"it has the format {contents['format']}, and this version reads the format {FORMAT}")
+    if contents["format"] > FORMAT:
+        raise ValueError(f"it has the format {contents['format']}, and this version reads those up to {FORMAT}")
     record = Record(**{k: v for k, v in contents.items() if k != "format"})
     if str(record.step) != path.name:
         raise ValueError(f"it says that it is of the step {record.step}")

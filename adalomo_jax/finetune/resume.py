@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,62 @@ FREE = (
 """Options that may differ when a run goes on: up to rounding they change nothing, or `Origin` has what they led to."""
 
 
+_EARLIER = "earlier-"
+"""What the name of a file of weights begins with while the run is to come to its end once more."""
+
+
 def origin_of(config: FinetuneConfig, model: Pretrained, data: Data) -> Origin:
     """What a run with these options is made of."""
+    return _origin(config, model, data_fingerprint(data))
+
+
+def _origin(config: FinetuneConfig, model: Pretrained, data: str) -> Origin:
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     options |= {
         "learning_rate": peak_learning_rate(config),
         "warmup_steps": warmup_steps(config),
         "evaluate_every": evaluation_interval(config),
     }
-    return Origin(options, {"name": model.name, **dataclasses.asdict(model.config)}, data_fingerprint(data))
+    return Origin(options, {"name": model.name, **dataclasses.asdict(model.config)}, data, _paths(config))
+
+
+def _paths(config: FinetuneConfig) -> list[str]:
+    return [str(path.absolute()) for path in config.data or ()]
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a run has left its weights there, which are written last."""
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def check_finished(config: FinetuneConfig, folder: Path, model: Pretrained, read: Callable[[], Data]) -> None:
+    """Raise InputError where the finished run in a folder is not the one that the options ask for.
+
+    Without checkpoints nothing tells. The text is read only where its paths are not those of the run: all else takes
+    no time.
+    """
+    steps = steps_in(checkpoints_of(folder))
+    if steps:
+        record = _record(folder, steps[-1])
+        was = record.origin
+        data = was.data if was.paths == _paths(config) else data_fingerprint(read())
+        _check_same(folder, record, _origin(config, model, data))
+
+
+def set_weights_aside(folder: Path) -> None:
+    """A run that goes on from before its end is not finished by the weights that it has left there.
+
+    They are renamed, not removed: until the run has come to its end again, they are the only ones.
+    """
+    for name in (SINGLE, INDEX):
+        if (folder / name).exists():
+            (folder / name).replace(folder / f"{_EARLIER}{name}")
+
+
+def drop_weights_set_aside(folder: Path) -> None:
+    """Once the checkpoint of the last step is whole, which holds the new ones; a run without checkpoints keeps both."""
+    for name in (SINGLE, INDEX):
+        (folder / f"{_EARLIER}{name}").unlink(missing_ok=True)
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -59,16 +101,8 @@ def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Rec
     if step not in steps:
         there = f"only those of the steps {', '.join(map(str, steps))}" if steps else "none at all"
         raise InputError(f"--resume-step {step}: {folder} has no checkpoint of this step, {there}")
-    try:
-        record = read_record(checkpoints_of(folder) / str(step))
-    except ValueError as error:
-        raise unusable(folder, step, error) from None
-    differing = differences(record.origin, origin)
-    if differing:
-        raise InputError(
-            f"the checkpoint of step {step} in {folder} is of a run with other options: {'; '.join(differing)}; "
-            "give the same ones, or name another --output"
-        )
+    record = _record(folder, step)
+    _check_same(folder, record, origin)
     return record
 
 
@@ -111,6 +145,22 @@ def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
     if not rows:
         raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")
     return rows
+
+
+def _record(folder: Path, step: int) -> Record:
+    try:
+        return read_record(checkpoints_of(folder) / str(step))
+    except ValueError as error:
+        raise unusable(folder, step, error) from None
+
+
+def _check_same(folder: Path, record: Record, origin: Origin) -> None:
+    differing = differences(record.origin, origin)
+    if differing:
+        raise InputError(
+            f"the checkpoint of step {record.step} in {folder} is of a run with other options: {'; '.join(differing)}; "
+            "give the same ones, or name another --output"
+        )
 
 
 def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -37,12 +37,15 @@ from adalomo_jax.finetune.plot import plot_losses, plot_run
 from adalomo_jax.finetune.program import Program, build_program
 from adalomo_jax.finetune.report import progress_bar, summarize, summary_table
 from adalomo_jax.finetune.resume import (
+    check_finished,
     checkpoints_of,
+    drop_weights_set_aside,
     earlier_rows,
     find_checkpoint,
     is_finished,
     origin_of,
     restored,
+    set_weights_aside,
 )
 from adalomo_jax.finetune.stopping import stop_requests
 from adalomo_jax.finetune.tensorboard import event_file
@@ -70,7 +73,8 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     mesh, is_first = mesh_of(config), is_first_process()
     console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
-    if config.resume and is_finished(folder):
+    if config.resume and config.resume_step is None and is_finished(folder):
+        check_finished(config, folder, model, partial(data_of, config, model))
         console.print(f"the run in {folder} is finished", highlight=False, soft_wrap=True)
         return folder
     data = data_of(config, model)
@@ -133,6 +137,8 @@ def train_saving(
     mesh: Mesh | None,
 ) -> Trained:
     """`train`, with checkpoints and an ear for SIGTERM, unless the options ask for no checkpoints."""
+    if is_first_process():
+        set_weights_aside(folder)
     if not checkpoint_interval(config):
         return train(program, config, data, on_row, start=start)
     after = start.step if start else 0
@@ -140,7 +146,10 @@ def train_saving(
         stop_requests(mesh) as is_asked_to_stop,  # outermost: schedulers send SIGTERM again while a save is written
         open_saver(checkpoints_of(folder), origin, keep=config.keep, after=after) as saver,
     ):
-        return train(program, config, data, on_row, start=start, save=saver.save, is_asked_to_stop=is_asked_to_stop)
+        trained = train(program, config, data, on_row, start=start, save=saver.save, is_asked_to_stop=is_asked_to_stop)
+    if trained.stopped_at is None and is_first_process():
+        drop_weights_set_aside(folder)
+    return trained
 
 
 def model_of(name: str) -> Pretrained:

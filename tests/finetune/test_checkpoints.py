@@ -70,6 +70,27 @@ def test_no_damage_goes_unseen(checked, tmp_path, monkeypatch):
     assert (wrong == 0) == checked, wrong  # Orbax alone does not see all of it
 
 
+@pytest.mark.parametrize(("format", "is_read"), [(1, True), (checkpoints.FORMAT + 1, False)])
+def test_earlier_formats_are_read(format, is_read, tmp_path, monkeypatch):
+    old = checkpoints._sealed
+
+    def sealed(record):
+        contents = old(record)["record"] | {"format": format}
+        if format == 1:
+            contents["origin"].pop("paths")
+        return {"record": contents, "sha256": checkpoints._digest(contents)}
+
+    monkeypatch.setattr(checkpoints, "_sealed", sealed)
+    params, state = trees(size=50)
+    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+        saver.save(1, params, state, {}, None)
+    if is_read:
+        assert read_record(tmp_path / "1").origin == ORIGIN
+    else:
+        with pytest.raises(ValueError, match=f"has the format {format}, and this version reads those up to"):
+            read_record(tmp_path / "1")
+
+
 def test_checksums_do_not_depend_on_how_arrays_are_spread():
     x = jax.random.normal(jax.random.key(0), (8, 12, 16)).astype(jnp.bfloat16)
     mesh = make_mesh({"fsdp": 4, "tensor": 2})

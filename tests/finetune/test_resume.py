@@ -112,6 +112,44 @@ def test_a_finished_run_says_so(finished, command, capsys):
     assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
 
 
+def test_a_finished_run_reads_no_text_unless_it_is_elsewhere(finished, command, corpus, capsys, monkeypatch, tmp_path):
+    elsewhere = shutil.copy(corpus, tmp_path / "other.txt")
+    resuming = [*command, "--output", str(finished), "--resume"]
+    main([*resuming, "--data", str(elsewhere)])
+    assert capsys.readouterr().out == f"the run in {finished} is finished\n"
+    monkeypatch.setattr(run_module, "load_data", None)
+    main(resuming)
+
+
+def test_a_finished_run_of_other_options_is_refused(finished, command, capsys, tmp_path):
+    (tmp_path / "other.txt").write_text("another text\n" * 500)
+    options = ["--steps", "12", "--data", str(tmp_path / "other.txt")]
+    said = refused(capsys, [*command, "--output", str(finished), "--resume", *options])
+    assert f"the checkpoint of step 6 in {finished} is of a run with other options: --steps was 6, and is 12" in said
+    assert "--data led to the sequences" in said and "name another --output" in said
+
+
+def test_a_finished_run_goes_back(finished, command, capsys, tmp_path, monkeypatch):
+    folder, earlier = shutil.copytree(finished, tmp_path / "run"), tmp_path / "run" / "earlier-model.safetensors"
+    resuming = [*command, "--output", str(folder), "--resume"]
+    said = refused(capsys, [*resuming, "--resume-step", "3"])
+    assert "only those of the steps 4, 5, 6" in said and weights(folder) == weights(finished)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(run_module, "append_row", killed)
+        main([*resuming, "--resume-step", "4"])
+    assert steps_in(folder) == [4] and earlier.read_bytes() == weights(finished)
+    capsys.readouterr()
+    main(resuming)
+    assert "going on after step 4\n" in capsys.readouterr().out
+    assert weights(folder) == weights(finished) and rows(folder) == rows(finished) and not earlier.exists()
+    main(resuming)
+    assert capsys.readouterr().out == f"the run in {folder} is finished\n"
+
+
 def test_without_a_checkpoint_it_begins(killed, finished, command, capsys):
     shutil.rmtree(killed / "checkpoints")
     main([*command, "--output", str(killed), "--resume"])
@@ -248,9 +286,8 @@ def test_a_second_sigterm_does_not_stop_the_save(command, tmp_path, capsys, monk
 
     monkeypatch.setattr(run_module, "append_row", terminated)
     monkeypatch.setattr(Saver, "wait", waiting)
-    previous = signal.signal(
-        signal.SIGTERM, lambda *_: deaths.append("while saving")
-    )  # the default would end the tests
+    # The default handler would end the tests.
+    previous = signal.signal(signal.SIGTERM, lambda *_: deaths.append("while saving"))
     try:
         refused(capsys, [*command, "--checkpoint-every", "100", "--output", str(tmp_path / "run")], status=143)
     finally:
