@@ -34,8 +34,8 @@ class DataReport(NamedTuple):
 
     train_documents: int
     evaluation_documents: int
-    skipped: int
-    """Broken records that were left out."""
+    broken: tuple[Broken, ...]
+    """Records that were left out."""
     train_tokens: int
     learned_tokens: int
     """Those of the training tokens that are predicted."""
@@ -48,12 +48,12 @@ class DataReport(NamedTuple):
     """Tokens that were dropped because they were alone, of both parts."""
     unlearned: int
     """Tokens that were dropped in pieces where nothing is to be learned, of both parts."""
-    passed_over: tuple[PassedOver, ...] = ()
+    passed_over: tuple[PassedOver, ...]
+    """Files and splits that were not read."""
 
     def __str__(self) -> str:
-        skipped = f"; {self.skipped:,} broken records left out" if self.skipped else ""
         lines = [
-            f"{self.train_documents:,} documents to train on, {self.evaluation_documents:,} to evaluate on{skipped}",
+            f"{self.train_documents:,} documents to train on, {self.evaluation_documents:,} to evaluate on",
             f"{self.train_tokens:,} tokens to train on ({self.learned_tokens:,} of them predicted) in "
             f"{self.train_sequences:,} sequences with {self.padding:.1%} of padding, "
             f"{self.evaluation_tokens:,} to evaluate on{self._read_of_them()}",
@@ -63,6 +63,8 @@ class DataReport(NamedTuple):
                 f"dropped: {self.short:,} tokens that a cut left alone, {self.unlearned:,} in pieces of documents "
                 "where nothing is to be predicted"
             )
+        if self.broken:
+            lines.append(f"left out: {_listed(self.broken)}")
         return "\n".join([*lines, *lines_of(self.passed_over)])
 
     def _read_of_them(self) -> str:
@@ -93,7 +95,7 @@ def load_data(
         tokenizer: of the model.
         seq_len: tokens of a sequence.
         parts: over how many devices a batch is spread.
-        skip_bad: leave out broken records and count them.
+        skip_bad: leave out broken records; the report counts them and names the first.
 
     Raises:
         InputError: a path that cannot be used; broken records, of all files at once, unless they are skipped; too
@@ -112,7 +114,7 @@ def load_data(
     report = DataReport(
         train_documents=len(documents),
         evaluation_documents=len(evaluation),
-        skipped=len(broken),
+        broken=tuple(broken),
         train_tokens=train_packed.tokens,
         learned_tokens=train_packed.learned,
         evaluation_tokens=evaluation_packed.tokens,

@@ -117,14 +117,16 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
     write(tmp_path / "train.jsonl", *[{"prompt": "p" * 5, "completion": "c" * 4}] * 9, "broken\n", {"text": ""})
     data = load_data([tmp_path / "train.jsonl"], ToyTokenizer(), seq_len=6, skip_bad=True)
     report = data.report  # a document is <s>ppppp|cccc</s>: its first piece is dropped
-    assert (report.train_documents, report.evaluation_documents, report.skipped) == (8, 1, 2)
+    assert (report.train_documents, report.evaluation_documents, len(report.broken)) == (8, 1, 2)
     assert (report.train_tokens, report.learned_tokens, report.evaluation_tokens) == (8 * 5, 8 * 4, 5)
     assert (report.short, report.unlearned) == (0, 9 * 6)
     assert (report.train_sequences, report.padding) == (8, pytest.approx(1 / 6))
     assert str(report).splitlines() == [
-        "8 documents to train on, 1 to evaluate on; 2 broken records left out",
+        "8 documents to train on, 1 to evaluate on",
         "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% of padding, 5 to evaluate on",
         "dropped: 0 tokens that a cut left alone, 54 in pieces of documents where nothing is to be predicted",
+        f"left out: 2 broken records: {tmp_path}/train.jsonl:10 is not JSON: Expecting value at character 1 of the "
+        f"line; {tmp_path}/train.jsonl:11 text is empty",
     ]
 
 
@@ -157,14 +159,16 @@ def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
     second = write(tmp_path / "b.jsonl", {"words": "a"}, *[{"text": ""}] * 1234, *good)
     with pytest.raises(InputError) as error:
         load_data([first, second], BYTES, seq_len=8)
-    assert str(error.value) == (
+    said = (
         f"1,237 broken records: {first}:21 is not JSON: Expecting value at character 1 of the line; "
         f"{first}:22 text must be a string, got a number; "
         f"{second}:1 must have one of text, prompt and completion, or messages, got words; "
-        "and 1,234 more; mend them, or leave them out with --skip-bad"
+        "and 1,234 more"
     )
+    assert str(error.value) == f"{said}; mend them, or leave them out with --skip-bad"
     report = load_data([first, second], BYTES, seq_len=8, skip_bad=True).report
-    assert (report.train_documents + report.evaluation_documents, report.skipped) == (40, 1237)
+    assert (report.train_documents + report.evaluation_documents, len(report.broken)) == (40, 1237)
+    assert str(report).splitlines()[-1] == f"left out: {said}"
 
 
 def test_reasons_are_on_one_line(tmp_path):
