@@ -30,6 +30,10 @@ RUN_FILES = (
 """What a run leaves in its output folder, beside a file for TensorBoard whose name has the time and the machine."""
 
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+"""How the files of a model end. A run writes its own last, when it has rows; before them it writes config.json."""
+
+
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead."""
 
@@ -242,6 +246,11 @@ def output_folder(config: FinetuneConfig) -> Path:
     if held and not config.resume:
         raise InputError(
             f"--output {folder} holds a run already ({', '.join(held)}); name another folder, or go on with --resume"
+        )
+    weights = next((path.name for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS), None)
+    if weights is not None and not (folder / METRICS).exists():
+        raise InputError(
+            f"--resume: {folder} is no folder of a run, it holds {weights} and no {METRICS}; name another --output"
         )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -141,7 +141,10 @@ def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
     if start is None:
         return []
     path = folder / METRICS
-    rows = [row for row in (read_rows(path) if path.exists() else []) if row.step <= start.step]
+    try:
+        rows = [row for row in (read_rows(path) if path.exists() else []) if row.step <= start.step]
+    except ValueError as error:
+        raise InputError(f"{one_line(error)}; remove what is broken there, and give the same command again") from None
     if not rows:
         raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")
     return rows

@@ -157,6 +157,21 @@ def test_without_a_checkpoint_it_begins(killed, finished, command, capsys):
     assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_a_model_is_no_run_to_go_on_with(name, command, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_module, "build_program", None)
+    for file in (name, "config.json"):
+        (tmp_path / file).write_text("of somebody")
+    said = refused(capsys, [*command, "--output", str(tmp_path), "--resume"])
+    assert f"{tmp_path} is no folder of a run, it holds {name} and no metrics.jsonl; name another --output" in said
+
+
+def test_a_run_killed_before_its_first_row_begins_again(finished, command, capsys, monkeypatch, tmp_path):
+    shutil.copy(finished / "config.json", tmp_path)
+    main([*command, "--output", str(tmp_path), "--resume"])
+    assert weights(tmp_path) == weights(finished)
+
+
 def test_a_run_is_not_written_over(killed, command, capsys):
     assert "holds a run already" in (said := refused(capsys, [*command, "--output", str(killed)])), said
     assert "go on with --resume" in said
@@ -205,6 +220,20 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_when_asked(killed,
     assert (killed / "metrics.jsonl").read_bytes() == before and newest.exists()
     main([*resuming, "--resume-step", "4"])
     assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
+
+
+def test_a_broken_line_of_the_metrics_is_named(killed, finished, command, capsys, monkeypatch):
+    path = killed / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "{broken\n", *lines[2:]]))
+    resuming = [*command, "--output", str(killed), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "build_program", None)
+        said = refused(capsys, resuming)
+    assert f"{path}:3 is no row of a run: " in said and "remove what is broken there" in said
+    path.write_text("".join(lines))
+    main(resuming)
+    assert rows(killed) == rows(finished)
 
 
 def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
