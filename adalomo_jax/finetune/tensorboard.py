@@ -14,12 +14,13 @@ FLUSH_SECONDS = 10
 
 
 @contextmanager
-def event_file(folder: Path, first_step: int = 0) -> Iterator[Callable[[Row], None]]:
+def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[Row], None]]:
     """Yields the function that adds a row to a new event file in the folder.
 
     Args:
         folder: exists. It may hold event files of earlier parts of the run.
-        first_step: what they hold of this step and later ones TensorBoard is told to forget: a resumed run repeats it.
+        first_step: what they hold of this step and later ones TensorBoard is told to forget: a resumed run repeats it,
+            and one that begins again repeats all. None to forget nothing.
     """
     from tensorboardX import SummaryWriter
 
@@ -28,7 +29,7 @@ def event_file(folder: Path, first_step: int = 0) -> Iterator[Callable[[Row], No
         @cache
         def writer() -> SummaryWriter:
             """Made with the first row: a run that ends before it leaves no file."""
-            made = SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=FLUSH_SECONDS)
+            made = SummaryWriter(str(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS)
             return stack.enter_context(made)
 
         def write(row: Row) -> None:

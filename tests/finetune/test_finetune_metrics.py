@@ -102,12 +102,23 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, told, monkeypatch):
             write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
     later = time.time() + 5
     monkeypatch.setattr(time, "time", lambda: later)  # a file's name has the second
-    with event_file(tmp_path, first_step=4 if told else 0) as write:
+    with event_file(tmp_path, first_step=4 if told else None) as write:
         for step in range(4, 9):
             write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
     losses = {step: values for (tag, step), values in shown(tmp_path).items() if tag == "loss"}
     assert sorted(losses) == list(range(1, 9))
     assert all(len(values) == 1 for values in losses.values()) == told
+
+
+def test_a_run_that_begins_again_shows_no_step_twice(tmp_path, monkeypatch):
+    later = time.time() + 5
+    for count in (4, 3):
+        with event_file(tmp_path) as write:
+            for step in range(count):
+                write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
+        monkeypatch.setattr(time, "time", lambda: later)  # a file's name has the second
+    losses = {step: values for (tag, step), values in shown(tmp_path).items() if tag == "loss"}
+    assert losses == {step: [float(step)] for step in range(3)}
 
 
 @pytest.fixture
