@@ -142,7 +142,13 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
     try:
         manager = ocp.CheckpointManager(folder.absolute(), options=options)
     except Exception as error:
-        raise InputError(f"the checkpoints in {folder} cannot be used: {one_line(error)}") from error
+        broken = [step for step in steps_in(folder) if not _has_metrics_or_none(folder / str(step))]
+        if not broken:
+            raise InputError(f"the checkpoints in {folder} cannot be used: {one_line(error)}") from error
+        raise InputError(
+            f"the checkpoint of step {broken[0]} in {folder} has a damaged evaluation loss, without which none is "
+            f"opened: {one_line(error)}; move {folder / str(broken[0])} out of that folder"
+        ) from error
     saver = Saver(manager, origin)
     yield saver
     saver.wait()
@@ -153,7 +159,13 @@ def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, ascending, whole or damaged; none where there is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir() if _is_step(path.name) and path.is_dir())
+
+
+def foreign_in(folder: Path) -> list[Path]:
+    """What has a checkpoint's name there, and no record: Orbax would take it for one, and remove it in its time."""
+    paths = [folder / str(step) for step in steps_in(folder)]
+    return [path for path in paths if not (path / "record").is_dir()]
 
 
 def best_step(folder: Path) -> int | None:
@@ -276,6 +288,22 @@ def _tell_errors_once() -> None:
             hook(unraisable)
 
     sys.unraisablehook = told
+
+
+def _has_metrics_or_none(path: Path) -> bool:
+    """False for a file of metrics that is no JSON: Orbax's manager reads all of them at once, and names none."""
+    try:
+        ocp.JsonCheckpointHandler(filename="metrics").restore(cast(Any, path.absolute() / "metrics"))
+    except FileNotFoundError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _is_step(name: str) -> bool:
+    """Not 007, which is no name that Orbax gives."""
+    return name.isdecimal() and name == str(int(name))
 
 
 def _named(tree: Any) -> dict[str, Any]:

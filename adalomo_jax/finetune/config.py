@@ -248,7 +248,7 @@ def output_folder(config: FinetuneConfig) -> Path:
             f"--output {folder} holds a run already ({', '.join(held)}); name another folder, or go on with --resume"
         )
     weights = next((path.name for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS), None)
-    if weights is not None and not (folder / METRICS).exists():
+    if config.resume and weights is not None and not (folder / METRICS).exists():
         raise InputError(
             f"--resume: {folder} is no folder of a run, it holds {weights} and no {METRICS}; name another --output"
         )

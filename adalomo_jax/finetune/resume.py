@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adalomo_jax.finetune.checkpoints import FOLDER, Origin, Record, read_record, restore, steps_in
+from adalomo_jax.finetune.checkpoints import FOLDER, Origin, Record, foreign_in, read_record, restore, steps_in
 from adalomo_jax.finetune.config import METRICS, FinetuneConfig, InputError, evaluation_interval, one_line
 from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.fingerprints import data_fingerprint
@@ -101,6 +101,9 @@ def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Rec
     if step not in steps:
         there = f"only those of the steps {', '.join(map(str, steps))}" if steps else "none at all"
         raise InputError(f"--resume-step {step}: {folder} has no checkpoint of this step, {there}")
+    foreign = foreign_in(checkpoints_of(folder))
+    if foreign:
+        raise InputError(f"{foreign[0]} has no record of a run, and may be somebody else's: move it out of that folder")
     record = _record(folder, step)
     _check_same(folder, record, origin)
     return record

@@ -129,6 +129,13 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps_in(tmp_path) == [2, 5]
 
 
+@pytest.mark.parametrize("name", ["007", "٣", "7x", "-7", "7.orbax-checkpoint-tmp-1", ".removed-7"])
+def test_only_names_that_are_given_to_checkpoints_are_steps(name, tmp_path):
+    for folder in (name, "8"):
+        (tmp_path / folder / "record").mkdir(parents=True)
+    assert checkpoints.steps_in(tmp_path) == [8]
+
+
 def test_a_kill_while_later_ones_are_removed_leaves_none_in_part(tmp_path, monkeypatch):
     params, state = trees(size=50)
     with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
@@ -147,6 +154,21 @@ def test_a_kill_while_later_ones_are_removed_leaves_none_in_part(tmp_path, monke
     with open_saver(tmp_path, ORIGIN, keep=3, after=1) as saver:
         saver.save(2, params, state, {}, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("damage", ["{", ""])
+def test_a_damaged_loss_is_named_by_its_step(damage, tmp_path):
+    params, state = trees(size=50)
+    with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
+        for step, loss in {1: None, 2: 2.0, 3: 1.0}.items():
+            saver.save(step, params, state, {}, loss)
+    (tmp_path / "2" / "metrics" / "metrics").write_text(damage)
+    with pytest.raises(InputError, match="checkpoint of step 2 in .* has a damaged evaluation loss.*; move .*/2 out"):
+        with open_saver(tmp_path, ORIGIN, keep=3, after=3):
+            pass
+    (tmp_path / "2").rename(tmp_path / "away")
+    with open_saver(tmp_path, ORIGIN, keep=3, after=3):
+        assert checkpoints.steps_in(tmp_path) == [1, 3]
 
 
 def test_a_full_disk_loses_no_older_checkpoint(tmp_path):

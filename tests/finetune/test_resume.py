@@ -166,6 +166,12 @@ def test_a_model_is_no_run_to_go_on_with(name, command, capsys, monkeypatch, tmp
     assert f"{tmp_path} is no folder of a run, it holds {name} and no metrics.jsonl; name another --output" in said
 
 
+def test_a_new_run_may_lie_beside_other_files(finished, command, tmp_path):
+    (tmp_path / "notes.bin").write_text("of somebody")
+    main([*command, "--output", str(tmp_path)])
+    assert weights(tmp_path) == weights(finished) and (tmp_path / "notes.bin").exists()
+
+
 def test_a_run_killed_before_its_first_row_begins_again(finished, command, capsys, monkeypatch, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     main([*command, "--output", str(tmp_path), "--resume"])
@@ -240,8 +246,9 @@ def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
     shutil.rmtree(killed / "checkpoints" / "4")
     foreign = killed / "checkpoints" / "9"
     (foreign / "somewhat").mkdir(parents=True)
-    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
-    assert "the checkpoint of step 9" in said and "older ones are of the steps 5" in said
+    for options in ([], ["--resume-step", "5"]):
+        said = refused(capsys, [*command, "--output", str(killed), "--resume", *options])
+        assert f"{foreign} has no record of a run" in said and "move it out" in said
     shutil.rmtree(foreign)
     (killed / "checkpoints" / "5").rename(foreign)
     said = refused(capsys, [*command, "--output", str(killed), "--resume"])
