@@ -1,6 +1,7 @@
 """What README shows runs."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -46,3 +47,12 @@ def test_bash_block_names_what_there_is(block):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_optimizers_is_what_the_runs_came_to():
+    example = ROOT / "examples" / "further_pretraining.py"
+    of = runpy.run_path(str(example))
+    rows = of["compare"](of["read"](example.with_suffix(".jsonl")), run_once=None)
+    expected = [of["table_row"](results) for results in rows]
+    assert len(expected) == len(of["ROWS"])
+    assert all(row in README for row in expected), expected

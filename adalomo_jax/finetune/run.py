@@ -78,7 +78,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         console.print(f"the run in {folder} is finished", highlight=False, soft_wrap=True)
         return folder
     data = data_of(config, model)
-    console.print(str(data.report), highlight=False)
+    console.print(str(data.report), markup=False, highlight=False, soft_wrap=True)  # it has names of files
     if config.find_lr:
         return find_lr(config, model, data, mesh, folder, console, writes=is_first)
     origin = origin_of(config, model, data)

@@ -13,6 +13,7 @@ from adalomo_jax.models import generate, llama_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.pretrained.model import export_rest, find_model
 
 has = lambda name: importlib.util.find_spec(name) is not None
 NEEDED = ("torch", "transformers", "accelerate")
@@ -68,6 +69,23 @@ def test_real_logits():
     model, theirs = smollm2()
     tokens = np.concatenate([[PROMPT], np.random.default_rng(0).integers(0, 49152, (3, len(PROMPT)))])
     np.testing.assert_allclose(model(jnp.asarray(tokens)), their_logits(theirs, tokens), rtol=0, atol=1e-3)
+
+
+@needs_smollm2
+def test_a_real_model_comes_back_to_the_bit_and_is_the_same_there(tmp_path):
+    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
+
+    model = find_model("smollm2")
+    assert model.checkpoint is not None
+    params = load_params(model.config, model.checkpoint.source, "float32")
+    export_params(tmp_path, params, model.config)
+    export_rest(tmp_path, model, "float32")
+    found = open_checkpoint(tmp_path)
+    assert found.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, load_params(found.config, found.source, "float32"), params)
+    _, theirs = smollm2()
+    np.testing.assert_array_equal(their_logits(their_model(tmp_path), [PROMPT]), their_logits(theirs, [PROMPT]))
+    assert AutoTokenizer.from_pretrained(tmp_path).decode(PROMPT) == model.tokenizer.decode(PROMPT)
 
 
 @needs_smollm2
