@@ -131,7 +131,8 @@ class FinetuneConfig:
     """Steps from one checkpoint to the next, of weights, optimizer and place in the data; and one at the last step.
     They are written to <output>/checkpoints while training goes on. 0 writes none."""
     keep: int = 2
-    """How many of the last checkpoints to keep; the one with the lowest evaluation loss is kept besides."""
+    """How many of the last checkpoints to keep.
+    The one with the lowest evaluation loss, of those that are made at an evaluation, is kept besides."""
     resume: bool = False
     """Go on with the run in --output from its newest checkpoint, to the same weights as if it had not been stopped.
     Give the same options again; those that do not change the numbers, such as --mesh or --no-fused, may be others.
