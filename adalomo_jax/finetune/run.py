@@ -92,6 +92,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     wait_for_all("the output folder is checked")
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
+        set_weights_aside(folder)  # first of all: a run that is cut off from here on is not finished
         export_rest(folder, model, config.dtype)
         if config.resume:
             write_rows(folder / METRICS, rows)
@@ -137,8 +138,6 @@ def train_saving(
     mesh: Mesh | None,
 ) -> Trained:
     """`train`, with checkpoints and an ear for SIGTERM, unless the options ask for no checkpoints."""
-    if is_first_process():
-        set_weights_aside(folder)
     if not checkpoint_interval(config):
         return train(program, config, data, on_row, start=start)
     after = start.step if start else 0
