@@ -32,8 +32,8 @@ FORMAT = 2
 """Of the record; it grows when older code cannot read newer checkpoints. Those of earlier formats are read."""
 
 
-_REMOVED = ".removed-"
-"""What the name of a folder that is no checkpoint any more begins with; neither `steps_in` nor Orbax reads it."""
+_REMOVED = ".removed"
+"""Where checkpoints go to be removed, in one rename each: a kill leaves none that is half there under its own name."""
 
 
 class Origin(NamedTuple):
@@ -84,6 +84,7 @@ class Saver:
         record = Record(step, batches, loss, self.origin, sums)
         args = {name: ocp.args.PyTreeSave(arrays) for name, arrays in items.items()}
         with self._one_line():
+            self._wait()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(**args, record=ocp.args.JsonSave(_sealed(record))),
@@ -94,7 +95,12 @@ class Saver:
     def wait(self) -> None:
         """Until all is written; raises as `save` does."""
         with self._one_line():
-            self.manager.wait_until_finished()
+            self._wait()
+
+    def _wait(self) -> None:
+        self.manager.wait_until_finished()
+        if is_first_process():
+            _empty_removed(Path(self.manager.directory))
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
@@ -137,6 +143,7 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
         best_mode="min",
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
+        todelete_subdir=_REMOVED,
     )
     _tell_errors_once()
     try:
@@ -236,12 +243,17 @@ def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
 
 
 def _remove_later(folder: Path, after: int) -> None:
-    """Renamed first, all of them: a kill in the middle leaves none that is half there, which would be the newest."""
+    _empty_removed(folder)  # what an earlier start was killed over
     for step in steps_in(folder):
         if step > after:
-            (folder / str(step)).rename(folder / f"{_REMOVED}{step}")
-    for removed in folder.glob(f"{_REMOVED}*"):  # those too that an earlier start was killed over
-        shutil.rmtree(removed)
+            (folder / _REMOVED).mkdir(exist_ok=True)
+            (folder / str(step)).rename(folder / _REMOVED / str(step))
+    _empty_removed(folder)
+
+
+def _empty_removed(folder: Path) -> None:
+    if (folder / _REMOVED).is_dir():
+        shutil.rmtree(folder / _REMOVED)
 
 
 def _restore_items(path: Path, record: Record, trees: dict[str, Any]) -> dict[str, Any]:

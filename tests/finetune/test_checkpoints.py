@@ -129,14 +129,15 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps_in(tmp_path) == [2, 5]
 
 
-@pytest.mark.parametrize("name", ["007", "٣", "7x", "-7", "7.orbax-checkpoint-tmp-1", ".removed-7"])
+@pytest.mark.parametrize("name", ["007", "٣", "7x", "-7", "7.orbax-checkpoint-tmp-1", ".removed"])
 def test_only_names_that_are_given_to_checkpoints_are_steps(name, tmp_path):
     for folder in (name, "8"):
         (tmp_path / folder / "record").mkdir(parents=True)
     assert checkpoints.steps_in(tmp_path) == [8]
 
 
-def test_a_kill_while_later_ones_are_removed_leaves_none_in_part(tmp_path, monkeypatch):
+@pytest.mark.parametrize("are_later", [True, False])
+def test_a_kill_while_some_are_removed_leaves_none_in_part(are_later, tmp_path, monkeypatch):
     params, state = trees(size=50)
     with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
         for step in (1, 2, 3):
@@ -148,12 +149,13 @@ def test_a_kill_while_later_ones_are_removed_leaves_none_in_part(tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoints.shutil, "rmtree", killed)
-        with open_saver(tmp_path, ORIGIN, keep=3, after=1):
-            pass
-    assert checkpoints.steps_in(tmp_path) == [1]
-    with open_saver(tmp_path, ORIGIN, keep=3, after=1) as saver:
-        saver.save(2, params, state, {}, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        with open_saver(tmp_path, ORIGIN, keep=1, after=1 if are_later else 3) as saver:
+            saver.save(4, params, state, {}, None)
+    assert checkpoints.steps_in(tmp_path) == ([1] if are_later else [4])
+    assert not checkpoints.foreign_in(tmp_path)
+    with open_saver(tmp_path, ORIGIN, keep=1, after=4) as saver:
+        saver.save(5, params, state, {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
 
 
 @pytest.mark.parametrize("damage", ["{", ""])

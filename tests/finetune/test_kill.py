@@ -58,6 +58,7 @@ def test_killed_at_random_moments(tmp_path, launch):
             time.sleep(chance.uniform(0, 2))
         else:  # while it trains, and each other time in the middle of writing
             while time.monotonic() < give_up:
+                assert process.exitcode is None, (tmp_path / "log").read_text()
                 if steps_in(folder) - before and (kill % 3 == 2 or writing(folder)):
                     break
                 time.sleep(0.001)
