@@ -155,7 +155,11 @@ def _statistics(squares: Sequence[jax.Array]) -> Statistics:
 
 def _sum_of_squares(gradient: Any) -> jax.Array:
     """Over all entries, in float32."""
-    return jnp.sum(jnp.square(gradient.astype(jnp.float32)))
+    squares = jnp.square(gradient.astype(jnp.float32))
+    if gradient.ndim < 2:
+        return jnp.sum(squares)
+    # AdaLomo takes the sums of rows, too. XLA does so once for both if it is kept from making one sum of these two.
+    return jnp.sum(lax.optimization_barrier(jnp.sum(squares, axis=-1)))
 
 
 def _update_stacks(

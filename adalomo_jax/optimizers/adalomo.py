@@ -1,5 +1,6 @@
 """AdaLomo as an Optax gradient transformation."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,9 @@ import optax
 
 from adalomo_jax.optimizers.moments import (
     Moment,
-    accumulate,
-    clip_rms,
     is_factored,
     new_share_at,
-    precondition,
+    normalized_update,
     rms,
     row_and_col_means,
 )
@@ -66,15 +65,12 @@ def scale_by_adalomo(
         count = jnp.asarray(optax.safe_increment(state.count))
         new_share = new_share_at(count, decay_rate) if b2 is None else jnp.asarray(1.0 - b2, jnp.float32)
         gradients, treedef = jax.tree.flatten(updates)
-        moments = [
-            accumulate(moment, g.astype(jnp.float32), new_share, eps)
-            for g, moment in zip(gradients, treedef.flatten_up_to(state.moments))
+        step = partial(normalized_update, new_share=new_share, eps=eps, threshold=clipping_threshold)
+        pairs = [
+            step(moment, g.astype(jnp.float32)) for g, moment in zip(gradients, treedef.flatten_up_to(state.moments))
         ]
-        scaled = [
-            clip_rms(precondition(moment, g.astype(jnp.float32)), clipping_threshold).astype(g.dtype)
-            for g, moment in zip(gradients, moments)
-        ]
-        return treedef.unflatten(scaled), ScaleByAdalomoState(count, treedef.unflatten(moments))
+        scaled = [u.astype(g.dtype) for g, (u, _) in zip(gradients, pairs)]
+        return treedef.unflatten(scaled), ScaleByAdalomoState(count, treedef.unflatten([moment for _, moment in pairs]))
 
     return per_layer(optax.GradientTransformation(init, update), layer_axes)
 

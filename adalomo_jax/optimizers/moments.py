@@ -8,6 +8,15 @@
     u = u / max(1, RMS(u) / threshold)          grouped update normalization
 
 Axes before the last two are batch axes of ``r`` and ``c``; RMS is over the whole tensor.
+
+What a step must move: RMS(u) depends on all of ``r`` and ``c``, so on every entry of ``g``, and the write depends on
+RMS(u). So ``g`` is read three times at least: for sums, for RMS(u), for the write. The write reads and writes theta,
+and depends on RMS(theta), which is a read more. In float32 these six are 24 bytes a weight, where no cache holds the
+matrix. No more are needed: ``r`` takes one read of ``g``, and then one is enough for both ``c`` and RMS(u), because
+
+    sum_ij u_ij**2 = mean(r) sum_j (sum_i g_ij**2 / r_i) / c_j
+
+and both sums over ``i`` can be taken at once.
 """
 
 import math
@@ -54,28 +63,58 @@ def row_and_col_means(s: jax.Array) -> FactoredMoment:
     return FactoredMoment(row=jnp.mean(s, axis=-1), col=jnp.mean(s, axis=-2))
 
 
-def accumulate(moment: Moment, g: jax.Array, new_share: jax.Array, eps: float | jax.Array) -> Moment:
-    """The moment after a step: ``beta * moment + (1 - beta) * statistics(g**2 + eps)``.
+def accumulate(old: jax.Array, new: jax.Array, new_share: jax.Array) -> jax.Array:
+    """``beta * old + (1 - beta) * new``; ``new_share`` is ``1 - beta``."""
+    return (1.0 - new_share) * old + new_share * new
 
-    ``new_share`` is ``1 - beta``. The statistics are the means of rows and columns, or of an unfactored tensor the
-    squares themselves.
+
+def normalized_update(
+    moment: Moment,
+    g: jax.Array,
+    new_share: jax.Array,
+    *,
+    eps: float | jax.Array = 1e-30,
+    threshold: float | jax.Array = 1.0,
+) -> tuple[jax.Array, Moment]:
+    """``u`` and the moment after a step with the gradient ``g``, float32: the equations above.
+
+    The moment of a factored tensor is moved by the means of the rows and columns of ``g**2 + eps``, that of another one
+    by ``g**2 + eps`` itself. ``new_share`` is ``1 - beta``.
     """
     # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
-    s = jnp.square(g) + jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
-    statistics = row_and_col_means(s) if isinstance(moment, FactoredMoment) else s
-    return jax.tree.map(lambda old, new: (1.0 - new_share) * old + new_share * new, moment, statistics)
-
-
-def precondition(moment: Moment, g: jax.Array) -> jax.Array:
-    """``g / sqrt(v)``, with ``v[..., i, j] = r[..., i] c[..., j] / mean(r)[...]`` for a factored moment."""
+    eps = jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     if not isinstance(moment, FactoredMoment):
-        return g * lax.rsqrt(moment)
-    r, c = moment
+        v = accumulate(moment, jnp.square(g) + eps, new_share)
+        return clip_rms(g * lax.rsqrt(v), threshold), v
+    m = g.shape[-2]
+    r = accumulate(moment.row, jnp.mean(jnp.square(g), axis=-1) + eps, new_share)
+    squares, squares_by_row = _sums_over_rows(g, lax.rsqrt(r))
+    c = accumulate(moment.col, squares / m + eps, new_share)
     # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
-    row_factor = lax.rsqrt(r) * jnp.sqrt(jnp.mean(r, axis=-1, keepdims=True))
-    return g * row_factor[..., :, None] * lax.rsqrt(c)[..., None, :]
+    root_of_mean = jnp.sqrt(jnp.mean(r, axis=-1, keepdims=True))
+    row_factor, col_factor = lax.rsqrt(r) * root_of_mean, lax.rsqrt(c)
+    rms_u = rms(jnp.sqrt(squares_by_row / m) * root_of_mean * col_factor)
+    row_factor = row_factor / jnp.maximum(1.0, rms_u / threshold)
+    return g * row_factor[..., :, None] * col_factor[..., None, :], FactoredMoment(r, c)
 
 
 def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """``u``, scaled down to ``RMS(u) = threshold`` where it is above: the grouped update normalization."""
     return u / jnp.maximum(1.0, rms(u) / threshold)
+
+
+def _sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``sum_i g_ij**2`` and ``sum_i (row_factor_i g_ij)**2``, ``[..., n]``, in one pass over ``g``."""
+    return lax.platform_dependent(g, row_factor, cpu=sums_as_one, default=sums_as_two)
+
+
+def sums_as_two(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over rows for XLA's compilers for GPUs and TPUs, which make one pass of the two."""
+    return jnp.sum(jnp.square(g), axis=-2), jnp.sum(jnp.square(g * row_factor[..., None]), axis=-2)
+
+
+def sums_as_one(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over rows for that for CPUs, which would make two passes, and write ``g**2`` for them first."""
+    factors = jnp.where(jnp.array([False, True]), row_factor[..., None], 1.0)
+    sums = jnp.sum(jnp.square(g[..., None, :] * factors[..., None]), axis=-3)
+    return sums[..., 0, :], sums[..., 1, :]

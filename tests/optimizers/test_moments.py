@@ -36,20 +36,43 @@ def test_accumulates_the_papers_moments(shape: tuple[int, ...]):
     ours, papers, theta = zero_moment(shape), reference.init(np.zeros(shape)), np.ones(shape)
     for t in (1, 2, 3):
         g = gaussian(shape, t)
-        ours = moments.accumulate(ours, g, moments.new_share_at(t, 0.8), 1e-30)
+        _, ours = moments.normalized_update(ours, g, moments.new_share_at(t, 0.8))
         _, papers = reference.adalomo_step(theta, g, papers, t, 0.0)
         assert_close(tuple(ours) if len(shape) > 1 else ours, reference.means(papers, shape))
     for without_decay in [gaussian(shape, 3)]:
-        last = moments.accumulate(zero_moment(shape), without_decay, jnp.float32(1.0), 1e-30)
+        _, last = moments.normalized_update(zero_moment(shape), without_decay, jnp.float32(1.0))
         assert_apart(tuple(last) if len(shape) > 1 else last, reference.means(papers, shape))
 
 
+@pytest.mark.parametrize("threshold", [0.3, 1e3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_preconditions_by_the_root_of_v(shape: tuple[int, ...]):
+def test_divides_by_the_root_of_v_and_normalizes(shape: tuple[int, ...], threshold: float):
     g = gaussian(shape)
-    moment = moments.accumulate(zero_moment(shape), gaussian(shape, 1), jnp.float32(1.0), 1e-30)
-    assert_close(moments.precondition(moment, g), np.asarray(g, np.float64) / np.sqrt(variance(moment)))
-    assert_apart(moments.precondition(moment, g), np.asarray(g, np.float64) / variance(moment))
+    _, old = moments.normalized_update(zero_moment(shape), gaussian(shape, 1), jnp.float32(1.0))
+    u, moment = moments.normalized_update(old, g, jnp.float32(0.3), threshold=threshold)
+    raw = np.asarray(g, np.float64) / np.sqrt(variance(moment))
+    expected = raw / max(1.0, reference.root_mean_square(raw) / threshold)
+    assert_close(u, expected)
+    assert_apart(u, raw / max(1.0, reference.root_mean_square(raw) / 0.2))
+    assert_apart(u, np.asarray(g, np.float64) / variance(moment))
+
+
+def test_rows_and_columns_without_gradients_stay_finite():
+    g = gaussian((6, 5)).at[2].set(0.0).at[:, 3].set(0.0) * 1e12
+    u, moment = moments.normalized_update(zero_moment((6, 5)), g, jnp.float32(1.0))
+    v = variance(moment)
+    raw = np.divide(np.asarray(g, np.float64), np.sqrt(v), where=v > 0, out=np.zeros((6, 5)))
+    assert_close(u, raw / max(1.0, reference.root_mean_square(raw)))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 1, 3, 5)])
+def test_sums_over_rows_are_the_same_for_each_backend(shape: tuple[int, ...]):
+    g, factor = gaussian(shape), gaussian(shape[:-1], 1)
+    expected = [
+        np.square(np.asarray(g, np.float64) * np.asarray(f)[..., None]).sum(-2) for f in (1 + 0 * factor, factor)
+    ]
+    for sums in (moments.sums_as_one, moments.sums_as_two):
+        assert_close(sums(g, factor), tuple(expected))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
