@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from adalomo_jax.bench.config import BenchConfig
     from adalomo_jax.finetune.compare import PlotConfig
     from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
@@ -49,12 +50,19 @@ def _parse(args: Sequence[str] | None) -> Any:
     """The options of the command that ``args`` name."""
     import tyro
 
+    from adalomo_jax.bench.config import BenchConfig
     from adalomo_jax.finetune.compare import PlotConfig
     from adalomo_jax.finetune.config import FinetuneConfig, InputError
     from adalomo_jax.finetune.fit_config import MemoryConfig
     from adalomo_jax.finetune.generate_config import GenerateConfig
 
-    commands = {"finetune": FinetuneConfig, "generate": GenerateConfig, "plot": PlotConfig, "memory": MemoryConfig}
+    commands = {
+        "finetune": FinetuneConfig,
+        "generate": GenerateConfig,
+        "plot": PlotConfig,
+        "memory": MemoryConfig,
+        "bench": BenchConfig,
+    }
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -82,10 +90,11 @@ def _first_paragraph(box: str) -> str:
     return " ".join(first).rstrip(".")
 
 
-def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig) -> None:
+def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> None:
     """Imports what a command needs only when it runs, so that ``--help`` is quick."""
     from adalomo_jax.finetune.compare import PlotConfig, compare
     from adalomo_jax.finetune.config import FinetuneConfig
+    from adalomo_jax.finetune.fit_config import MemoryConfig
     from adalomo_jax.finetune.generate_config import GenerateConfig
 
     if isinstance(command, FinetuneConfig):
@@ -98,10 +107,14 @@ def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig) -
         run_generate(command)
     elif isinstance(command, PlotConfig):
         compare(command)
-    else:
+    elif isinstance(command, MemoryConfig):
         from adalomo_jax.finetune.fit import run as run_memory
 
         run_memory(command)
+    else:
+        from adalomo_jax.bench.run import run as run_bench
+
+        run_bench(command)
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -146,7 +146,9 @@ def _pull_back(
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
                 written |= zip(group.leaves, weights, strict=True)
-                cotangents = {v: once_written(d, weights) for v, d in cotangents.items()}
+                # Those of what is pulled back, or written, are not read again; in a list of layers they become many.
+                done_with = {*of_leaves, *(v for stage in plan.stages[index:] for v in stage.outputs)}
+                cotangents = {v: once_written(d, weights) for v, d in cotangents.items() if v not in done_with}
     return list(written.values()), owns, statistics
 
 

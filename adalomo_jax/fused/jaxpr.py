@@ -4,15 +4,19 @@ Values are numbered. Calls that only group equations (``jit``, ``closed_call``, 
 parameters) are replaced by what they call, and equations whose results nobody reads are dropped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax._src import source_info_util
-from jax.extend import core
 from jax.sharding import AxisType, PartitionSpec
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 _CALLS = ("jit", "closed_call")
 _CHECKPOINT = "remat2"
@@ -130,7 +134,7 @@ def reads_in_order(program: Program) -> list[int]:
     reads: list[int] = []
     for equation in program.equations:
         pairs = zip(equation.source.invars, equation.inputs)
-        reads += _reads(equation.source, {var: v for var, v in pairs if not isinstance(var, core.Literal)})
+        reads += _reads(equation.source, {var: v for var, v in pairs if not _is_literal(var)})
     return [v for v in dict.fromkeys(reads) if v in program.inputs]
 
 
@@ -229,7 +233,7 @@ class _Builder:
         numbers |= {var: self.constant(var.aval, value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(atom: Any) -> int:
-            return self.constant(atom.aval, atom.val) if isinstance(atom, core.Literal) else numbers[atom]
+            return self.constant(atom.aval, atom.val) if _is_literal(atom) else numbers[atom]
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
@@ -240,6 +244,11 @@ class _Builder:
                 self.equations.append(Equation(eqn, tuple(operands), tuple(results)))
             numbers |= zip(eqn.outvars, results)
         return [read(atom) for atom in jaxpr.outvars]
+
+
+def _is_literal(atom: Any) -> bool:
+    """Whether it is a ``jax.extend.core.Literal``. That module is not imported: it brings Pallas, for 20 ms."""
+    return hasattr(atom, "val")
 
 
 def _open(jaxpr: Any) -> Any:
@@ -253,7 +262,7 @@ def _called(eqn: core.JaxprEqn) -> Any:
 
 def _reads(eqn: core.JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
     """The numbered variables in the order in which an equation, or those that it calls, reads them."""
-    known = [None if isinstance(atom, core.Literal) else numbers.get(atom) for atom in eqn.invars]
+    known = [None if _is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
     inner = _called(eqn)
     if inner is None or len(_open(inner).invars) != len(known):
         return [v for v in known if v is not None]
@@ -270,7 +279,7 @@ def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
     """Whether a scan in the jaxpr runs over an input that is a leaf, as it is or cast or transposed."""
     leaves = {var for var, is_leaf in zip(jaxpr.invars, are_leaves, strict=True) if is_leaf}
     for eqn in jaxpr.eqns:
-        flags = [not isinstance(atom, core.Literal) and atom in leaves for atom in eqn.invars]
+        flags = [not _is_literal(atom) and atom in leaves for atom in eqn.invars]
         if eqn.primitive.name == "scan" and any(flags[sum(_scan_counts(eqn)) :]):
             return True
         if eqn.primitive.name in (*_CALLS, _CHECKPOINT) and _scans_over(_open(_called(eqn)), flags):

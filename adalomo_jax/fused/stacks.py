@@ -156,7 +156,11 @@ def once_written(x: jax.Array, written: Any) -> jax.Array:
 
 def known_together(xs: list[jax.Array]) -> list[jax.Array]:
     """The scalars themselves, on a CPU known only when all are: where writes wait for each other, less is alive."""
-    add_zero = lambda xs: [x + _after_by_arithmetic(jnp.zeros_like(x), xs) for x in xs]
+
+    def add_zero(xs: list[jax.Array]) -> list[jax.Array]:
+        zero = _after_by_arithmetic(jnp.zeros_like(xs[0]), xs)
+        return [x + zero for x in xs]
+
     return lax.platform_dependent(xs, cpu=add_zero, default=lambda xs: xs)
 
 

@@ -195,12 +195,18 @@ class PerLayer:
 
     def owners(self, group: Group) -> list[int | None]:
         """Of each leaf of a group's own state the parameter that it is kept for; None where it is for several."""
-        found: dict[Any, list[int]] = {path: [] for path in self._own_paths(group)}
-        for i in group.leaves:
-            for path in self._abstract_init(self.tree_of([i], [self.tensors[i]]))[0]:
-                if path in found:
-                    found[path].append(i)
-        return [leaves[0] if len(leaves) == 1 else None for leaves in found.values()]
+        if group not in self._owners:
+            found: dict[Any, list[int]] = {path: [] for path in self._own_paths(group)}
+            for i in group.leaves:
+                for path in self._abstract_init(self.tree_of([i], [self.tensors[i]]))[0]:
+                    if path in found:
+                        found[path].append(i)
+            self._owners[group] = [leaves[0] if len(leaves) == 1 else None for leaves in found.values()]
+        return self._owners[group]
+
+    @cached_property
+    def _owners(self) -> dict[Group, list[int | None]]:
+        return {}
 
     def _own_paths(self, group: Group) -> list[Any]:
         return [path for path in self._layout_of(group)[0] if path not in self.shared_paths]

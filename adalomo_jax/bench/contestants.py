@@ -1,0 +1,65 @@
+"""What is measured: ways to turn a loss into a training step."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+How = Literal["fused", "unfused", "optax", "gradients", "gradients in place"]
+
+
+class Contestant(NamedTuple):
+    """A step to measure."""
+
+    name: str
+    """As the table shows it."""
+    how: How
+    """``fused`` and ``unfused`` are `fuse`'s step and its twin; ``optax`` is ``jax.value_and_grad``, ``tx.update`` and
+    ``optax.apply_updates`` in one jit; ``gradients`` are those alone, written into new memory, or into that of the
+    ones before."""
+    optimizer: Literal["adalomo", "lomo", "adamw", "adafactor", "sgd"] | None = None
+    max_grad_norm: float | None = None
+    microbatches: int | None = None
+    stochastic_rounding: bool | None = None
+    """Of narrow weights; None is as `fuse` does by itself."""
+
+
+REFERENCE = "adalomo, fused"
+"""What the others are compared with."""
+OFFICIAL = "lomo-optim (PyTorch)"
+"""Not one of these: it is measured where it is asked for."""
+
+CONTESTANTS = (
+    Contestant(REFERENCE, "fused", "adalomo"),
+    Contestant("adalomo, fused, to nearest", "fused", "adalomo", stochastic_rounding=False),
+    Contestant("adalomo, fused, clipped", "fused", "adalomo", max_grad_norm=1.0),
+    Contestant("adalomo, fused, 4 microbatches", "fused", "adalomo", microbatches=4),
+    Contestant("adalomo, unfused", "unfused", "adalomo"),
+    Contestant("lomo, fused", "fused", "lomo"),
+    Contestant("lomo, fused, clipped", "fused", "lomo", max_grad_norm=1.0),
+    Contestant("adamw, fused", "fused", "adamw"),
+    Contestant("adamw, unfused", "optax", "adamw"),
+    Contestant("adafactor, unfused", "optax", "adafactor"),
+    Contestant("sgd, unfused", "optax", "sgd"),
+    Contestant("forward and backward", "gradients"),
+    Contestant("forward and backward, in place", "gradients in place"),
+)
+NAMES = tuple(contestant.name for contestant in CONTESTANTS)
+
+
+class Case(NamedTuple):
+    """What a step is measured on."""
+
+    model: str
+    """Its name."""
+    layers: int
+    batch_size: int
+    seq_len: int
+    dtype: str
+
+
+def contestants_of(case: Case, only: tuple[str, ...] | None) -> list[Contestant]:
+    """Those that can be measured on a case; the one that all are compared with is always among them."""
+    wanted = NAMES if only is None else (REFERENCE, *only)
+    divides = lambda contestant: case.batch_size % (contestant.microbatches or 1) == 0
+    is_other = lambda contestant: contestant.stochastic_rounding is None or case.dtype != "float32"
+    return [c for c in CONTESTANTS if c.name in wanted and divides(c) and is_other(c)]

@@ -1,0 +1,104 @@
+"""Compiled training steps of a Llama with random weights, to be timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from adalomo_jax import adalomo, fuse, lomo
+from adalomo_jax.bench.contestants import Contestant
+from adalomo_jax.models import Llama, LlamaConfig, next_token_loss
+from adalomo_jax.models.attention import kind_for
+from adalomo_jax.optimizers.precision import in_float32
+
+
+class Compiled(NamedTuple):
+    """A step, compiled, and its arguments in place."""
+
+    step: Callable[[], float]
+    """Takes a step, waits until it is done, and returns its seconds."""
+    compile_seconds: float
+    """To trace and to compile."""
+    memory: dict[str, int] | None
+    """By the compiler; ``peak`` is arguments, outputs that are not among them, and temporaries."""
+    params: int
+    """Number of weights."""
+
+
+def make_tx(name: str) -> optax.GradientTransformation:
+    """The optimizer, at a learning rate that leaves a random model finite; the moments of adamw are float32."""
+    return {
+        "adalomo": lambda: adalomo(1e-3),
+        "lomo": lambda: lomo(1e-3),
+        "adamw": lambda: in_float32(optax.adamw(1e-4), needs_params=True),
+        "adafactor": lambda: optax.adafactor(1e-3),
+        "sgd": lambda: optax.sgd(1e-3),
+    }[name]()
+
+
+def compile_step(contestant: Contestant, model: LlamaConfig, batch_size: int, seq_len: int, dtype: str) -> Compiled:
+    """The contestant's step on one batch of random tokens."""
+    kind = kind_for(jax.default_backend(), seq_len, model.head_dim, jnp.dtype(dtype))
+    make_model = lambda: Llama(model, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=kind)
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)))()
+    tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, model.vocab_size)
+    loss_fn = lambda params, tokens: next_token_loss(nnx.merge(graphdef, params), tokens)
+    jitted, first, is_next = _step_of(contestant, loss_fn, params, tokens)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    began = time.perf_counter()
+    compiled = jitted.lower(*first, tokens).compile()
+    seconds = time.perf_counter() - began
+    now = [first]
+    del first, params
+
+    def step() -> float:
+        began = time.perf_counter()
+        result = jax.block_until_ready(compiled(*now[0], tokens))
+        seconds = time.perf_counter() - began
+        now[0] = is_next(now[0], result)
+        return seconds
+
+    return Compiled(step, seconds, _memory_of(compiled), count)
+
+
+def _step_of(contestant: Contestant, loss_fn: Callable, params: Any, tokens: jax.Array) -> tuple[Any, tuple, Callable]:
+    """The jitted step, its first arguments but for the tokens, and what makes the next ones of those and the result."""
+    gradient = jax.value_and_grad(loss_fn)
+    if contestant.how == "gradients":
+        return jax.jit(gradient), (params,), lambda now, result: now
+    if contestant.how == "gradients in place":
+        into = jax.jit(lambda params, old, tokens: gradient(params, tokens), donate_argnums=1, keep_unused=True)
+        return into, (params, jax.tree.map(jnp.zeros_like, params)), lambda now, result: (now[0], result[1])
+    tx = make_tx(contestant.optimizer or "")
+    if contestant.how == "optax":
+
+        def plain(params, state, tokens):
+            loss, grads = gradient(params, tokens)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        return jax.jit(plain, donate_argnums=(0, 1)), (params, tx.init(params)), lambda now, result: result[:2]
+    fused = fuse(
+        loss_fn,
+        tx,
+        max_grad_norm=contestant.max_grad_norm,
+        microbatches=contestant.microbatches,
+        stochastic_rounding=contestant.stochastic_rounding,
+    )
+    jitted = fused.jit if contestant.how == "fused" else jax.jit(fused.unfused, donate_argnums=(0, 1))
+    return jitted, (params, fused.init(params, tokens)), lambda now, result: (result.params, result.state)
+
+
+def _memory_of(compiled: Any) -> dict[str, int] | None:
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    found = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
+    return found | {"peak": found["argument"] + found["output"] - found["alias"] + found["temp"]}

@@ -1,0 +1,41 @@
+"""A process that takes steps when it is told to: lines of JSON on its standard input and output.
+
+The first line is what to measure. It answers with what is known once the step is compiled, then each line ``step`` with
+the seconds of a step, and the end of its input with the most memory that it has had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    order = json.loads(sys.stdin.readline())
+    from adalomo_jax.bench.contestants import Contestant
+    from adalomo_jax.bench.steps import compile_step
+    from adalomo_jax.finetune.memory_use import peak_bytes
+    from adalomo_jax.models import LlamaConfig
+    from adalomo_jax.models.config import RopeScaling
+
+    sizes = order["sizes"]
+    if sizes["rope_scaling"] is not None:
+        sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
+    batch_size, seq_len = order["shape"]
+    contestant = Contestant(**order["contestant"])
+    compiled = compile_step(contestant, LlamaConfig(**sizes), batch_size, seq_len, order["dtype"])
+
+    def answer(value: object) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({"compile_seconds": compiled.compile_seconds, "memory": compiled.memory, "params": compiled.params})
+    for _ in sys.stdin:
+        answer(compiled.step())
+    answer(peak_bytes())
+
+
+if __name__ == "__main__":
+    main()
