@@ -113,6 +113,15 @@ def test_only_one_file_depends_on_the_version_of_jax():
 
 
 def test_the_core_imports_without_flax():
-    code = "import sys; from adalomo_jax import fuse; print(sorted({'flax', 'tyro', 'rich', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys; from adalomo_jax import fuse; print({'flax', 'tyro', 'rich', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_optimizers_import_without_the_engine():
+    code = (
+        "import sys, adalomo_jax; first = set(sys.modules); adalomo_jax.fuse; "
+        "print([name in modules for name in ('adalomo_jax.fused', 'jax.extend') for modules in (first, sys.modules)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[False, True, False, False]"

@@ -1,5 +1,6 @@
 """What README shows runs."""
 
+import json
 import re
 import runpy
 import shlex
@@ -47,6 +48,18 @@ def test_bash_block_names_what_there_is(block):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_times_is_what_the_benchmark_wrote():
+    short, long = json.loads((ROOT / "examples" / "bench.json").read_text())["cases"]
+    assert (short["seq_len"], long["seq_len"]) == (64, 512)
+
+    def cells(row):
+        ratio = row["adalomo_fused_over_it"]["median"]
+        return f"{row['median_seconds']:.3f} | {ratio:.3f} | {row['peak_bytes'] / 1e9:.2f} GB"
+
+    for a, b in zip(short["rows"], long["rows"], strict=True):
+        assert f"| {a['name']} | {cells(a)} | {cells(b)} |" in README
 
 
 def test_the_table_of_optimizers_is_what_the_runs_came_to():

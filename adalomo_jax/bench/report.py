@@ -52,7 +52,7 @@ def time_table(result: Result) -> Table:
     tokens = result.case.batch_size * result.case.seq_len
     for one in result.found:
         if one.error:
-            table.add_row(one.name, one.error)
+            table.add_row(one.name, "failed")
             continue
         seconds, ratio = statistics.median(one.seconds), ratios.get(one.name)
         over = "" if ratio is None else f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"

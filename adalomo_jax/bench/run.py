@@ -53,6 +53,9 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
             say = lambda doing, case=case: status.update(f"{title_of(case)}: {doing}")
             results.append(Result(case, measure(starts, config.rounds, say)))
         console.print(time_table(results[-1]), memory_table(results[-1]))
+        for one in results[-1].found:
+            if one.error:
+                console.print(f"{one.name}: {one.error}", markup=False, highlight=False, soft_wrap=True)
         _write(folder, results)
     for title, of_title in _by_depth(results).items():
         console.print(depth_table(of_title, _names(of_title), title))

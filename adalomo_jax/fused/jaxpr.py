@@ -44,7 +44,7 @@ class Equation(NamedTuple):
         """The primitive's parameters."""
         return self.source.params
 
-    def with_params(self, **params: Any) -> "Equation":
+    def with_params(self, **params: Any) -> Equation:
         """This equation with some of the primitive's parameters changed."""
         return self._replace(source=self.source.replace(params=self.params | params))
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -79,7 +80,7 @@ def test_it_answers(finished, capsys):
     found, tokenizer = open_checkpoint(run), read_tokenizer(run)
     model = llama_of(found.config, load_params(found.config, found.source, "float32"))
     (asked,) = tokenizer.encode([tokenizer.prompt(CHAT[:1])], add_special=False)
-    tokens = generate(model, asked.tokens[None], 8, key=jax.random.key(0), temperature=0.0)[0, len(asked.tokens) :]
-    answer = tokens.tolist()
+    tokens = generate(model, jnp.asarray(asked.tokens)[None], 8, key=jax.random.key(0), temperature=0.0)
+    answer = tokens[0, len(asked.tokens) :].tolist()
     answer = answer[: answer.index(tokenizer.eos)] if tokenizer.eos in answer else answer
     assert capsys.readouterr().out == tokenizer.decode(answer) + "\n"

@@ -1,0 +1,115 @@
+"""Prints how often the update of one matrix passes over it, as the compilers for chips that need not be there write it.
+
+    python tests/optimizers/passes.py cpu tpu-v5e h100
+
+A pass is a kernel that reads or writes all of the gradient or of the weights; kernels are what a compiled program has
+outside of its fusions. The least that AdaLomo's equations allow is three reads of the gradient, two of the weights, and
+one write (adalomo_jax/optimizers/moments.py). Printed are also bytes a weight by the compiler's own count, where it has
+one, and its temporaries. Writes are all of the matrix's size: a float32 copy of bfloat16 weights would be one more.
+"""
+
+import json
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from adalomo_jax import adalomo, apply_updates
+from adalomo_jax.memory.targets import TARGETS, devices_of, prepare
+
+SHAPE = (4096, 11008)
+"""The largest matrix of LLaMA-7B's layers, the other way round."""
+_MOVES = ("parameter", "tuple", "get-tuple-element", "bitcast", "copy-start", "copy-done", "while", "conditional")
+"""What is no kernel; copy-start and copy-done bring an array into a TPU's vector memory while others are at work."""
+
+
+class Instruction(NamedTuple):
+    """One kernel of a compiled program."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+
+
+class Passes(NamedTuple):
+    """Over one matrix."""
+
+    reads_of_gradient: int
+    reads_of_weights: int
+    writes: int
+    """Of whole matrices, the new weights among them."""
+    bytes_accessed: float | None
+    """By the compiler's own count, a weight."""
+    temporaries: float
+    """Bytes a weight."""
+
+
+def kernels(text: str) -> list[Instruction]:
+    """The instructions of a compiled program outside of its fusions, in order."""
+    fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
+    found, inside = [], False
+    for line in text.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = opened[1] not in fused
+        elif inside and (parts := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)):
+            name, shape, opcode, rest = parts.groups()
+            found.append(Instruction(name, shape, opcode, re.findall(r"%([\w.\-]+)", rest.split("), ")[0])))
+    return found
+
+
+def passes_of(target: str, dtype: Any, key: jax.Array | None = None) -> Passes:
+    """AdaLomo's update of one matrix and the write of it, compiled for a chip."""
+    on = SingleDeviceSharding(devices_of(TARGETS[target])[0])
+    placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
+    tx, theta = adalomo(1e-3), placed(jax.ShapeDtypeStruct(SHAPE, dtype))
+    state = jax.tree.map(placed, jax.eval_shape(tx.init, theta))
+
+    def step(theta, state, g):
+        updates, state = tx.update(g, state, theta)
+        return apply_updates(theta, updates, key=key), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(theta, state, theta).compile()
+    cost: Any = compiled.cost_analysis()
+    sizes: Any = compiled.memory_analysis()
+    weights = SHAPE[0] * SHAPE[1]
+    accessed = cost["bytes accessed"] / weights if cost and "bytes accessed" in cost else None
+    return counted(compiled.as_text() or "", accessed, sizes.temp_size_in_bytes / weights)
+
+
+def counted(text: str, accessed: float | None, temporaries: float) -> Passes:
+    """The passes of a compiled step of ``(theta, state, g)``."""
+    instructions = kernels(text)
+    of = {i.name: i for i in instructions}
+
+    def origin(name: str) -> str:
+        """Through what is no kernel."""
+        i = of.get(name)
+        return origin(i.operands[0]) if i and i.opcode in _MOVES and i.operands else name
+
+    matrix = f"[{','.join(map(str, SHAPE))}]"
+    parameters = [i.name for i in instructions if i.opcode == "parameter" and matrix in i.shape]
+    gradient = next(name for name in parameters if name.startswith("g"))
+    theta = next(name for name in parameters if name.startswith("theta"))
+    working = [i for i in instructions if i.opcode not in _MOVES]
+    reads = [{origin(name) for name in i.operands} for i in working]
+    writes = sum(matrix in i.shape for i in working)
+    return Passes(sum(gradient in r for r in reads), sum(theta in r for r in reads), writes, accessed, temporaries)
+
+
+def main(targets: list[str]) -> None:
+    for target in targets:
+        prepare(TARGETS[target])
+        for dtype, key in ((jnp.float32, None), (jnp.bfloat16, None), (jnp.bfloat16, jax.random.key(0))):
+            rounding = "stochastic" if key is not None else "to nearest"
+            found = passes_of(target, dtype, key)
+            print(
+                json.dumps({"target": target, "dtype": jnp.dtype(dtype).name, "rounding": rounding} | found._asdict())
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

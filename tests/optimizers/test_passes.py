@@ -1,0 +1,46 @@
+"""How often the update of a matrix passes over it, by the compiled programs: no more than its equations need."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import passes
+import pytest
+
+from adalomo_jax.optimizers import moments
+
+LEAST_BYTES = 24
+"""Of a float32 weight; see moments.py."""
+LEAST = {"reads_of_gradient": 3, "reads_of_weights": 2, "writes": 1}
+INSTALLED = {"tpu-v5e": "libtpu", "tpu-v6e": "libtpu", "h100": "jax_cuda13_plugin", "rtx-4090": "jax_cuda13_plugin"}
+
+
+def test_bytes_moved_on_a_cpu_are_the_least():
+    found = passes.passes_of("cpu", jnp.float32)
+    assert found.bytes_accessed is not None and LEAST_BYTES <= found.bytes_accessed <= 1.15 * LEAST_BYTES
+    assert found.temporaries < 0.1
+    assert found._asdict() | LEAST == found._asdict()
+
+
+def test_two_sums_over_rows_would_move_more_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(moments, "sums_as_one", moments.sums_as_two)
+    found = passes.passes_of("cpu", jnp.float32)
+    assert found.bytes_accessed is not None and found.bytes_accessed > 1.15 * LEAST_BYTES
+
+
+@pytest.mark.parametrize("target", INSTALLED)
+def test_chips_pass_over_it_no_more_often_than_needed_and_write_no_other_matrix(target):
+    if importlib.util.find_spec(INSTALLED[target]) is None:
+        pytest.skip(f"{INSTALLED[target]} is not installed")
+    command = [sys.executable, str(Path(passes.__file__)), target]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "bfloat16"]
+    for row in rows:
+        assert row | LEAST == row
+        assert row["temporaries"] < 0.1
