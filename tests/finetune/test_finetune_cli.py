@@ -311,7 +311,7 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
         ("finetune --foo", "Unrecognized options: --foo"),
         ("memory --device tpu-v9", "invalid choice 'tpu-v9' for argument '--device'. .*'tpu-v5e', .*'cpu'"),
         ("pretrain", "Unrecognized options: pretrain"),
-        ("", "Expected one of {finetune, generate, plot, memory}"),
+        ("", "Expected one of {finetune, generate, plot, memory, bench}"),
         ("generate --prompt x", "Missing from adalomo-jax generate: --model STR"),
         ("generate --prompt x --model y --length z", "Error parsing --length"),
         ("plot --foo", "Unrecognized options: --foo"),
