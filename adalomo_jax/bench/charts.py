@@ -23,9 +23,13 @@ def plot_times(path: Path, results: Sequence[Result]) -> None:
         measured = [one for one in result.found if not one.error]
         medians = [statistics.median(one.seconds) for one in measured]
         colours = ["tab:red" if one.name == REFERENCE else "tab:gray" for one in measured]
+        if not measured:
+            continue
         axes.barh(range(len(measured)), medians, color=colours, xerr=_spread(measured), ecolor="black", capsize=2)
         axes.set_yticks(range(len(measured)), [one.name for one in measured])
-        axes.axvline(medians[0], color="tab:red", linewidth=0.8, linestyle="--")
+        for one, median in zip(measured, medians):
+            if one.name == REFERENCE:
+                axes.axvline(median, color="tab:red", linewidth=0.8, linestyle="--")
         axes.invert_yaxis()
         axes.set(title=title_of(result.case), xlabel="seconds a step")
     _write(path, figure)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from adalomo_jax.bench.contestants import NAMES
-from adalomo_jax.finetune.config import InputError, default
+from adalomo_jax.finetune.config import InputError, check_folder, default
 
 Dtype = Literal["float32", "bfloat16"]
 LOMO_OPTIM = ("torch", "transformers", "lomo_optim")
@@ -77,11 +76,7 @@ def check_bench_options(config: BenchConfig) -> None:
 def bench_folder(config: BenchConfig) -> Path:
     """The output folder, checked but not created; results that are there are not replaced."""
     folder = config.output or Path("runs") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file, not a folder")
+    check_folder(folder)
     if (folder / "bench.json").exists():
         raise InputError(f"--output {folder} holds results already (bench.json); name another folder")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")
     return folder

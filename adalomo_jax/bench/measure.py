@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adalomo_jax.bench.contestants import OFFICIAL, REFERENCE, Case, Contestant
+from adalomo_jax.bench.contestants import REFERENCE, Case, Contestant
 from adalomo_jax.models import LlamaConfig
 
 WARM_UP = 2
@@ -44,6 +44,8 @@ class Measured(NamedTuple):
     """Bytes by the compiler: argument, output, alias, temp, peak."""
     peak_bytes: int | None = None
     """Most memory of the process: resident on a CPU, of the device elsewhere."""
+    device: str | None = None
+    """What it ran on. This process asks no device: it would hold memory, or the whole of a TPU."""
     error: str | None = None
     """Why it could not be measured."""
 
@@ -55,8 +57,7 @@ class Failed(Exception):
 class Worker:
     """A contestant's process."""
 
-    def __init__(self, name: str, command: Sequence[str], order: Mapping[str, Any]):
-        self.name = name
+    def __init__(self, command: Sequence[str], order: Mapping[str, Any]):
         self._log = tempfile.TemporaryFile("w+")
         # What is compiled is timed, so it must not come out of a cache; and on a GPU no process may take all memory.
         own = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -104,13 +105,13 @@ class Worker:
 def start_worker(case: Case, contestant: Contestant, model: LlamaConfig) -> Worker:
     """The contestant's process, its step compiled."""
     order = _order(case, model) | {"contestant": contestant._asdict()}
-    return Worker(contestant.name, [sys.executable, "-m", "adalomo_jax.bench.worker"], order)
+    return Worker([sys.executable, "-m", "adalomo_jax.bench.worker"], order)
 
 
 def start_official(case: Case, model: LlamaConfig) -> Worker:
     """The official PyTorch AdaLomo's."""
     file = Path(__file__).with_name("lomo_optim_worker.py")
-    return Worker(OFFICIAL, [sys.executable, str(file)], _order(case, model))
+    return Worker([sys.executable, str(file)], _order(case, model))
 
 
 def measure(starts: Mapping[str, Callable[[], Worker]], rounds: int, say: Callable[[str], None]) -> list[Measured]:

@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich import box
 from rich.table import Table
@@ -130,8 +129,6 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
         "python": platform.python_version(),
         "versions": {name: version for name in names if (version := _version(name))},
     }

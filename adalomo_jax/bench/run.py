@@ -39,7 +39,8 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
         InputError: an option cannot be used; nothing has been compiled or written then.
     """
     check_bench_options(config)
-    cases = [_case(name, model, config, *rest) for name, model, *rest in _combinations(config)]
+    combinations = itertools.product(config.model, config.dtype, config.seq_len, config.layers or (None,))
+    cases = [_case(config, *combination) for combination in combinations]
     folder = bench_folder(config)
     console = console or Console()
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,22 +64,15 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
     return results
 
 
-def _combinations(config: BenchConfig) -> itertools.product:
-    models = [(name, model_sizes(name, PRESETS)) for name in config.model]
-    flat = lambda pair: (*pair[0], *pair[1:])
-    return map(flat, itertools.product(models, config.dtype, config.seq_len, config.layers or (None,)))  # pyright: ignore
-
-
-def _case(
-    name: str, model: LlamaConfig, config: BenchConfig, dtype: str, seq_len: int, layers: int | None
-) -> tuple[Case, LlamaConfig]:
+def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int | None) -> tuple[Case, LlamaConfig]:
+    model = model_sizes(name, PRESETS)
     if seq_len > model.max_position_embeddings:
         most = model.max_position_embeddings
         raise InputError(f"--seq-len {seq_len} is longer than the {most} positions of {name}")
     if config.against and (model.qkv_bias or model.o_bias or model.rope_scaling):
         raise InputError(f"--against lomo-optim takes Llamas without biases and rope scaling, which {name} has")
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
-    case = Case(Path(name).name, model.num_hidden_layers, config.batch_size, seq_len, dtype)
+    case = Case(name, model.num_hidden_layers, config.batch_size, seq_len, dtype)
     return case, model
 
 

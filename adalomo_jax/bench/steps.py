@@ -13,6 +13,7 @@ from flax import nnx
 
 from adalomo_jax import adalomo, fuse, lomo
 from adalomo_jax.bench.contestants import Contestant
+from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Llama, LlamaConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
 from adalomo_jax.optimizers.precision import in_float32
@@ -101,4 +102,4 @@ def _memory_of(compiled: Any) -> dict[str, int] | None:
     if sizes is None:
         return None
     found = {name: getattr(sizes, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-    return found | {"peak": found["argument"] + found["output"] - found["alias"] + found["temp"]}
+    return found | {"peak": peak_of(sizes)}

@@ -15,23 +15,22 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     order = json.loads(sys.stdin.readline())
+    import jax
+
     from adalomo_jax.bench.contestants import Contestant
     from adalomo_jax.bench.steps import compile_step
     from adalomo_jax.finetune.memory_use import peak_bytes
-    from adalomo_jax.models import LlamaConfig
-    from adalomo_jax.models.config import RopeScaling
+    from adalomo_jax.models.config import config_of
 
-    sizes = order["sizes"]
-    if sizes["rope_scaling"] is not None:
-        sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
     batch_size, seq_len = order["shape"]
     contestant = Contestant(**order["contestant"])
-    compiled = compile_step(contestant, LlamaConfig(**sizes), batch_size, seq_len, order["dtype"])
+    compiled = compile_step(contestant, config_of(order["sizes"]), batch_size, seq_len, order["dtype"])
 
     def answer(value: object) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    answer({"compile_seconds": compiled.compile_seconds, "memory": compiled.memory, "params": compiled.params})
+    found = {"compile_seconds": compiled.compile_seconds, "memory": compiled.memory, "params": compiled.params}
+    answer(found | {"device": jax.devices()[0].device_kind})
     for _ in sys.stdin:
         answer(compiled.step())
     answer(peak_bytes())

@@ -23,7 +23,7 @@ from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.devices import is_first_process, wait_for_all
 from adalomo_jax.finetune.fingerprints import checksums
 from adalomo_jax.models import LlamaConfig
-from adalomo_jax.models.config import RopeScaling
+from adalomo_jax.models.config import config_of
 from adalomo_jax.pretrained.names import param_shapes
 
 FOLDER = "checkpoints"
@@ -234,10 +234,7 @@ def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
         ValueError: there is none, or it is damaged.
     """
     record = read_record(path)
-    sizes = {k: v for k, v in record.origin.model.items() if k != "name"}
-    if sizes["rope_scaling"] is not None:
-        sizes["rope_scaling"] = RopeScaling(**sizes["rope_scaling"])
-    config = LlamaConfig(**sizes)
+    config = config_of({k: v for k, v in record.origin.model.items() if k != "name"})
     shapes = param_shapes(config, record.origin.options["dtype"])
     return _restore_items(path, record, {"params": shapes})["params"], config
 

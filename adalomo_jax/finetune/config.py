@@ -241,8 +241,7 @@ def output_folder(config: FinetuneConfig) -> Path:
     folder = config.output
     if folder is None:
         folder = Path("runs") / f"{Path(config.model).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file, not a folder")
+    check_folder(folder)
     held = [name for name in RUN_FILES if (folder / name).exists()]
     if held and not config.resume:
         raise InputError(
@@ -253,10 +252,16 @@ def output_folder(config: FinetuneConfig) -> Path:
         raise InputError(
             f"--resume: {folder} is no folder of a run, it holds {weights} and no {METRICS}; name another --output"
         )
+    return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError for an ``--output`` that cannot be a folder; it need not be there."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file, not a folder")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")
-    return folder
 
 
 def check_picture(path: Path) -> None:

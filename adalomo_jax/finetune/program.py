@@ -17,6 +17,7 @@ from adalomo_jax.finetune.config import FinetuneConfig, InputError, one_line
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
 from adalomo_jax.finetune.packing import Batch
 from adalomo_jax.memory.compile import shard_bytes, shares_of
+from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import (
     Llama,
     LlamaConfig,
@@ -212,7 +213,4 @@ def tree_bytes(tree: Any) -> int:
 
 def _compiled_bytes(compiled: Any) -> int | None:
     sizes = compiled.memory_analysis()
-    if sizes is None:
-        return None
-    new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + new_outputs + sizes.temp_size_in_bytes
+    return None if sizes is None else peak_of(sizes)

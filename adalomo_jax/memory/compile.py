@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from adalomo_jax.fused import FusedStep
 from adalomo_jax.memory.collectives import collectives_in
 from adalomo_jax.memory.targets import Target, devices_of
-from adalomo_jax.memory.usage import Usage
+from adalomo_jax.memory.usage import Usage, peak_of
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _HOST = ("pinned_host", "unpinned_host")
@@ -162,7 +162,6 @@ def _is_sharded(x: Any) -> bool:
 
 
 def _accepted(shares: Shares, sizes: Any, limit: int, seconds: float) -> Usage:
-    new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     new_on_host = sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
     return Usage(
         params_bytes=shares.params,
@@ -173,7 +172,7 @@ def _accepted(shares: Shares, sizes: Any, limit: int, seconds: float) -> Usage:
         alias_bytes=sizes.alias_size_in_bytes,
         output_bytes=sizes.output_size_in_bytes,
         temp_bytes=sizes.temp_size_in_bytes,
-        peak_bytes=sizes.argument_size_in_bytes + new_outputs + sizes.temp_size_in_bytes,
+        peak_bytes=peak_of(sizes),
         host_bytes=sizes.host_argument_size_in_bytes + new_on_host + sizes.host_temp_size_in_bytes,
         limit_bytes=limit,
         compile_seconds=seconds,

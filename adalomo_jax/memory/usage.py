@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from adalomo_jax.memory.collectives import Collectives
 
@@ -57,6 +58,12 @@ class Usage:
         """Of the peak, what is none of parameters, state, gradients and saved inputs; 0 where those overlap."""
         named = self.params_bytes + self.state_bytes + self.gradient_bytes + self.saved_bytes
         return max(0, self.peak_bytes - named)
+
+
+def peak_of(sizes: Any) -> int:
+    """Of what ``compiled.memory_analysis()`` returns: arguments, outputs that are none of them, and temporaries."""
+    new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + new_outputs + sizes.temp_size_in_bytes
 
 
 def format_bytes(count: int | None) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even: rotary positions turn pairs, got {self.head_dim}.")
+
+
+def config_of(fields: Mapping[str, Any]) -> LlamaConfig:
+    """The config that ``dataclasses.asdict`` made these of, perhaps by way of JSON."""
+    scaling = fields["rope_scaling"]
+    return LlamaConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
 PRESETS: dict[str, LlamaConfig] = {

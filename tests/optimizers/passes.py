@@ -1,6 +1,6 @@
 """Prints how often the update of one matrix passes over it, as the compilers for chips that need not be there write it.
 
-    python tests/optimizers/passes.py cpu tpu-v5e h100
+    python tests/optimizers/passes.py cpu tpu-v5e tpu-v6e h100 rtx-4090
 
 A pass is a kernel that reads or writes all of the gradient or of the weights; kernels are what a compiled program has
 outside of its fusions. The least that AdaLomo's equations allow is three reads of the gradient, two of the weights, and
