@@ -1,17 +1,12 @@
 """The command: what it leaves, and how it refuses."""
 
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
-import itertools
 import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +16,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import adalomo_jax.finetune.run as run_module
-from adalomo_jax.cli import EXTRA, main
-from adalomo_jax.finetune.config import RUN_FILES, FinetuneConfig
+from adalomo_jax.cli import main
+from adalomo_jax.finetune.config import RUN_FILES
 from adalomo_jax.finetune.data import evaluation_batches, load_data
 from adalomo_jax.finetune.optimizer import LEARNING_RATES
 from adalomo_jax.memory.usage import format_bytes
@@ -296,63 +291,3 @@ def test_an_interrupt_leaves_no_weights(corpus, tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "adalomo-jax: interrupted\n"
     assert set(files_of(tmp_path / "run")) - {"checkpoints"} == {"config.json"}
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("finetune --learning-rate abc", "Error parsing --learning-rate: no type matching FLOAT .* from ['abc']"),
-        ("finetune --learning-rate None", "Error parsing --learning-rate: .*['None']"),
-        ("finetune --steps x", "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
-        ("finetune --steps", "Missing value for argument '--steps'"),
-        ("finetune --schedule foo", "invalid choice 'foo' for argument '--schedule'. .*'constant', 'linear', 'cosine'"),
-        ("finetune --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. .*'adamw', 'adafactor'"),
-        ("finetune --foo", "Unrecognized options: --foo"),
-        ("memory --device tpu-v9", "invalid choice 'tpu-v9' for argument '--device'. .*'tpu-v5e', .*'cpu'"),
-        ("pretrain", "Unrecognized options: pretrain"),
-        ("", "Expected one of {finetune, generate, plot, memory, bench}"),
-        ("generate --prompt x", "Missing from adalomo-jax generate: --model STR"),
-        ("generate --prompt x --model y --length z", "Error parsing --length"),
-        ("plot --foo", "Unrecognized options: --foo"),
-    ],
-)
-def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, encoding, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments.split())
-    pattern = ".*".join(map(re.escape, message.split(".*")))
-    assert stopped.value.code == 2
-    command = f" {arguments.split()[0]}" if arguments.startswith(("finetune", "generate", "plot", "memory")) else ""
-    assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax{command} --help\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("name", EXTRA)
-def test_without_the_extra_one_line_names_it(name):
-    code = f"import sys; sys.modules[{name!r}] = None; from adalomo_jax.cli import main; main(['finetune', '--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"adalomo-jax: the commands need {name}: pip install 'adalomo-jax[finetune]'\n"
-
-
-def documentation():
-    """The text below each field of FinetuneConfig."""
-    (definition,) = ast.parse(inspect.getsource(FinetuneConfig)).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        field.target.id: ast.literal_eval(text.value)
-        for field, text in itertools.pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
-    }
-
-
-def test_help_explains_every_option_and_names_every_preset():
-    command = [sys.executable, "-m", "adalomo_jax", "finetune", "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = " ".join(re.sub("[│|]", "", printed).split())
-    texts = documentation()
-    for field in dataclasses.fields(FinetuneConfig):
-        assert f" --{field.name.replace('_', '-')} " in text.replace(",", " ")
-        assert " ".join(texts[field.name].split()) in text
-    assert all(name in text for name in (*PRESETS, "--no-fused"))
-    assert "None" not in text and "(default: )" not in text and "Default:" not in text
