@@ -103,9 +103,9 @@ class FinetuneConfig:
     fused: bool = True
     """Update each layer during the backward pass, so that the gradients of the whole model never exist.
     Without: all gradients first, then the same update, with more memory."""
-    attention: Literal["auto", "blocks", "splash", "cudnn"] = "auto"
-    """How attention is computed: in blocks of plain operations, or by a kernel: splash on TPUs, cudnn on GPUs.
-    auto takes the kernel where it can be had."""
+    attention: Literal["auto", "blocks", "tiles", "splash", "cudnn"] = "auto"
+    """How attention is computed: in blocks of plain operations, in the smaller tiles that suit CPUs,
+    or by a kernel: splash on TPUs, cudnn on GPUs. auto takes the kernel where it can be had."""
     mesh: Annotated[str | None, default("one device", metavar="AXIS=N[,AXIS=N]")] = None
     """How to spread the run over all devices: axes of a mesh and their sizes, such as fsdp=4,tensor=2.
     data gives each device a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""

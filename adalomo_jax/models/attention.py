@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-Kind = Literal["blocks", "splash", "cudnn"]
+from adalomo_jax.models.tiled_attention import TILES, is_seen, tiled_attention
+
+Kind = Literal["blocks", "tiles", "splash", "cudnn"]
 
 BLOCK = 512
 """Queries whose scores exist at once, in blocks of plain XLA operations."""
@@ -41,11 +43,12 @@ def causal_attention(
       k_BTKH: keys.
       v_BTKH: values.
       kind: ``"blocks"`` runs anywhere: block by block of 512 queries, whose scores are recomputed on the way back.
-        ``"splash"`` is JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
+        ``"tiles"`` is that for CPUs, in smaller ones, with a gradient of its own (`tiled_attention`). ``"splash"`` is
+        JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
       segments_BT: the number of the document that each position belongs to.
       window: how many positions a query sees, its own included.
-      sharding: of the batch, where it is spread over a mesh; heads are over its axis ``tensor``. A kernel runs on each
-        device's part; XLA spreads the blocks by itself.
+      sharding: of the batch, where it is spread over a mesh; heads are over its axis ``tensor``. Tiles and kernels run
+        on each device's part; XLA spreads the blocks by itself.
       interpret: run the TPU's kernel in the interpreter, slowly, on any backend.
 
     Returns:
@@ -62,7 +65,11 @@ def causal_attention(
         )
     if kind == "blocks":
         return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
-    kernel = partial(_cudnn, window=window) if kind == "cudnn" else partial(_splash, window=window, interpret=interpret)
+    kernel = {
+        "tiles": partial(tiled_attention, window=window),
+        "cudnn": partial(_cudnn, window=window),
+        "splash": partial(_splash, window=window, interpret=interpret),
+    }[kind]
     segments = () if segments_BT is None else (segments_BT,)
     if sharding is None or sharding.mesh.size == 1:
         return kernel(q_BTNH, k_BTKH, v_BTKH, *segments)
@@ -102,25 +109,13 @@ def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # what JAX says where it cannot be
             jax.eval_shape(lambda x: causal_attention(x, x, x, "cudnn"), x)
             return "cudnn"
-    return "blocks"
+    # Of a longer sequence, a tile would hold more than a block does.
+    return "tiles" if platform == "cpu" and length <= TILES * BLOCK // 2 else "blocks"
 
 
 def splash_takes(length: int, head_dim: int) -> bool:
     """Whether the TPU's kernel takes so many positions, and heads of that width."""
     return length % 128 == 0 and head_dim % 128 == 0
-
-
-def _is_seen(
-    queries: jax.Array, length: int, segments_BQ: jax.Array | None, segments_BT: jax.Array | None, window: int | None
-) -> jax.Array:
-    """``[B or 1, 1, Q, T]``: whether each of ``length`` positions is seen by the queries at these positions."""
-    distance = queries[:, None] - jnp.arange(length)
-    is_seen = (distance >= 0)[None, None]
-    if window is not None:
-        is_seen &= distance < window
-    if segments_BQ is not None and segments_BT is not None:
-        is_seen &= segments_BQ[:, None, :, None] == segments_BT[:, None, None, :]
-    return is_seen
 
 
 def _in_blocks(
@@ -131,10 +126,10 @@ def _in_blocks(
     window: int | None,
     first: int | jax.Array = 0,
 ) -> jax.Array:
-    (B, Q, N, H), T = q_BQNH.shape, k_BTKH.shape[1]
+    (B, Q, N, H), keys = q_BQNH.shape, jnp.arange(k_BTKH.shape[1])
     if Q <= BLOCK:
-        is_seen = _is_seen(first + jnp.arange(Q), T, segments_BT, segments_BT, window)
-        return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=is_seen)
+        mask = is_seen(first + jnp.arange(Q), keys, segments_BT, segments_BT, window)
+        return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=mask)
     in_blocks = lambda x: jnp.moveaxis(_padded(x).reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
     blocks = in_blocks(q_BQNH)
     firsts = first + jnp.arange(blocks.shape[0]) * BLOCK
@@ -142,8 +137,8 @@ def _in_blocks(
     @jax.checkpoint
     def of_block(first_block_and_segments):
         first, q, segments_BQ = first_block_and_segments
-        is_seen = _is_seen(first + jnp.arange(BLOCK), T, segments_BQ, segments_BT, window)
-        return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=is_seen)
+        mask = is_seen(first + jnp.arange(BLOCK), keys, segments_BQ, segments_BT, window)
+        return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=mask)
 
     out = lax.map(of_block, (firsts, blocks, None if segments_BT is None else in_blocks(segments_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :Q]

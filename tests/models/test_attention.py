@@ -1,4 +1,4 @@
-"""Attention in blocks, and by the TPU's kernel, against plain attention."""
+"""Attention in blocks, in tiles, and by the TPU's kernel, against plain attention."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalomo_jax.models.attention import BLOCK, causal_attention, splash_takes
+from adalomo_jax.models.attention import BLOCK, causal_attention, kind_for, splash_takes
 
 
 def make_inputs(length, *, heads=4, kv_heads=2, width=8, batch=2):
@@ -25,16 +25,24 @@ def values_and_gradients(attention, inputs):
 plain = partial(jax.nn.dot_product_attention, is_causal=True)
 
 
-@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 7])
-def test_blocks_equal_plain_attention(length):
+LENGTHS = {
+    "blocks": (1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 7),
+    "tiles": (1, 63, 64, 65, 8 * 64, 8 * 64 + 1, 8 * 100 + 51),
+}
+
+
+@pytest.mark.parametrize(("kind", "length"), [(kind, length) for kind in LENGTHS for length in LENGTHS[kind]])
+def test_equals_plain_attention(kind, length):
     inputs = make_inputs(length)
-    actual, expected = values_and_gradients(causal_attention, inputs), values_and_gradients(plain, inputs)
+    attention = partial(causal_attention, kind=kind)
+    actual, expected = values_and_gradients(attention, inputs), values_and_gradients(plain, inputs)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
 
 
-def test_the_comparison_sees_a_key_of_the_future():
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_the_comparison_sees_a_key_of_the_future(kind):
     q, k, v, _ = make_inputs(BLOCK + 1)
-    actual, expected = causal_attention(q, k, v), jax.nn.dot_product_attention(q, k, v)
+    actual, expected = causal_attention(q, k, v, kind), jax.nn.dot_product_attention(q, k, v)
     assert np.max(np.abs(actual - expected)) > 1e-2
 
 
@@ -60,11 +68,12 @@ def packed(length):
     return bounds, jnp.broadcast_to(segments_T, (2, length))
 
 
+@pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("length", BOUNDS)
-def test_documents_in_one_sequence_do_not_see_each_other(length):
+def test_documents_in_one_sequence_do_not_see_each_other(length, kind):
     bounds, segments_BT = packed(length)
     inputs = make_inputs(length)
-    actual = values_and_gradients(partial(causal_attention, segments_BT=segments_BT), inputs)
+    actual = values_and_gradients(partial(causal_attention, kind=kind, segments_BT=segments_BT), inputs)
     expected = values_and_gradients(partial(apart, bounds=bounds), inputs)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
 
@@ -74,10 +83,11 @@ def windowed(q, k, v, window):
     return jax.nn.dot_product_attention(q, k, v, mask=((distance >= 0) & (distance < window))[None, None])
 
 
+@pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("window", [1, 5, BLOCK, BLOCK + 50])
-def test_a_window_hides_what_lies_further_back(window):
+def test_a_window_hides_what_lies_further_back(window, kind):
     inputs = make_inputs(BLOCK + 100)
-    actual = values_and_gradients(partial(causal_attention, window=window), inputs)
+    actual = values_and_gradients(partial(causal_attention, kind=kind, window=window), inputs)
     expected = values_and_gradients(partial(windowed, window=window), inputs)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
 
@@ -101,12 +111,34 @@ def test_what_the_kernel_for_tpus_does_not_take_is_refused():
         causal_attention(q, k, v, "splash")
 
 
-def test_blocks_hold_the_scores_of_one_block():
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_in_bfloat16_no_further_from_the_truth_than_plain_attention(kind):
+    """Twice as far would be a sum, or an exponential, in bfloat16."""
+    inputs = make_inputs(200, width=16)
+    narrow = [x.astype(jnp.bfloat16) for x in inputs]
+    truth = values_and_gradients(plain, [x.astype(jnp.float32) for x in narrow])
+    found = values_and_gradients(partial(causal_attention, kind=kind), narrow)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
+    distance = lambda x, t: float(jnp.linalg.norm(x.astype(jnp.float32) - t))
+    errors = jax.tree.map(distance, found, truth)
+    of_plain = jax.tree.map(distance, values_and_gradients(plain, narrow), truth)
+    for error, most in zip(jax.tree.leaves(errors), jax.tree.leaves(of_plain), strict=True):
+        assert error < 1.5 * most
+
+
+def test_what_suits_a_cpu():
+    """Beyond some length the tiles would hold more than the blocks."""
+    assert kind_for("cpu", 512, 64, jnp.float32) == kind_for("cpu", 2048, 64, jnp.float32) == "tiles"
+    assert kind_for("cpu", 2049, 64, jnp.float32) == "blocks"
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_only_the_scores_of_one_block_are_held(kind):
     """Of a gradient; where scores of all queries are held, temporaries grow by them."""
     length, heads = 8 * BLOCK, 2
     inputs = make_inputs(length, heads=heads, kv_heads=1, batch=1)[:3]
     temporaries = []
-    for attention in (causal_attention, plain):
+    for attention in (partial(causal_attention, kind=kind), plain):
         compiled = (
             jax.jit(jax.grad(lambda *qkv, f=attention: jnp.sum(f(*qkv)), argnums=(0, 1, 2))).lower(*inputs).compile()
         )
