@@ -93,10 +93,12 @@ def _first_paragraph(box: str) -> str:
 def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> None:
     """Imports what a command needs only when it runs, so that ``--help`` is quick."""
     from adalomo_jax.finetune.compare import PlotConfig, compare
+    from adalomo_jax.finetune.compilation_cache import use_compilation_cache
     from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
     from adalomo_jax.finetune.generate_config import GenerateConfig
 
+    use_compilation_cache()
     if isinstance(command, FinetuneConfig):
         from adalomo_jax.finetune.run import run
 

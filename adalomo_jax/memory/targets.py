@@ -89,6 +89,8 @@ def prepare(target: Target, chips: int = 1) -> None:
     """
     _set_libtpu()
     jax.config.update("jax_platforms", "cpu")
+    if target.platform != "cpu":  # what JAX compiles for a chip that is not there it can keep, but not read again
+        jax.config.update("jax_enable_compilation_cache", False)
     if target.platform == "cpu" and chips > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", chips)

@@ -1,0 +1,38 @@
+"""Compiled programs are kept, so that a command that compiles the same again starts at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+
+def use_compilation_cache() -> None:
+    """Has JAX keep what takes it more than a second to compile, and take it from there the next time.
+
+    JAX's own settings hold: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+
+
+def cache_folder() -> Path:
+    """Below the user's cache folder, one for each kind of processor.
+
+    What is compiled for a CPU may hold instructions that another has not, and JAX does not ask which one it was: in a
+    home that several machines share, a program would end at the first of them.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "adalomo-jax" / f"compiled-{hashlib.sha256(_instructions().encode()).hexdigest()[:12]}"
+
+
+def _instructions() -> str:
+    """What tells processors with other instructions apart."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(known)])
