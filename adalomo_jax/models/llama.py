@@ -7,7 +7,8 @@ H width of a head, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from jax.sharding import NamedSharding
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import LlamaConfig
 from adalomo_jax.models.rotary import rotary_angles, rotate
+
+HeadAxes = Literal["dv", "vd"]
+"""Of the head, or of the embedding where that is the head, too."""
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -203,11 +207,13 @@ class Llama(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head alone: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
-        return project(x_BTD, self.head())
+        return project(x_BTD, *self.head())
 
-    def head(self) -> jax.Array:
-        """The head's matrix ``[D, V]``, or the transposed embedding."""
-        return self.embed_tokens.embedding[...].T if self.config.tie_word_embeddings else self.lm_head.kernel[...]
+    def head(self) -> tuple[jax.Array, HeadAxes]:
+        """The head's matrix, or the embedding, as it is, and what its axes are."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding[...], "vd"
+        return self.lm_head.kernel[...], "dv"
 
 
 def llama_of(config: LlamaConfig, params: Any) -> Llama:
@@ -225,24 +231,27 @@ def llama_of(config: LlamaConfig, params: Any) -> Llama:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
 
 
-@jax.custom_vjp
-def project(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """``x @ head``, accumulated in float32, also where both are bfloat16.
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x_BTD: jax.Array, head: jax.Array, axes: HeadAxes = "dv") -> jax.Array:
+    """``x @ head``, or ``x @ head.T`` where its axes are so, accumulated in float32, also where both are bfloat16.
+
+    An embedding is not transposed first: where XLA would multiply with that more than once, it would write it out.
 
     The cotangent is rounded to the type of ``x`` before it is multiplied. Without, the two products of the backward
     pass would be float32 ones, at half the speed of a GPU or less.
     """
-    return jnp.matmul(x_BTD, head_DV, preferred_element_type=jnp.float32)
+    return jnp.einsum(f"...d,{axes}->...v", x_BTD, head, preferred_element_type=jnp.float32)
 
 
-def _project_forward(x_BTD, head_DV):
-    return project(x_BTD, head_DV), (x_BTD, head_DV)
+def _project_forward(x_BTD, head, axes):
+    return project(x_BTD, head, axes), (x_BTD, head)
 
 
-def _project_backward(saved, d_logits_BTV):
-    x_BTD, head_DV = saved
+def _project_backward(axes, saved, d_logits_BTV):
+    x_BTD, head = saved
     d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
-    return d_logits_BTV @ head_DV.T, jnp.einsum("...d,...v->dv", x_BTD, d_logits_BTV)
+    d_x_BTD = jnp.einsum(f"...v,{axes}->...d", d_logits_BTV, head)
+    return d_x_BTD, jnp.einsum(f"...d,...v->{axes}", x_BTD, d_logits_BTV)
 
 
 project.defvjp(_project_forward, _project_backward)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from adalomo_jax.models.llama import Llama, project
+from adalomo_jax.models.llama import HeadAxes, Llama, project
 from adalomo_jax.models.sharding import gather_rows, out_of_stream
 
 
@@ -83,10 +83,11 @@ def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Arra
 
     Left to itself, XLA sums the whole gradient of the head on each device.
     """
-    head_DV = model.head()
+    head, axes = model.head()
+    head_DV = head if axes == "dv" else head.T
     mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
     if mesh is None or not _is_gathered(head_DV, mesh):
-        return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV)
+        return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head, axes)
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
         head_DV = jnp.asarray(gather_rows(head_DV, "fsdp"))
@@ -107,12 +108,17 @@ def _is_gathered(head_DV: jax.Array, mesh: Mesh | AbstractMesh) -> bool:
 
 
 def _sum_of_chunks(
-    chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, head_DV: jax.Array
+    chunk_size: int,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    head: jax.Array,
+    axes: HeadAxes = "dv",
 ) -> jax.Array:
     @jax.checkpoint
     def chunk_loss(total, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        return total + jnp.sum(cross_entropy(project(x_BCD, head_DV), targets_BC) * weights_BC), None
+        return total + jnp.sum(cross_entropy(project(x_BCD, head, axes), targets_BC) * weights_BC), None
 
     chunks = tuple(_chunked(a, chunk_size) for a in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)[0]

@@ -92,6 +92,16 @@ def test_logits_of_the_whole_sequence_never_exist():
     assert temporaries(direct_loss) >= logits
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_that_is_the_head_is_not_transposed(tied):
+    """For the products of the backward pass a transposed copy would be written out. An untied head has these axes."""
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    graphdef, params = make(config)
+    gradient = jax.jit(jax.grad(lambda params: next_token_loss(nnx.merge(graphdef, params), TOKENS, chunk_size=8)))
+    compiled = gradient.lower(params).compile().as_text()
+    assert (f"f32[{config.hidden_size},{config.vocab_size}]" in compiled) != tied
+
+
 def test_bfloat16_loss_is_float32():
     loss = jax.jit(lambda: next_token_loss(Llama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), TOKENS))()
     assert loss.dtype == jnp.float32
