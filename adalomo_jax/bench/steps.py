@@ -13,6 +13,7 @@ from flax import nnx
 
 from adalomo_jax import adalomo, fuse, lomo
 from adalomo_jax.bench.contestants import Contestant
+from adalomo_jax.finetune.memory_use import release_freed_memory
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Llama, LlamaConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
@@ -48,16 +49,19 @@ def compile_step(contestant: Contestant, model: LlamaConfig, batch_size: int, se
     kind = kind_for(jax.default_backend(), seq_len, model.head_dim, jnp.dtype(dtype))
     make_model = lambda: Llama(model, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=kind)
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)))()
     tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, model.vocab_size)
     loss_fn = lambda params, tokens: next_token_loss(nnx.merge(graphdef, params), tokens)
-    jitted, first, is_next = _step_of(contestant, loss_fn, params, tokens)
-    count = sum(x.size for x in jax.tree.leaves(params))
+    make_params = lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+    shapes = jax.eval_shape(make_params)
+    jitted, make_first, is_next = _step_of(contestant, loss_fn, tokens)
+    count = sum(x.size for x in jax.tree.leaves(shapes))
+    # Before there are weights: the compiler's memory does not come on top of theirs.
     began = time.perf_counter()
-    compiled = jitted.lower(*first, tokens).compile()
+    compiled = jitted.lower(*jax.eval_shape(make_first, shapes), tokens).compile()
     seconds = time.perf_counter() - began
-    now = [first]
-    del first, params
+    release_freed_memory()
+    now = [make_first(_make_leaf_by_leaf(make_params))]
+    release_freed_memory()
 
     def step() -> float:
         began = time.perf_counter()
@@ -69,14 +73,25 @@ def compile_step(contestant: Contestant, model: LlamaConfig, batch_size: int, se
     return Compiled(step, seconds, _memory_of(compiled), count)
 
 
-def _step_of(contestant: Contestant, loss_fn: Callable, params: Any, tokens: jax.Array) -> tuple[Any, tuple, Callable]:
-    """The jitted step, its first arguments but for the tokens, and what makes the next ones of those and the result."""
+def _make_leaf_by_leaf(make_params: Callable[[], Any]) -> Any:
+    """The random weights, one leaf after the other: what makes all at once takes more memory than a step."""
+    structure = jax.tree.structure(jax.eval_shape(make_params))
+    make_leaf = jax.jit(lambda i: jax.tree.leaves(make_params())[i], static_argnums=0)
+    return structure.unflatten([jax.block_until_ready(make_leaf(i)) for i in range(structure.num_leaves)])
+
+
+def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tuple[Any, Callable, Callable]:
+    """The jitted step, what makes its first arguments of the weights, and what makes the next ones of the result.
+
+    All but the last argument, the tokens.
+    """
     gradient = jax.value_and_grad(loss_fn)
     if contestant.how == "gradients":
-        return jax.jit(gradient), (params,), lambda now, result: now
+        return jax.jit(gradient), lambda params: (params,), lambda now, result: now
     if contestant.how == "gradients in place":
         into = jax.jit(lambda params, old, tokens: gradient(params, tokens), donate_argnums=1, keep_unused=True)
-        return into, (params, jax.tree.map(jnp.zeros_like, params)), lambda now, result: (now[0], result[1])
+        with_old = lambda params: (params, jax.tree.map(jnp.zeros_like, params))
+        return into, with_old, lambda now, result: (now[0], result[1])
     tx = make_tx(contestant.optimizer or "")
     if contestant.how == "optax":
 
@@ -85,7 +100,8 @@ def _step_of(contestant: Contestant, loss_fn: Callable, params: Any, tokens: jax
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state, loss
 
-        return jax.jit(plain, donate_argnums=(0, 1)), (params, tx.init(params)), lambda now, result: result[:2]
+        with_state = lambda params: (params, tx.init(params))
+        return jax.jit(plain, donate_argnums=(0, 1)), with_state, lambda now, result: result[:2]
     fused = fuse(
         loss_fn,
         tx,
@@ -94,7 +110,8 @@ def _step_of(contestant: Contestant, loss_fn: Callable, params: Any, tokens: jax
         stochastic_rounding=contestant.stochastic_rounding,
     )
     jitted = fused.jit if contestant.how == "fused" else jax.jit(fused.unfused, donate_argnums=(0, 1))
-    return jitted, (params, fused.init(params, tokens)), lambda now, result: (result.params, result.state)
+    with_state = lambda params: (params, fused.init(params, tokens))
+    return jitted, with_state, lambda now, result: (result.params, result.state)
 
 
 def _memory_of(compiled: Any) -> dict[str, int] | None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from adalomo_jax import FusedStep, fuse
 from adalomo_jax.finetune.config import FinetuneConfig, InputError, one_line
+from adalomo_jax.finetune.memory_use import release_freed_memory
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
 from adalomo_jax.finetune.packing import Batch
 from adalomo_jax.memory.compile import shard_bytes, shares_of
@@ -158,6 +159,7 @@ def build_program(
         params, state = restore(*abstract_arrays(training, mesh))
     jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
     compiled = jitted.lower(params, state, *args).compile()
+    release_freed_memory()
     count = jax.jit(_count, out_shardings=args[1].sharding)
 
     @jax.jit
