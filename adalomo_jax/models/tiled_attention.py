@@ -92,7 +92,7 @@ def _backward(window, saved, d_out_BTNH):
     d_qs = []
     for tile, log_sum_BKR1 in zip(_tiles(T, window), log_sums, strict=True):
         of_all = lambda x, tile=tile: jnp.pad(x, [(0, 0), (0, 0), (tile.keys.start, T - tile.keys.stop), (0, 0)])
-        q_BKRH = after(_rows(q_BTNH, tile, K), (d_qs[-1:], d_k_BKTH, d_v_BKTH) if d_qs else ())
+        q_BKRH = after(_rows(q_BTNH, tile, K), (d_qs[-1:], d_k_BKTH, d_v_BKTH))
         d_out_BKRH = _rows(d_out_BTNH, tile, K)
         p_BKRS = jnp.exp(_scores(q_BKRH, k_BKTH, tile, segments_BT, window) - log_sum_BKR1)
         d_p_BKRS = _dot("bkrh,bksh->bkrs", d_out_BKRH, v_BKTH[:, :, tile.keys])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adalomo_jax.models import batch_sharding, make_mesh
 from adalomo_jax.models.attention import BLOCK, causal_attention, kind_for, splash_takes
 
 
@@ -124,6 +125,15 @@ def test_in_bfloat16_no_further_from_the_truth_than_plain_attention(kind):
     of_plain = jax.tree.map(distance, values_and_gradients(plain, narrow), truth)
     for error, most in zip(jax.tree.leaves(errors), jax.tree.leaves(of_plain), strict=True):
         assert error < 1.5 * most
+
+
+@pytest.mark.parametrize("kv_heads", [3, 4])
+def test_tiles_on_a_mesh_that_need_not_divide_the_heads(kv_heads):
+    sharding = batch_sharding(make_mesh({"fsdp": 2, "tensor": 4}))
+    inputs = make_inputs(100, heads=2 * kv_heads, kv_heads=kv_heads)
+    actual = values_and_gradients(partial(causal_attention, kind="tiles", sharding=sharding), inputs)
+    expected = values_and_gradients(plain, inputs)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
 
 
 def test_what_suits_a_cpu():
