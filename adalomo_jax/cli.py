@@ -98,7 +98,8 @@ def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | 
     from adalomo_jax.finetune.fit_config import MemoryConfig
     from adalomo_jax.finetune.generate_config import GenerateConfig
 
-    use_compilation_cache()
+    if isinstance(command, FinetuneConfig | GenerateConfig | MemoryConfig):
+        use_compilation_cache()
     if isinstance(command, FinetuneConfig):
         from adalomo_jax.finetune.run import run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -17,7 +18,8 @@ def use_compilation_cache() -> None:
     ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 def cache_folder() -> Path:

@@ -85,11 +85,13 @@ TARGETS: dict[str, Target] = {
 def prepare(target: Target, chips: int = 1) -> None:
     """Has JAX start on the CPU alone, without looking for the chip that a plugin is installed for.
 
+    And without its cache of compiled programs: those for a chip that is not there it can keep, but not read again.
+
     To be called before JAX has made an array or named a device; later it changes nothing.
     """
     _set_libtpu()
     jax.config.update("jax_platforms", "cpu")
-    if target.platform != "cpu":  # what JAX compiles for a chip that is not there it can keep, but not read again
+    if target.platform != "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
     if target.platform == "cpu" and chips > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started

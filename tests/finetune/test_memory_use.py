@@ -7,6 +7,8 @@ import pytest
 
 from adalomo_jax.finetune.memory_use import peak_bytes, release_freed_memory
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads Linux's /proc; the heap is GNU's")
+
 PAGE = 4096
 
 
@@ -14,7 +16,6 @@ def resident():
     return PAGE * int(Path("/proc/self/statm").read_text().split()[1])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_is_freed_below_something_that_is_not_is_given_back():
     blocks = [bytes(1000) for _ in range(300_000)]
     last = blocks[-1]
