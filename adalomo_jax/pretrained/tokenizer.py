@@ -69,8 +69,10 @@ class ByteTokenizer:
         return [_encode_bytes(text) for text in texts]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of the bytes; what is no UTF-8 becomes U+FFFD."""
-        return bytes(map(int, tokens)).decode(errors="replace")
+        """The text of the bytes; what is no UTF-8, or no byte where a model knows more tokens, becomes U+FFFD."""
+        unknown = "\N{REPLACEMENT CHARACTER}".encode()
+        known = (bytes([token]) if token < self.vocab_size else unknown for token in tokens)
+        return b"".join(known).decode(errors="replace")
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> ChatText:
         """Raises ``ValueError``."""

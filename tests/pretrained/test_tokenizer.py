@@ -43,6 +43,11 @@ def test_bytes_are_the_utf8_of_the_text(text):
     assert ByteTokenizer().decode(encoded.tokens) == text
 
 
+def test_a_token_that_is_no_byte_is_no_text():
+    """A preset with random weights reads bytes, but may know more tokens than there are, and draw them."""
+    assert ByteTokenizer().decode([97, 49151, 195, 169]) == "a\N{REPLACEMENT CHARACTER}é"
+
+
 def test_bytes_that_are_no_text_are_replaced():
     assert ByteTokenizer().decode([0xC3, 33]) == "\ufffd!"
     with pytest.raises(ValueError, match="bytes have no chat template"):
