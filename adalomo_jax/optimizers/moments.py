@@ -105,12 +105,19 @@ def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
 
 def _sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``sum_i g_ij**2`` and ``sum_i (row_factor_i g_ij)**2``, ``[..., n]``, in one pass over ``g``."""
-    return lax.platform_dependent(g, row_factor, cpu=sums_as_one, default=sums_as_two)
+    return lax.platform_dependent(g, row_factor, cpu=sums_as_one, tpu=sums_as_two, default=sums_as_pair)
 
 
 def sums_as_two(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for XLA's compilers for GPUs and TPUs, which make one pass of the two."""
+    """The sums over rows for XLA's compiler for TPUs, which makes one pass of the two."""
     return jnp.sum(jnp.square(g), axis=-2), jnp.sum(jnp.square(g * row_factor[..., None]), axis=-2)
+
+
+def sums_as_pair(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over rows for that for GPUs, which within a training step would make two passes."""
+    zero = jnp.zeros([], g.dtype)
+    add = lambda old, new: (old[0] + new[0], old[1] + new[1])
+    return lax.reduce((jnp.square(g), jnp.square(g * row_factor[..., None])), (zero, zero), add, (g.ndim - 2,))
 
 
 def sums_as_one(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:

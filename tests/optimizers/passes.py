@@ -9,30 +9,19 @@ one, and its temporaries. Writes are all of the matrix's size: a float32 copy of
 """
 
 import json
-import re
 import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
+from kernels import instructions_of
 
 from adalomo_jax import adalomo, apply_updates
 from adalomo_jax.memory.targets import TARGETS, devices_of, prepare
 
 SHAPE = (4096, 11008)
 """The largest matrix of LLaMA-7B's layers, the other way round."""
-_MOVES = ("parameter", "tuple", "get-tuple-element", "bitcast", "copy-start", "copy-done", "while", "conditional")
-"""What is no kernel; copy-start and copy-done bring an array into a TPU's vector memory while others are at work."""
-
-
-class Instruction(NamedTuple):
-    """One kernel of a compiled program."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: list[str]
 
 
 class Passes(NamedTuple):
@@ -46,19 +35,6 @@ class Passes(NamedTuple):
     """By the compiler's own count, a weight."""
     temporaries: float
     """Bytes a weight."""
-
-
-def kernels(text: str) -> list[Instruction]:
-    """The instructions of a compiled program outside of its fusions, in order."""
-    fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
-    found, inside = [], False
-    for line in text.splitlines():
-        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            inside = opened[1] not in fused
-        elif inside and (parts := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)", line)):
-            name, shape, opcode, rest = parts.groups()
-            found.append(Instruction(name, shape, opcode, re.findall(r"%([\w.\-]+)", rest.split("), ")[0])))
-    return found
 
 
 def passes_of(target: str, dtype: Any, key: jax.Array | None = None) -> Passes:
@@ -82,21 +58,21 @@ def passes_of(target: str, dtype: Any, key: jax.Array | None = None) -> Passes:
 
 def counted(text: str, accessed: float | None, temporaries: float) -> Passes:
     """The passes of a compiled step of ``(theta, state, g)``."""
-    instructions = kernels(text)
-    of = {i.name: i for i in instructions}
+    program = instructions_of(text)
+    of = {i.name: i for i in program}
 
     def origin(name: str) -> str:
         """Through what is no kernel."""
         i = of.get(name)
-        return origin(i.operands[0]) if i and i.opcode in _MOVES and i.operands else name
+        return origin(i.operands[0]) if i and not i.is_kernel and i.operands else name
 
-    matrix = f"[{','.join(map(str, SHAPE))}]"
-    parameters = [i.name for i in instructions if i.opcode == "parameter" and matrix in i.shape]
+    makes_matrix = lambda i: any(a.shape == SHAPE for a in i.arrays)
+    parameters = [i.name for i in program if i.opcode == "parameter" and makes_matrix(i)]
     gradient = next(name for name in parameters if name.startswith("g"))
     theta = next(name for name in parameters if name.startswith("theta"))
-    working = [i for i in instructions if i.opcode not in _MOVES]
-    reads = [{origin(name) for name in i.operands} for i in working]
-    writes = sum(matrix in i.shape for i in working)
+    kernels = [i for i in program if i.is_kernel]
+    reads = [{origin(name) for name in i.operands} for i in kernels]
+    writes = sum(map(makes_matrix, kernels))
     return Passes(sum(gradient in r for r in reads), sum(theta in r for r in reads), writes, accessed, temporaries)
 
 

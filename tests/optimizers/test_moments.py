@@ -1,5 +1,6 @@
 """The arithmetic on one tensor, against the paper's equations with `v` formed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from tolerances import assert_apart, assert_close
 from adalomo_jax.optimizers import moments
 from adalomo_jax.optimizers.moments import FactoredMoment
 
+SUMS = (moments.sums_as_one, moments.sums_as_two, moments.sums_as_pair)
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 1, 3, 5), (3, 3, 2, 2)]
 
 
@@ -71,8 +73,26 @@ def test_sums_over_rows_are_the_same_for_each_backend(shape: tuple[int, ...]):
     expected = [
         np.square(np.asarray(g, np.float64) * np.asarray(f)[..., None]).sum(-2) for f in (1 + 0 * factor, factor)
     ]
-    for sums in (moments.sums_as_one, moments.sums_as_two):
+    for sums in SUMS:
         assert_close(sums(g, factor), tuple(expected))
+
+
+@pytest.mark.parametrize("mode", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("x", None), (None, "x")])
+def test_sums_over_rows_may_be_spread_over_devices_on_each_backend(spec, mode):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(mode,))
+    g, factor = gaussian((8, 12)), gaussian((8,), 1)
+    put = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+    for sums in SUMS:
+        chex.assert_trees_all_close(jax.jit(sums)(put(g, *spec), put(factor, spec[0])), sums(g, factor), rtol=1e-6)
+
+
+def test_sums_over_rows_can_be_differentiated_on_each_backend():
+    g, factor = gaussian((3, 4)), gaussian((3,), 1)
+    loss = lambda sums, g, factor: sum(jnp.vdot(gaussian((4,), i), x) for i, x in enumerate(sums(g, factor)))
+    gradients = [jax.grad(loss, (1, 2))(sums, g, factor) for sums in SUMS]
+    for of_one in gradients[1:]:
+        chex.assert_trees_all_close(of_one, gradients[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

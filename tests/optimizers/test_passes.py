@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import loop_passes
 import passes
 import pytest
 
@@ -34,13 +35,27 @@ def test_two_sums_over_rows_would_move_more_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("target", INSTALLED)
 def test_chips_pass_over_it_no_more_often_than_needed_and_write_no_other_matrix(target):
-    if importlib.util.find_spec(INSTALLED[target]) is None:
-        pytest.skip(f"{INSTALLED[target]} is not installed")
-    command = [sys.executable, str(Path(passes.__file__)), target]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of(passes, target)
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16", "bfloat16"]
     for row in rows:
         assert row | LEAST == row
         assert row["temporaries"] < 0.1
+
+
+@pytest.mark.parametrize("target, reads_of_gradient", [("tpu-v5e", 2), ("h100", 3), ("rtx-4090", 3)])
+def test_in_the_fused_step_too_where_a_tpu_takes_the_first_sums_in_the_product(target, reads_of_gradient):
+    rows = rows_of(loop_passes, target)
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    least = {"reads_of_gradient": reads_of_gradient, "reads_of_weights": 2, "writes_of_weights": 1}
+    for row in rows:
+        assert row | least | {"stacks_copied": [], "wide_copies": []} == row
+
+
+def rows_of(program, target):
+    """What it prints: in a process of its own, for it has to set JAX up for itself."""
+    if importlib.util.find_spec(INSTALLED[target]) is None:
+        pytest.skip(f"{INSTALLED[target]} is not installed")
+    command = [sys.executable, str(Path(program.__file__)), target]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
