@@ -114,14 +114,14 @@ def sums_as_two(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def sums_as_pair(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for that for GPUs, which within a training step would make two passes."""
+    """The sums over rows for the compiler for GPUs, which makes two passes of two sums within a training step."""
     zero = jnp.zeros([], g.dtype)
     add = lambda old, new: (old[0] + new[0], old[1] + new[1])
     return lax.reduce((jnp.square(g), jnp.square(g * row_factor[..., None])), (zero, zero), add, (g.ndim - 2,))
 
 
 def sums_as_one(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for that for CPUs, which would make two passes, and write ``g**2`` for them first."""
+    """The sums over rows for the compiler for CPUs, which would make two passes, and write ``g**2`` for them first."""
     factors = jnp.where(jnp.array([False, True]), row_factor[..., None], 1.0)
     sums = jnp.sum(jnp.square(g[..., None, :] * factors[..., None]), axis=-3)
     return sums[..., 0, :], sums[..., 1, :]
