@@ -68,8 +68,9 @@ def instructions_of(text: str) -> list[Instruction]:
     fused = {name for name in called.values() if name is not None}
 
     def opcodes(opcode: str, rest: str) -> frozenset[str]:
-        inside = lines.get(_called(rest) or "", []) if opcode in ("fusion", "fusion-start") else []
-        return frozenset({opcode} if not inside else {o for _, _, op, r in inside for o in opcodes(op, r)})
+        if opcode not in ("fusion", "fusion-start"):
+            return frozenset({_target(rest) or opcode})
+        return frozenset(o for _, _, op, r in lines[_called(rest) or ""] for o in opcodes(op, r))
 
     return [
         _instruction(name, shape, opcode, rest, opcodes(opcode, rest), computation)
@@ -84,10 +85,14 @@ def _called(rest: str) -> str | None:
     return found and found[1]
 
 
+def _target(rest: str) -> str | None:
+    found = re.search(r'custom_call_target="([^"]*)"', rest)
+    return found and found[1]
+
+
 def _instruction(
     name: str, shape: str, opcode: str, rest: str, contains: frozenset[str], computation: str
 ) -> Instruction:
-    target = re.search(r'custom_call_target="([^"]*)"', rest)
     index = re.search(r"\bindex=(\d+)", rest)
     arrays = [
         Array(dtype, tuple(int(n) for n in sizes.split(",") if n))
@@ -95,7 +100,7 @@ def _instruction(
     ]
     return Instruction(
         name=name,
-        opcode=target[1] if opcode == "custom-call" and target else opcode,
+        opcode=_target(rest) or opcode,
         arrays=arrays,
         operands=re.findall(r"%([\w.\-]+)", rest.split("), ")[0]),
         contains=contains,
