@@ -1,17 +1,56 @@
-"""What must be set before JAX starts: eight CPU devices, for the tests on a mesh, and a compiler in haste.
+"""What must be set before JAX starts: eight CPU devices, a compiler in haste, and one folder of what it has compiled.
 
-Most of the time goes into compiling, much of that into LLVM's optimizations, which no test is about.
+Nearly all of the time goes into compiling, and many tests compile the same. So the processes of one test run, and those
+that its tests start, share a folder, which the run makes and takes away. It is never the user's, nor kept: JAX does not
+tell processors apart. What LLVM would optimize no test is about.
 """
 
 import os
+import shutil
+import tempfile
 
 from hypothesis import settings
 
-for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 1}.items():
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether this process is one of pytest-xdist's, which has the environment of the run that started it."""
+
+for flag, value in {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's cache is no place for what tests compile
+if not IS_WORKER:
+    os.environ |= {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="adalomo-jax-tests-"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+import jax  # noqa: E402  (after its environment)
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The folder goes with the run."""
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(request: pytest.FixtureRequest):
+    """A test marked ``uncached`` reads memory, HLO or times: of what is compiled for it, not of what was kept."""
+    is_marked = request.node.get_closest_marker("uncached") is not None
+    if is_marked:
+        _use_cache(False)
+    yield
+    if is_marked:
+        _use_cache(True)
+
+
+def _use_cache(used: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", used)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
