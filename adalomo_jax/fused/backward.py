@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import scan, segment
+from adalomo_jax.fused.jaxpr import Program
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context, Cotangents, accumulate
@@ -135,7 +136,7 @@ def _pull_back(
                 statistics[group] = done.statistics if parts is None else all_statistics(done.statistics)
                 written |= zip(group.leaves, done.weights, strict=True)
         elif tape is not None:
-            there = _after_cotangents(stage, ran.values, plan.program.inputs, cotangents)
+            there = _after_cotangents(stage, ran.values, plan.program, cotangents)
             accumulate(cotangents, segment.backward(stage, ran.context, tape, there, cotangents))
         if (group := plan.group_of(index, whole=True)) is not None:
             of_leaves = [plan.program.inputs[i] for i in group.leaves]
@@ -153,15 +154,16 @@ def _pull_back(
 
 
 def _after_cotangents(
-    stage: Segment, values: Mapping[int, Any], inputs: Sequence[int], cotangents: Cotangents
+    stage: Segment, values: Mapping[int, Any], program: Program, cotangents: Cotangents
 ) -> dict[int, Any]:
     """The values, but for the way back what the segment reads is there only when its cotangents are.
 
     XLA's CPU compiler drops the optimization barriers of `jax.checkpoint`, and recomputes all layers too early.
     """
     known = [cotangents[v] for v in stage.outputs if v in cotangents]
-    read = {v: values[v] for v in stage.inputs if v not in inputs and jnp.issubdtype(values[v].dtype, jnp.floating)}
-    return {**values, **{v: after(x, known) for v, x in read.items()}}
+    made = [v for v in stage.inputs if v not in program.inputs and v not in program.constants]
+    floats = [v for v in made if jnp.issubdtype(program.avals[v].dtype, jnp.floating)]
+    return {**values, **{v: after(values[v], known) for v in floats}}
 
 
 def _forward(stage: Stage, context: Context, values: dict[int, Any]) -> Any:

@@ -59,8 +59,8 @@ def _layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int
     axes, at_odds = dict.fromkeys(xs, 0), set()
     before = program.equations[: next(i for i, e in enumerate(program.equations) if e is scan)]
     for equation in reversed(before):
-        made = equation.outputs[0]
-        axis = _axis_of_inputs(program, equation, axes[made]) if made in axes and len(equation.outputs) == 1 else None
+        made = equation.outputs[0] if len(equation.outputs) == 1 else None
+        axis = _axis_of_inputs(program, equation, axes[made]) if made in axes else None
         if axis is None:
             axes = {v: a for v, a in axes.items() if v not in equation.outputs}
             continue

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 _CALLS = ("jit", "closed_call")
 _CHECKPOINT = "remat2"
 
-_Counts = Callable[[Any], bool]
-"""Whether values of a type count as dependent."""
-_TellsApart = Callable[["Equation"], bool]
-"""Whether an equation is a scan of which each output is looked at by itself."""
-
 
 class Equation(NamedTuple):
     """One operation: the JAX equation that it came from, and the numbers of the values it reads and makes."""
@@ -43,6 +38,11 @@ class Equation(NamedTuple):
     def params(self) -> dict[str, Any]:
         """The primitive's parameters."""
         return self.source.params
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether it does more than make its results: it prints, or calls back. To name a mesh axis is no effect."""
+        return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.source.effects)
 
     def with_params(self, **params: Any) -> Equation:
         """This equation with some of the primitive's parameters changed."""
@@ -91,7 +91,8 @@ def trace(fn: Callable[..., Any], leaves: Sequence[Any], *args: Any) -> tuple[Pr
 
     Returns it with the structure of the result, whose leaves are its outputs.
     """
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(list(leaves), *args)
+    with jax.disable_jit(False):  # else loops are traced as what they run, and no scan is found
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)(list(leaves), *args)
     return program_of(closed, num_leaves=len(leaves)), jax.tree.structure(shape)
 
 
@@ -144,28 +145,28 @@ def is_differentiable(aval: Any) -> bool:
 
 
 def active_values(program: Program, inputs: Iterable[int]) -> set[int]:
-    """The differentiable values that depend on some inputs."""
-    return _dependent(program, inputs, is_differentiable, _is_scan)
+    """The differentiable values that depend on some inputs, where no ``stop_gradient`` lies between."""
+    return _dependent(program, inputs, _ACTIVITY)
 
 
 def active_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
     """The active values of a scan's body, given the active operands, once activity has gone around the carry."""
-    return _dependent_in_scan(scan, operands, is_differentiable, _is_scan)
+    return _dependent_in_scan(scan, operands, _ACTIVITY)
 
 
-def dependent_values(program: Program, inputs: Iterable[int], scans: Iterable[Equation] = ()) -> set[int]:
-    """All values that depend on some inputs.
+def batched_values(program: Program, inputs: Iterable[int], scans: Iterable[Equation] = ()) -> set[int]:
+    """All values that differ between microbatches, given the inputs that do.
 
-    What an equation makes depends on them all together, or not at all; but for some scans, of which each output is
-    told apart.
+    What an equation makes differs all together, or not at all; but for some scans, of which each output is told apart.
+    What comes with an effect counts as different: it happens for each.
     """
     ids = {id(scan) for scan in scans}
-    return _dependent(program, inputs, lambda aval: True, lambda equation: id(equation) in ids)
+    return _dependent(program, inputs, _BATCHING._replace(tells_apart=lambda equation: id(equation) in ids))
 
 
-def dependent_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
-    """The values of a scan's body that depend on some operands, once that has gone around the carry."""
-    return _dependent_in_scan(scan, operands, lambda aval: True, lambda equation: False)
+def batched_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
+    """The values of a scan's body that differ, given the operands that do, once that has gone around the carry."""
+    return _dependent_in_scan(scan, operands, _BATCHING)
 
 
 def is_checkpoint(equation: Equation) -> bool:
@@ -173,40 +174,50 @@ def is_checkpoint(equation: Equation) -> bool:
     return equation.name == _CHECKPOINT
 
 
-def _is_scan(equation: Equation) -> bool:
-    return equation.name == "scan"
+class _Rule(NamedTuple):
+    """How one value's dependence makes others dependent."""
+
+    counts: Callable[[Any], bool]
+    """Whether values of a type can be dependent."""
+    tells_apart: Callable[[Equation], bool]
+    """Whether an equation is a scan of which each output is looked at by itself."""
+    passes: Callable[[Equation, bool], bool]
+    """Whether what an equation makes is dependent, given whether anything is that it reads."""
 
 
-def _dependent(program: Program, inputs: Iterable[int], counts: _Counts, tells_apart: _TellsApart) -> set[int]:
+_ACTIVITY = _Rule(is_differentiable, lambda e: e.name == "scan", lambda e, reads: reads and e.name != "stop_gradient")
+_BATCHING = _Rule(lambda aval: True, lambda e: False, lambda e, reads: reads or e.has_effects)
+
+
+def _dependent(program: Program, inputs: Iterable[int], rule: _Rule) -> set[int]:
     """The values that depend on some inputs through values that count."""
-    found = {v for v in inputs if counts(program.avals[v])}
+    found = {v for v in inputs if rule.counts(program.avals[v])}
     for equation in program.equations:
-        flags = _dependent_outputs(equation, [v in found for v in equation.inputs], counts, tells_apart)
-        found |= {v for v, flag in zip(equation.outputs, flags) if flag and counts(program.avals[v])}
+        flags = _dependent_outputs(equation, [v in found for v in equation.inputs], rule)
+        found |= {v for v, flag in zip(equation.outputs, flags) if flag and rule.counts(program.avals[v])}
     return found
 
 
-def _dependent_in_scan(scan: Scan, operands: Sequence[bool], counts: _Counts, tells_apart: _TellsApart) -> set[int]:
+def _dependent_in_scan(scan: Scan, operands: Sequence[bool], rule: _Rule) -> set[int]:
     inputs, outputs = scan.body.inputs, scan.body.outputs
     found = {v for v, flag in zip(inputs, operands) if flag}
     while True:
-        values = _dependent(scan.body, found, counts, tells_apart)
+        values = _dependent(scan.body, found, rule)
         fed_back = {inputs[scan.num_consts + i] for i, v in enumerate(outputs[: scan.num_carry]) if v in values}
         if fed_back <= found:
             return values
         found |= fed_back
 
 
-def _dependent_outputs(
-    equation: Equation, operands: Sequence[bool], counts: _Counts, tells_apart: _TellsApart
-) -> list[bool]:
-    if any(operands) and tells_apart(equation):
+def _dependent_outputs(equation: Equation, operands: Sequence[bool], rule: _Rule) -> list[bool]:
+    is_dependent = rule.passes(equation, any(operands))
+    if is_dependent and rule.tells_apart(equation):
         scan = scan_of(equation)
-        found = _dependent_in_scan(scan, operands, counts, tells_apart)
+        found = _dependent_in_scan(scan, operands, rule)
         carry = scan.body.inputs[scan.num_consts : scan.first_xs]
         outputs = scan.body.outputs
         return [v in found for v in carry] + [v in found for v in outputs[scan.num_carry :]]
-    return [any(operands)] * len(equation.outputs)
+    return [is_dependent] * len(equation.outputs)
 
 
 class _Builder:
@@ -301,7 +312,7 @@ def _live(equations: Sequence[Equation], outputs: Iterable[int]) -> list[Equatio
     """The equations that the outputs depend on, and those with effects."""
     needed, live = set(outputs), []
     for equation in reversed(equations):
-        if equation.source.effects or needed.intersection(equation.outputs):
+        if equation.has_effects or needed.intersection(equation.outputs):
             needed.update(equation.inputs)
             live.append(equation)
     return live[::-1]

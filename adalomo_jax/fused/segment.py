@@ -72,7 +72,10 @@ def forward(segment: Segment, context: Context, values: dict[int, Any]) -> tuple
         layouts.append(layout)
         return outputs, saved
 
-    outputs, saved = lax.map(run, of_batch) if segment.batched else run(of_batch)
+    if segment.batched:
+        _, (outputs, saved) = lax.scan(lambda _, x: (None, run(x)), None, of_batch, length=context.microbatches)
+    else:
+        outputs, saved = run(of_batch)
     values.update(outputs)
     layout = layouts[-1]
     return Residuals({v: shared[v] for v in layout.once}, saved), layout

@@ -1,6 +1,6 @@
 """Cuts a traced loss into the stages of its backward pass, and says where each parameter is updated."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from adalomo_jax.fused.chain import Chain
 from adalomo_jax.fused.homes import find_homes
@@ -10,8 +10,8 @@ from adalomo_jax.fused.jaxpr import (
     Scan,
     active_in_scan,
     active_values,
-    dependent_in_scan,
-    dependent_values,
+    batched_in_scan,
+    batched_values,
     is_checkpoint,
     scan_of,
 )
@@ -23,7 +23,7 @@ def make_plan(
     program: Program,
     paths: Sequence[str],
     trained: Sequence[bool],
-    batched_inputs: Iterable[int] = (),
+    batched_inputs: Collection[int] = (),
     shardings: Sequence[Sharding] = (),
 ) -> Plan:
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
@@ -32,7 +32,7 @@ def make_plan(
       program: the traced loss; where there are microbatches, of one.
       paths: of each parameter.
       trained: of each parameter whether it is.
-      batched_inputs: the inputs that differ between microbatches.
+      batched_inputs: the inputs that differ between microbatches; none where there are no microbatches.
       shardings: of each parameter, where they are known.
     """
     shardings = shardings or [None] * len(paths)
@@ -47,7 +47,9 @@ def make_plan(
         if counts
     ]
     # Of other equations all results are batched, or none: a segment is run for each microbatch, or once.
-    batched = frozenset(dependent_values(program, batched_inputs, [scan for scan, _, _ in layer_scans]))
+    batched = None
+    if batched_inputs:
+        batched = frozenset(batched_values(program, batched_inputs, [scan for scan, _, _ in layer_scans]))
     trained_values = {v for v, is_trained in zip(values, trained) if is_trained}
     stages = _stages(program, layer_scans, trained_values, active, batched)
     leaves = []
@@ -70,7 +72,7 @@ def make_plan(
                 sharding=shardings[i],
             )
         )
-    return Plan(tuple(leaves), program, stages, active, batched)
+    return Plan(tuple(leaves), program, stages, active, batched or frozenset())
 
 
 def _stages(
@@ -78,7 +80,7 @@ def _stages(
     layer_scans: Sequence[tuple[Equation, Chain, list[Stack]]],
     trained: set[int],
     active: Collection[int],
-    batched: Collection[int],
+    batched: Collection[int] | None,
 ) -> tuple[Stage, ...]:
     """The program, cut before and after each layer scan, and each checkpoint that reads a trained parameter."""
     of_scan = {id(scan): (chain, stacks) for scan, chain, stacks in layer_scans}
@@ -100,9 +102,9 @@ def _stages(
     return tuple(reversed(stages))
 
 
-def _segments(equations: Sequence[Equation], batched: Collection[int], read_later: set[int]) -> list[Segment]:
+def _segments(equations: Sequence[Equation], batched: Collection[int] | None, read_later: set[int]) -> list[Segment]:
     """What is the same for each microbatch, and then what is not. Adds what they read to `read_later`."""
-    differs = [any(v in batched for v in equation.outputs) for equation in equations]
+    differs = [batched is not None and (e.has_effects or any(v in batched for v in e.outputs)) for e in equations]
     same = [equation for equation, flag in zip(equations, differs) if not flag]
     mapped = [equation for equation, flag in zip(equations, differs) if flag]
     segments = []
@@ -121,14 +123,16 @@ def _layer_scan(
     chain: Chain,
     stacks: list[Stack],
     active: Collection[int],
-    batched: Collection[int],
+    batched: Collection[int] | None,
     read_later: Collection[int],
 ) -> LayerScan:
     scan = scan_of(equation)
     from_stacks = {stack.value for stack in stacks} | {e.outputs[0] for e in chain.equations}
     inner_active = frozenset(active_in_scan(scan, [v in active for v in equation.inputs]))
-    inner_batched = frozenset(dependent_in_scan(scan, [v in batched for v in equation.inputs]))
-    invariant, varying = _split_invariant(scan, inner_active | inner_batched)
+    inner_batched = None
+    if batched is not None:
+        inner_batched = frozenset(batched_in_scan(scan, [v in batched for v in equation.inputs]))
+    invariant, varying = _split_invariant(scan, inner_active | (inner_batched or frozenset()))
     pairs = list(zip(scan.body.inputs, equation.inputs))
     return LayerScan(
         scan=scan,
@@ -141,7 +145,7 @@ def _layer_scan(
         invariant=tuple(invariant),
         body=tuple(_segments(varying, inner_batched, set(scan.body.outputs))),
         active=inner_active,
-        batched=inner_batched,
+        batched=inner_batched or frozenset(),
     )
 
 
@@ -150,7 +154,7 @@ def _split_invariant(scan: Scan, varies: Collection[int]) -> tuple[list[Equation
     known = {*scan.body.constants, *scan.body.inputs[: scan.num_consts]}.difference(varies)
     invariant, varying = [], []
     for equation in scan.body.equations:
-        if known.issuperset(equation.inputs) and not equation.source.effects:
+        if known.issuperset(equation.inputs) and not equation.has_effects:
             known.update(equation.outputs)
             invariant.append(equation)
         else:

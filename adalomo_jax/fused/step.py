@@ -86,6 +86,10 @@ class FusedStep:
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
+        with jax.disable_jit(False):  # run as Python's, a loop would have no residuals of each iteration
+            return self._run(params, state, args)
+
+    def _run(self, params: Any, state: FusedState, args: Sequence[Any]) -> StepResult:
         traced = self._trace(params, args, state)
         plan, updater, options = traced.plan, self._updater(traced, state), self.options
         check_placed(plan, traced.leaves, options)
