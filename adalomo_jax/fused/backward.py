@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused import scan, segment
+from adalomo_jax.fused.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.jaxpr import Program
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
-from adalomo_jax.fused.segment import Context, Cotangents, accumulate
+from adalomo_jax.fused.segment import Context
 from adalomo_jax.fused.stacks import after, once_written
 from adalomo_jax.fused.updater import Statistics, Updater, all_statistics
 from adalomo_jax.optimizers.per_layer import Group
@@ -96,7 +97,7 @@ def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbat
 def backward(plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState, leaves: Sequence[Any]) -> Pass:
     """The backward pass with the updates in it."""
     written, owns, statistics = _pull_back(plan, ran, updater, inner, leaves)
-    return Pass(written, updater.next_state(inner, owns), statistics)
+    return Pass(written, updater.next_state(inner, owns, statistics), statistics)
 
 
 def squares_of_gradient(plan: Plan, ran: Forward, updater: Updater) -> jax.Array:

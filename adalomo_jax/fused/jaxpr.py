@@ -158,7 +158,8 @@ def batched_values(program: Program, inputs: Iterable[int], scans: Iterable[Equa
     """All values that differ between microbatches, given the inputs that do.
 
     What an equation makes differs all together, or not at all; but for some scans, of which each output is told apart.
-    What comes with an effect counts as different: it happens for each.
+    Two things are done for each microbatch all the same. Effects, which happen for each. And broadcasts in a narrow
+    dtype: pulled back they are sums, each rounded, of the cotangents of one microbatch, and not of the sum of all.
     """
     ids = {id(scan) for scan in scans}
     return _dependent(program, inputs, _BATCHING._replace(tells_apart=lambda equation: id(equation) in ids))
@@ -186,7 +187,15 @@ class _Rule(NamedTuple):
 
 
 _ACTIVITY = _Rule(is_differentiable, lambda e: e.name == "scan", lambda e, reads: reads and e.name != "stop_gradient")
-_BATCHING = _Rule(lambda aval: True, lambda e: False, lambda e, reads: reads or e.has_effects)
+_BATCHING = _Rule(lambda aval: True, lambda e: False, lambda e, reads: reads or e.has_effects or _repeats_narrow(e))
+
+
+def _repeats_narrow(equation: Equation) -> bool:
+    """Whether it repeats a value, other than a literal, that has fewer digits than a float32."""
+    if equation.name != "broadcast_in_dim" or _is_literal(equation.source.invars[0]):
+        return False
+    dtype = equation.source.outvars[0].aval.dtype
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).nmant < jnp.finfo(jnp.float32).nmant
 
 
 def _dependent(program: Program, inputs: Iterable[int], rule: _Rule) -> set[int]:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from adalomo_jax.fused import segment
+from adalomo_jax.fused.cotangents import Cotangents, accumulate, pull
 from adalomo_jax.fused.jaxpr import evaluate, reads_in_order
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
-from adalomo_jax.fused.segment import Context, Cotangents, Layout, Residuals, accumulate, zero_sum, zeros
+from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
 from adalomo_jax.fused.sharding import constrain
 from adalomo_jax.fused.stacks import Part, layer_at, start, update_parts
 
@@ -123,7 +124,7 @@ def backward(
         for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
             accumulate(d, segment.backward(part, context, (saved, layout), there, d))
         gradients = pull_chain(d)
-        d_carry = {v: d.get(v, zeros(context, v)).astype(body.avals[v].dtype) for v in d_carry}
+        d_carry = {v: d.get(v, zeros(context, v)).astype(sum_dtype(context, v)) for v in d_carry}
         d_consts = {v: (total + d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
         d_xs = {v: d.get(v, zeros(context, v)) for v in xs if v in stage.active}
         if parts is None:
@@ -139,7 +140,7 @@ def backward(
     (d_carry, d_consts, stacks, _), (d_xs, statistics) = lax.scan(
         iteration,
         (
-            {v: d.astype(body.avals[v].dtype) for v, d in d_carry.items()},
+            {v: d.astype(sum_dtype(context, v)) for v, d in d_carry.items()},
             {v: zero_sum(context, v) for v in consts if v in stage.active},
             stacks,
             frozen,
@@ -216,18 +217,18 @@ def _layers(
     active, pullback, passive = jax.vjp(run, trained, has_aux=True)
     there = {**slices, **active, **passive}
 
-    def pull(d: Cotangents) -> list[Any]:
+    def pull_chain(d: Cotangents) -> list[Any]:
         found: Cotangents = {}
         for v, value in stage.layers:
             if v in d and value in outer.active:
                 accumulate(found, {value: d[v][None]})
-        d_made = {v: found[v].astype(x.dtype) if v in found else jnp.zeros_like(x) for v, x in active.items()}
-        if any(v in found for v in d_made):
-            accumulate(found, pullback(d_made)[0])
+        if any(v in found for v in active):
+            d_made = {v: found[v] if v in found else jnp.zeros_like(x) for v, x in active.items()}
+            accumulate(found, pull(pullback, d_made, {v: x.dtype for v, x in active.items()}))
         gradients = [found.get(stack.value, jnp.zeros_like(slices[stack.value])) for stack in stage.trained]
         return [jnp.squeeze(g, stack.axis) for g, stack in zip(gradients, stage.trained)]
 
-    return {v: jnp.squeeze(there[value], 0) for v, value in stage.layers}, pull
+    return {v: jnp.squeeze(there[value], 0) for v, value in stage.layers}, pull_chain
 
 
 def _of_outputs(stage: LayerScan, context: Context, d_carry: Cotangents, d_ys: Mapping[int, Any]) -> Cotangents:

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from adalomo_jax.fused.cotangents import Cotangents, pull
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import Segment
 from adalomo_jax.fused.stacks import after
-
-Cotangents = dict[int, Any]
-"""By the number of the value."""
 
 
 class Context(NamedTuple):
@@ -120,12 +118,6 @@ def forward_and_backward(
     return d_inputs
 
 
-def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
-    """Adds cotangents to those that are there."""
-    for v, d in more.items():
-        cotangents[v] = cotangents[v] + d if v in cotangents else d
-
-
 def zeros(context: Context, v: int) -> jax.Array:
     """Zeros like a value, of each microbatch where it differs."""
     leading = (context.microbatches or 1,) if v in context.batched else ()
@@ -136,7 +128,14 @@ def zero_sum(context: Context, v: int) -> jax.Array:
     """Where to sum cotangents of a value: over microbatches in float32."""
     if context.microbatches is None or v in context.batched:
         return zeros(context, v)
-    return context.program.zeros(v, dtype=jnp.promote_types(context.program.avals[v].dtype, jnp.float32))
+    return context.program.zeros(v, dtype=sum_dtype(context, v))
+
+
+def sum_dtype(context: Context, v: int) -> Any:
+    """The dtype of a value's cotangents: of sums over microbatches float32 at least."""
+    dtype = context.program.avals[v].dtype
+    is_sum = context.microbatches is not None and v not in context.batched
+    return jnp.promote_types(dtype, jnp.float32) if is_sum else dtype
 
 
 def _for_each_microbatch(
@@ -186,11 +185,9 @@ def _vjp(segment: Segment, context: Context, read: Mapping[int, Any]) -> tuple[d
 
 def _pull(pullback: Any, segment: Segment, context: Context, cotangents: Cotangents) -> Cotangents:
     """Cotangents of the active inputs, given those of some outputs; the others are zero."""
-    avals = {v: context.program.avals[v] for v in segment.outputs if v in context.active}
-    d_outputs = {
-        v: cotangents[v].astype(x.dtype) if v in cotangents else context.program.zeros(v) for v, x in avals.items()
-    }
-    return pullback(d_outputs)[0]
+    active = [v for v in segment.outputs if v in context.active]
+    d_outputs = {v: cotangents[v] if v in cotangents else context.program.zeros(v) for v in active}
+    return pull(pullback, d_outputs, {v: context.program.avals[v].dtype for v in active})
 
 
 def _take_apart(

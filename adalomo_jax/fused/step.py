@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from adalomo_jax.fused import backward
 from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host
@@ -20,7 +21,7 @@ from adalomo_jax.fused.sharding import constrain, of_own_state
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
 from adalomo_jax.fused.unfused import all_gradients
-from adalomo_jax.fused.updater import Updater
+from adalomo_jax.fused.updater import Updater, any_written
 from adalomo_jax.optimizers.rounding import rounds_stochastically
 
 
@@ -96,9 +97,10 @@ class FusedStep:
         d_loss, offloads = self._d_loss(state), options.offloads_activations
         ran = backward.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
-        squares = None
-        if self.options.max_grad_norm is not None:
-            squares = backward.squares_of_gradient(plan, ran, updater)
+        measure = lambda: backward.squares_of_gradient(plan, ran, updater)
+        looks_ahead, squares = self._looks_ahead(state), None
+        if looks_ahead is not False:
+            squares = measure() if looks_ahead is True else lax.cond(looks_ahead, measure, lambda: jnp.float32(0))
             ran = backward.begin_after(ran, squares)
         updater = self._decide(updater, result, squares)
         done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
@@ -114,8 +116,10 @@ class FusedStep:
         traced = self._trace(jax.tree.map(fetch, params), args, state)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
-        squares = updater.measure(None, list(gradients.values())).squares
-        updater = self._decide(updater, result, None if self.options.max_grad_norm is None else squares)
+        looks_ahead, squares = self._looks_ahead(state), None
+        if looks_ahead is not False:
+            squares = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares, 0)
+        updater = self._decide(updater, result, squares)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
@@ -173,12 +177,22 @@ class FusedStep:
             of_own={group: of_own_state(traced.optimizer, group, of_tensors) for group in traced.optimizer.groups},
         )
 
+    def _looks_ahead(self, state: FusedState) -> bool | jax.Array:
+        """Whether the norm of all gradients is taken before any is written: by a backward pass of its own.
+
+        So it is to clip them. And where a dynamic loss scale has just changed, for it may be too large: a step in which
+        gradients overflow is then left out as a whole, and what counts steps does not count it.
+        """
+        if isinstance(self.options.loss_scale, DynamicLossScale) and self.options.max_grad_norm is None:
+            return state.loss_scale.finite_steps == 0
+        return self.options.max_grad_norm is not None
+
     def _decide(self, updater: Updater, result: tuple[jax.Array, Any], squares: jax.Array | None) -> Updater:
         """The updater that knows the loss, and the norm where it is computed first."""
         clip, proceed, loss = None, None, result[0]
         if self.options.skip_nonfinite:
             proceed = jnp.isfinite(loss) if squares is None else jnp.isfinite(loss) & jnp.isfinite(squares)
-        if squares is not None:
+        if squares is not None and self.options.max_grad_norm is not None:
             norm, most = jnp.sqrt(squares), jnp.float32(self.options.max_grad_norm)
             clip = jnp.where(norm < most, 1.0, most / norm)
         return replace(updater, clip=clip, proceed=proceed)
@@ -190,11 +204,11 @@ class FusedStep:
         loss, aux = result
         squares = backward.sum_of_squares_in(done.statistics)
         unwritten = sum((jnp.sum(~s.written) for s in done.statistics.values()), start=jnp.zeros([], jnp.int32))
-        proceed = jnp.array(True) if updater.proceed is None else updater.proceed
+        wrote = any_written(done.statistics)
         metrics: dict[str, Any] = {
             "loss": loss,
             "grad_norm": jnp.sqrt(squares),
-            "skipped": ~proceed,
+            "skipped": ~wrote,
             "unwritten": unwritten,
         }
         loss_scale = state.loss_scale
@@ -205,7 +219,7 @@ class FusedStep:
             for name in ("update_rms", "param_rms"):
                 metrics[name] = by_path(traced.plan, {g: getattr(s, name) for g, s in done.statistics.items()})
         state = FusedState(
-            count=jnp.where(proceed, optax.safe_increment(state.count), state.count),
+            count=jnp.where(wrote, optax.safe_increment(state.count), state.count),
             skipped=jnp.where(unwritten > 0, optax.safe_increment(state.skipped), state.skipped),
             inner=done.inner,
             loss_scale=loss_scale,
@@ -264,10 +278,11 @@ def fuse(
       batch_argnums: the arguments of ``loss_fn`` to slice along their first axis, counted from 0, the parameters. None
         slices all but the parameters. The others are the same for each microbatch.
       loss_scale: multiplies the loss before it is differentiated, for float16; gradients are divided by it, in
-        float32, in each layer's update. A number, or a :class:`DynamicLossScale`, which adapts it.
+        float32, in each layer's update. A number, or a :class:`DynamicLossScale`, which adapts it. A step after that
+        has changed it takes a second backward pass, and is left out as a whole if a gradient is not finite.
       skip_nonfinite: leave parameters and state as they are, but for the counter ``state.skipped``, where the loss, or
         a norm that ``max_grad_norm`` asks for, is not finite; and without that, each tensor (of a stack, a layer of it)
-        whose gradient is not finite.
+        whose gradient is not finite. A step that writes nothing did not happen: no count, no schedule goes on.
         False writes whatever comes.
       rms_metrics: report the root mean square of the updates and parameters of each layer.
       strict: refuse a loss in which parameters that a scan runs over have to be updated whole.

@@ -113,13 +113,16 @@ class Updater:
                 weights, owns[group], statistics[group] = _update_stacks(update_layer, axes, weights, of_group, own)
             for i, leaf in zip(group.leaves, weights, strict=True):
                 written[i] = leaf
-        return written, self.next_state(inner, owns), statistics
+        return written, self.next_state(inner, owns, statistics), statistics
 
-    def next_state(self, inner: optax.OptState, owns: Mapping[Group, list[Any]]) -> optax.OptState:
-        """The state after the step, given what is kept for each group."""
+    def next_state(
+        self, inner: optax.OptState, owns: Mapping[Group, list[Any]], statistics: Mapping[Group, Statistics]
+    ) -> optax.OptState:
+        """The state after the step, given what is kept for each group. Counts stay where nothing was written."""
         shared = self.optimizer.next_shared(inner)
         if self.proceed is not None:
-            shared = [jnp.where(self.proceed, new, old) for new, old in zip(shared, self.shared, strict=True)]
+            wrote = any_written(statistics)
+            shared = [jnp.where(wrote, new, old) for new, old in zip(shared, self.shared, strict=True)]
         spread = []
         for group in self.optimizer.groups:
             shardings = self.of_own[group] if group.layers is None else map(of_stack, self.of_own[group])
@@ -137,6 +140,11 @@ class Updater:
         if layer is not None:
             keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
         return list(map(apply_update, weights, updates, keys))
+
+
+def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
+    """Whether a step has written anything."""
+    return jnp.any(jnp.stack([jnp.any(s.written) for s in statistics.values()]))
 
 
 def all_statistics(parts: Sequence[Statistics]) -> Statistics:

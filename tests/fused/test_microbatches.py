@@ -240,3 +240,28 @@ def test_refuses_before_compiling(case):
         step.init(PARAMS, {"x": X}, jnp.float32(1.0))
     with pytest.raises(ValueError, match=message):
         step.plan(PARAMS, {"x": X}, jnp.float32(1.0))
+
+
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_weights_that_are_cast_before_use_are_summed_in_float32(narrow):
+    """What comes out is the sum of what each microbatch's plain gradient is, to float32's digits."""
+    params = {"w": W, "head": W[0], "tied": W[1]}
+
+    def loss(p, x):
+        p = jax.tree.map(lambda w: w.astype(narrow), p)
+        h, _ = scan(lambda h, w: (h + jnp.tanh(h @ w), None), x.astype(narrow) @ p["tied"], p["w"])
+        return jnp.mean((h @ p["head"] @ p["tied"]).astype(jnp.float32) ** 2)
+
+    gradient, step = jax.jit(jax.grad(loss)), fuse(loss, KEEPS, microbatches=4)
+    of_each = [jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(params, x)) for x in jnp.split(X, 4)]
+    found = jax.jit(step)(params, step.init(params, X), X).state.inner.trace
+    for name, gradients in {name: [g[name] for g in of_each] for name in params}.items():
+        np.testing.assert_allclose(found[name], sum(gradients) / 4, rtol=2e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_sum_that_bfloat16_does_not_hold():
+    """1 + 0.498046875 is 1.5 in bfloat16."""
+    x = jnp.array([[1.0], [0.498046875]])
+    step = fuse(lambda w, x: jnp.sum(x @ w.astype(jnp.bfloat16)), EXACT, microbatches=2, reduction="sum")
+    result = jax.jit(step)(jnp.zeros((1, 1)), step.init(jnp.zeros((1, 1)), x), x)
+    assert result.params.item() == -1.498046875

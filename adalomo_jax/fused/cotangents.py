@@ -1,0 +1,45 @@
+"""Cotangents that are sums over microbatches, in float32, on their way through pullbacks that take narrower ones."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+Cotangents = dict[int, Any]
+"""By the number of the value."""
+
+_DIGITS = 8
+"""Binary digits of a bfloat16 with the leading one; three times as many are a float32's."""
+
+
+def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
+    """Adds cotangents to those that are there."""
+    for v, d in more.items():
+        cotangents[v] = cotangents[v] + d if v in cotangents else d
+
+
+def pull(
+    pullback: Callable[[Cotangents], tuple[Cotangents]], d_outputs: Cotangents, dtypes: Mapping[int, Any]
+) -> Cotangents:
+    """The cotangents of a pullback's inputs, given those of its outputs, which may be wider than their ``dtypes``.
+
+    A sum over microbatches is float32. Rounded to the dtype of what it is the cotangent of, it would have lost what it
+    was summed for: to bfloat16, where a weight is cast before all microbatches read it. But a pullback is linear. So
+    the sum goes through it as three numbers of few digits, and what they become is added in float32.
+    """
+    wide = [v for v, d in d_outputs.items() if jnp.finfo(d.dtype).nmant > jnp.finfo(dtypes[v]).nmant]
+    narrow = lambda cotangents: {v: d.astype(dtypes[v]) for v, d in cotangents.items()}
+    if not wide:
+        return pullback(narrow(d_outputs))[0]
+    zeros = {v: jnp.zeros_like(d) for v, d in d_outputs.items()}
+    rest = {v: d_outputs[v] for v in wide}
+    total: Cotangents = {}
+    for k in range(3):
+        # Not by casts: XLA may leave out one and the cast back, and what is left to the next part would be nothing.
+        part = {v: lax.reduce_precision(d, jnp.finfo(dtypes[v]).nexp, _DIGITS - 1) for v, d in rest.items()}
+        rest = {v: (rest[v] - part[v]) * 2.0**_DIGITS for v in wide}
+        pulled = pullback(narrow((zeros if k else d_outputs) | part))[0]
+        wider = {v: d.astype(jnp.promote_types(d.dtype, jnp.float32)) for v, d in pulled.items()}
+        accumulate(total, {v: d * 2.0 ** (-k * _DIGITS) for v, d in wider.items()})
+    return total
