@@ -12,8 +12,9 @@ from typing import NamedTuple
 from adalomo_jax.fused.jaxpr import Equation, Program
 
 _ELEMENTWISE = frozenset(
-    "abs add ceil clamp convert_element_type copy copy_p cos div erf exp exp2 expm1 floor integer_pow log log1p".split()
-    + "logistic max min mul neg pow reduce_precision round rsqrt select_n sign sin sqrt square sub tanh".split()
+    "abs add and ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2 expm1 floor ge gt".split()
+    + "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow reduce_precision round".split()
+    + "rsqrt select_n sign sin sqrt square sub tanh".split()
 )
 
 
@@ -31,7 +32,7 @@ class Chain(NamedTuple):
 def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int]) -> Chain:
     """The operations through which leaves lead, layer by layer, into the last ``num_xs`` inputs of a scan only."""
     xs, others = scan.inputs[len(scan.inputs) - num_xs :], scan.inputs[: len(scan.inputs) - num_xs]
-    axes = _layer_axes(program, scan, xs)
+    axes = layer_axes(program, scan, xs)
     equations = [e for e in program.equations if len(e.outputs) == 1 and e.outputs[0] in axes]
     values = {v for v in leaves if v in axes} | {e.outputs[0] for e in equations}
     values = values.difference(program.outputs, others)
@@ -40,7 +41,7 @@ def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int
         for v in equation.inputs:
             readers[v].append(equation)
     while True:
-        equations = [e for e in equations if values.issuperset({*_arrays(program, e), *e.outputs})]
+        equations = [e for e in equations if values.issuperset({*arrays_in(program, e), *e.outputs})]
         within = {id(scan), *map(id, equations)}
         made = {*leaves, *(e.outputs[0] for e in equations)}
         sound = {v for v in values & made if all(id(reader) in within for reader in readers[v])}
@@ -50,38 +51,43 @@ def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int
     return Chain(
         axes={v: axes[v] for v in leaves if v in values},
         equations=tuple(equations),
-        of_one_layer=tuple(_of_one_layer(program, e, axes) for e in equations),
+        of_one_layer=tuple(of_one_layer(program, e, axes) for e in equations),
     )
 
 
-def _layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int, int]:
+def layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int, int]:
     """The layer axis of each value that operations on single layers may lead from into ``xs``."""
     axes, at_odds = dict.fromkeys(xs, 0), set()
     before = program.equations[: next(i for i, e in enumerate(program.equations) if e is scan)]
     for equation in reversed(before):
         made = equation.outputs[0] if len(equation.outputs) == 1 else None
-        axis = _axis_of_inputs(program, equation, axes[made]) if made in axes else None
+        axis = axis_of_inputs(program, equation, axes[made]) if made in axes else None
         if axis is None:
             axes = {v: a for v, a in axes.items() if v not in equation.outputs}
             continue
-        for v in _arrays(program, equation):
+        for v in arrays_in(program, equation):
             if axes.setdefault(v, axis) != axis:
                 at_odds.add(v)
     return {v: axis for v, axis in axes.items() if v not in at_odds}
 
 
-def _arrays(program: Program, equation: Equation) -> list[int]:
+def is_elementwise(equation: Equation) -> bool:
+    """Whether each entry of what it makes is made of the entries at its place, and of scalars."""
+    return equation.name in _ELEMENTWISE
+
+
+def arrays_in(program: Program, equation: Equation) -> list[int]:
     """The inputs that have axes."""
     return [v for v in equation.inputs if program.avals[v].ndim]
 
 
-def _axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | None:
+def axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | None:
     """The layer axis of an operation's inputs, given that of its output; None where it does not act on each layer."""
     operands, params = [program.avals[v] for v in equation.inputs], equation.params
     if not operands or any(not operands[i].ndim and v not in program.constants for i, v in enumerate(equation.inputs)):
         return None
     shape, shape_in = program.avals[equation.outputs[0]].shape, operands[0].shape
-    if equation.name in _ELEMENTWISE:
+    if is_elementwise(equation):
         # Of one rank, sizes of 1 are broadcast; not the layer axis.
         same = (not x.ndim or (x.ndim == len(shape) and x.shape[axis] == shape[axis]) for x in operands)
         return axis if all(same) else None
@@ -101,7 +107,7 @@ def _axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | No
     return None
 
 
-def _of_one_layer(program: Program, equation: Equation, axes: Mapping[int, int]) -> Equation:
+def of_one_layer(program: Program, equation: Equation, axes: Mapping[int, int]) -> Equation:
     """The operation on one layer whose layer axis is kept."""
     made = equation.outputs[0]
     one = lambda sizes: tuple(1 if a == axes[made] else n for a, n in enumerate(sizes))

@@ -1,5 +1,7 @@
 """Bad input, refused while tracing: with the invariant, the value, and the way out."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +144,19 @@ def check_strict(plan: Plan) -> None:
             f"strict=True, but these cannot be updated layer by layer: {', '.join(misplaced)}. "
             "Let one scan alone run over them, or leave strict out to have them updated whole."
         )
+
+
+def warn_of_whole(plan: Plan) -> None:
+    """Tells of layers of scans that are not updated one by one: the step is right, but takes more memory."""
+    for leaf in plan.leaves:
+        if leaf.misplaced:
+            size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+            warnings.warn(
+                f"{leaf.path!r} is updated whole, though a scan runs over its layers: {leaf.reason}. Its gradient of "
+                f"{size:,} bytes exists at once. Let one scan alone run over it; what else reads it may take one layer "
+                "at a time and add up, as a sum of squares does. fuse(..., strict=True) makes this an error.",
+                stacklevel=3,
+            )
 
 
 def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:

@@ -110,6 +110,14 @@ def program_of(jaxpr: Any, num_leaves: int = 0) -> Program:
     return Program(tuple(inputs), tuple(outputs), tuple(equations), builder.constants, builder.avals)
 
 
+def retrace(program: Program, run: Callable[[dict[int, Any]], list[Any]], num_leaves: int) -> Program:
+    """The program of ``run``, which makes a program's outputs of its inputs and constants, by their numbers."""
+    fn = lambda *inputs: run({**program.constants, **dict(zip(program.inputs, inputs, strict=True))})
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(fn)(*(program.avals[v] for v in program.inputs))
+    return program_of(closed, num_leaves)
+
+
 def evaluate(equations: Iterable[Equation], values: dict[int, Any]) -> None:
     """Runs equations on ``values``, and adds their results to it."""
     for equation in equations:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host
+from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host, warn_of_whole
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options
@@ -34,9 +34,14 @@ class FusedStep:
     options: Options
 
     def init(self, params: Any, *args: Any) -> FusedState:
-        """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s."""
+        """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s.
+
+        Warns of each parameter that a scan runs over and that yet has to be updated whole.
+        """
         check_not_deleted(params, "params")
-        return make_state(self._trace(params, args), self.options.loss_scale)
+        traced = self._trace(params, args)
+        warn_of_whole(traced.plan)
+        return make_state(traced, self.options.loss_scale)
 
     def abstract_state(self, params: Any, *args: Any) -> FusedState:
         """What `init` would return, as ``jax.ShapeDtypeStruct``s with their shardings. Allocates nothing.

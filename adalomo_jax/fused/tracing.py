@@ -25,6 +25,7 @@ from adalomo_jax.fused.leafwise import check_leafwise
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.readers import fold_readers
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stages import make_plan
 from adalomo_jax.optimizers.per_layer import PerLayer
@@ -81,6 +82,7 @@ def trace_call(
     of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
     on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
+    program = fold_readers(program, program.inputs[: len(leaves)], trained)
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
     if made_for is not None:
         check_signature(made_for, signature)
