@@ -24,7 +24,8 @@ LAYERS = [
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
     "fused": [
-        *("loss_scale", "options", "offload", "jaxpr", "sharding", "chain", "homes", "leafwise", "plan", "stages"),
+        *("loss_scale", "options", "offload", "buffers", "jaxpr", "sharding", "chain", "homes", "leafwise"),
+        *("plan", "stages"),
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],

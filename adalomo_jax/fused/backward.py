@@ -16,7 +16,7 @@ from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context
 from adalomo_jax.fused.stacks import after, once_written
-from adalomo_jax.fused.updater import Statistics, Updater, all_statistics
+from adalomo_jax.fused.updater import Squares, Statistics, Updater, all_statistics, total
 from adalomo_jax.optimizers.per_layer import Group
 
 
@@ -100,9 +100,9 @@ def backward(plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState, 
     return Pass(written, updater.next_state(inner, owns, statistics), statistics)
 
 
-def squares_of_gradient(plan: Plan, ran: Forward, updater: Updater) -> jax.Array:
-    """The sum of the squares of the whole gradient, by a backward pass that writes nothing."""
-    return sum_of_squares_in(_pull_back(plan, ran, updater, None, ())[2])
+def norm_of_gradient(plan: Plan, ran: Forward, updater: Updater) -> jax.Array:
+    """The norm of the whole gradient, by a backward pass that writes nothing."""
+    return norm_in(_pull_back(plan, ran, updater, None, ())[2])
 
 
 def begin_after(ran: Forward, known: Any) -> Forward:
@@ -110,9 +110,9 @@ def begin_after(ran: Forward, known: Any) -> Forward:
     return ran._replace(cotangents={v: after(d, known) for v, d in ran.cotangents.items()})
 
 
-def sum_of_squares_in(statistics: Mapping[Group, Statistics]) -> jax.Array:
+def norm_in(statistics: Mapping[Group, Statistics]) -> jax.Array:
     """Of the whole gradient, float32."""
-    return sum((jnp.sum(s.squares) for s in statistics.values()), start=jnp.zeros([], jnp.float32))
+    return total([Squares(*map(jnp.sum, s.squares)) for s in statistics.values()]).norm()
 
 
 def _pull_back(

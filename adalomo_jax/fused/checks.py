@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
+from adalomo_jax.fused.jaxpr import Program, reads_references, varying_axes
 from adalomo_jax.fused.offload import is_on_host
-from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.options import Options, is_bool, shown
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.sharding import Sharding, sharding_of
 
@@ -81,7 +83,7 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
     if trainable is None:
         asked = [jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in paths_and_leaves]
     elif callable(trainable):
-        asked = [bool(trainable(path_name(path))) for path, _ in paths_and_leaves]
+        asked = [_asked(trainable, path_name(path)) for path, _ in paths_and_leaves]
     else:
         try:
             asked = [bool(flag) for flag in jax.tree.leaves(jax.tree.broadcast(trainable, params))]
@@ -100,10 +102,59 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
     return tuple(asked)
 
 
+def _asked(trainable: Any, path: str) -> bool:
+    answer = trainable(path)
+    if not is_bool(answer):
+        raise ValueError(f"trainable must return True or False of a path, but of {path!r} it returned {shown(answer)}.")
+    return bool(answer)
+
+
+def check_args(args: Sequence[Any]) -> None:
+    """Refuses arguments of the loss that are no arrays."""
+    for path, x in _leaves(tuple(args)):
+        if not (isinstance(x, jax.ShapeDtypeStruct) or _is_array(x)):
+            raise ValueError(
+                f"The arguments of loss_fn must be arrays, but {_argument(path)} is {shown(x)}, of the type "
+                f"{type(x).__name__}. Close over it in loss_fn instead."
+            )
+
+
+def check_returned(result: Any) -> None:
+    """Refuses a loss, or what is returned beside it, that is no array."""
+    for path, x in _leaves(result):
+        if not _is_array(x):
+            name = f"the leaf {jax.tree_util.keystr(path)} of it" if path else "it"
+            raise ValueError(
+                f"What loss_fn returns must be arrays, but {name} is {shown(x)}, of the type {type(x).__name__}. "
+                "Return it from elsewhere, or leave it out."
+            )
+
+
+def _is_array(x: Any) -> bool:
+    """Whether JAX takes it as an array."""
+    try:
+        jax.typeof(x)
+    except TypeError:
+        return False
+    return True
+
+
+def _argument(path: Any) -> str:
+    """The name of a leaf of the arguments, which are counted as `batch_argnums` does."""
+    position, *rest = path
+    return f"argument {position.idx + 1} of loss_fn{jax.tree_util.keystr(tuple(rest))}"
+
+
 def check_batch(options: Options, args: Sequence[Any]) -> None:
     """Refuses a batch that the number of microbatches does not divide."""
     if options.microbatches is None:
         return
+    absent = [position for position in options.argnums if position > len(args)]
+    if absent:
+        raise ValueError(
+            f"batch_argnums names argument {absent[0]} of loss_fn, counted from 0, the parameters, but it was called "
+            f"with {len(args)} after them."
+        )
     positions = [position for position in range(len(args)) if options.is_batch(position)]
     if not any(jax.tree.leaves(args[position]) for position in positions):
         raise ValueError(
@@ -134,6 +185,26 @@ def check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> None
         )
     if avals[0].shape != () or not jnp.issubdtype(avals[0].dtype, jnp.floating):
         raise ValueError(f"The loss must be a float scalar, but it is {avals[0].str_short()}. Take its mean or sum.")
+
+
+def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool]) -> None:
+    """Refuses a loss that changes arrays in place, or that differs within a ``shard_map`` where parameters do not."""
+    if reads_references(program):
+        raise ValueError(
+            "The loss uses references (jax.new_ref), through which fuse does not see what depends on what: "
+            "carry the value through the loss, or return it as aux."
+        )
+    for v, path, is_trained in zip(program.inputs, paths, trained):
+        if is_trained and (axes := varying_axes(program.avals[v])):
+            raise ValueError(
+                f"Within jax.shard_map trained parameters must be the same on all devices, but {path!r} differs along "
+                f"the mesh axes {sorted(axes)}. Spread them by their NamedSharding instead, without shard_map."
+            )
+    if axes := varying_axes(program.avals[program.outputs[0]]):
+        raise ValueError(
+            f"Within jax.shard_map the loss must be the same on all devices, but it differs along the mesh axes "
+            f"{sorted(axes)}. Return its mean over them, jax.lax.pmean(loss, {tuple(sorted(axes))})."
+        )
 
 
 def check_strict(plan: Plan) -> None:
@@ -190,6 +261,34 @@ def check_not_deleted(what: Any, name: str) -> None:
                 f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it is no "
                 "more. Go on with the params and state that step returned, or keep a copy of those you need again."
             )
+
+
+def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
+    """Refuses parameters, and a batch to slice, that are spread otherwise than in `init`; traced ones do not show it.
+
+    The step spreads all that it makes as `init` saw it, so it would gather them on each device, or cut them again.
+    """
+    for name, tree, shardings in (("params", params, state.shardings), ("args", args, state.args_shardings)):
+        paths_and_leaves = _leaves(tree)
+        if not any(shardings) or len(paths_and_leaves) != len(shardings):
+            continue
+        for (path, x), was in zip(paths_and_leaves, shardings):
+            if was is None or isinstance(x, Tracer) or not isinstance(x, jax.Array):
+                continue
+            now = sharding_of(x)
+            if now is None or not was.is_equivalent_to(now, x.ndim):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} is spread otherwise than when the state was made: "
+                    f"{_spread(was)} then, {_spread(now or x.sharding)} now. Make the state for arrays as they are now "
+                    "with step.init(params, *args), or spread them as they were with jax.device_put."
+                )
+
+
+def _spread(sharding: Any) -> str:
+    """In one line."""
+    if not isinstance(sharding, NamedSharding):
+        return " ".join(str(sharding).split())
+    return f"{sharding.spec} over {dict(sharding.mesh.shape)}"
 
 
 def check_state(inner: Any, expected: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from adalomo_jax.optimizers.precision import add, promoted
+
 Cotangents = dict[int, Any]
 """By the number of the value."""
 
@@ -16,7 +18,7 @@ _DIGITS = 8
 def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
     """Adds cotangents to those that are there."""
     for v, d in more.items():
-        cotangents[v] = cotangents[v] + d if v in cotangents else d
+        cotangents[v] = add(cotangents[v], d) if v in cotangents else d
 
 
 def pull(
@@ -40,6 +42,6 @@ def pull(
         part = {v: lax.reduce_precision(d, jnp.finfo(dtypes[v]).nexp, _DIGITS - 1) for v, d in rest.items()}
         rest = {v: (rest[v] - part[v]) * 2.0**_DIGITS for v in wide}
         pulled = pullback(narrow((zeros if k else d_outputs) | part))[0]
-        wider = {v: d.astype(jnp.promote_types(d.dtype, jnp.float32)) for v, d in pulled.items()}
+        wider = {v: d.astype(promoted(d.dtype, jnp.float32)) for v, d in pulled.items()}
         accumulate(total, {v: d * 2.0 ** (-k * _DIGITS) for v, d in wider.items()})
     return total

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax._src import source_info_util
+from jax._src.core import AbstractValue
 from jax.sharding import AxisType, PartitionSpec
 
 if TYPE_CHECKING:
@@ -61,12 +63,13 @@ class Program:
     """Of each number the shape and dtype."""
 
     def zeros(self, v: int, leading: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
-        """Zeros like a value, on an explicit mesh spread like it; with further axes in front, or of another dtype."""
+        """Zeros like a value, spread like it; with further axes in front, or of another dtype."""
         aval = self.avals[v]
         sharding = None
         if AxisType.Explicit in aval.sharding.mesh.axis_types:
             sharding = aval.sharding.update(spec=PartitionSpec(*(None,) * len(leading), *aval.sharding.spec))
-        return jnp.zeros((*leading, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
+        zeros = jnp.zeros((*leading, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
+        return lax.pcast(zeros, tuple(sorted(varying_axes(aval))), to="varying")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +150,12 @@ def reads_in_order(program: Program) -> list[int]:
     return [v for v in dict.fromkeys(reads) if v in program.inputs]
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a ``shard_map``'s mesh along which an array, or a type, may differ; none with ``check_vma=False``."""
+    aval: Any = x if isinstance(x, AbstractValue) else jax.typeof(x)
+    return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())  # `vma` before JAX 0.10.2
+
+
 def is_differentiable(aval: Any) -> bool:
     """Whether values of this type have cotangents of their own type."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
@@ -176,6 +185,14 @@ def batched_values(program: Program, inputs: Iterable[int], scans: Iterable[Equa
 def batched_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
     """The values of a scan's body that differ, given the operands that do, once that has gone around the carry."""
     return _dependent_in_scan(scan, operands, _BATCHING)
+
+
+def reads_references(program: Program) -> bool:
+    """Whether it, or a scan in it, changes arrays in place (``jax.new_ref``): what depends on what is unknown."""
+    is_reference = lambda aval: hasattr(aval, "inner_aval")
+    return any(map(is_reference, program.avals)) or any(
+        reads_references(scan_of(equation).body) for equation in program.equations if equation.name == "scan"
+    )
 
 
 def is_checkpoint(equation: Equation) -> bool:

@@ -1,10 +1,139 @@
 """What `fuse` can be asked for, checked before anything is traced."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from adalomo_jax.fused.loss_scale import DynamicLossScale
+
+
+class Range(NamedTuple):
+    """The values that an option may have."""
+
+    holds: Callable[[Any], bool]
+    due: str
+    """It must be that."""
+    way_out: str = ""
+
+
+def check_option(name: str, value: Any, allowed: Range) -> None:
+    """Refuses a value out of its range."""
+    if not allowed.holds(value):
+        raise ValueError(f"{name} must be {allowed.due}, got {shown(value)}. {allowed.way_out}".rstrip())
+
+
+def shown(value: Any) -> str:
+    """A value in one line, and not a long one."""
+    if callable(value) and hasattr(value, "__name__"):
+        return f"the function {value.__name__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_number(x: Any) -> bool:
+    """One real number, of Python or as an array; a bool is none."""
+    if isinstance(x, (np.generic, np.ndarray, jax.Array)):
+        return x.ndim == 0 and (_is_of(x, np.floating) or _is_of(x, np.integer))
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _is_whole(x: Any) -> bool:
+    return _is_number(x) and (isinstance(x, int) or _is_of(x, np.integer))
+
+
+def _is_of(x: Any, kind: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", type(x)), kind)
+
+
+def is_bool(x: Any) -> bool:
+    """True or False, of Python or as an array."""
+    return isinstance(x, (bool, np.bool_)) or (getattr(x, "shape", None) == () and _is_of(x, np.bool_))
+
+
+def _is_positive(x: Any) -> bool:
+    return _is_number(x) and bool(x > 0)
+
+
+def _is_finite(x: Any) -> bool:
+    return _is_positive(x) and math.isfinite(x)
+
+
+def _is_count(x: Any) -> bool:
+    return _is_whole(x) and bool(x >= 1)
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or holds(x)
+
+
+def _all_of(holds: Callable[[Any], bool], x: Any) -> bool:
+    """Of one value, or of each in a tuple."""
+    return all(map(holds, x)) if isinstance(x, (tuple, list)) else holds(x)
+
+
+_FLAG = Range(is_bool, "True or False")
+
+_TX = Range(
+    lambda tx: callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)),
+    "an optax.GradientTransformation",
+    "Call what makes it: fuse(loss_fn, adalomo(1e-3)).",
+)
+
+OPTIONS = {
+    "has_aux": _FLAG,
+    "trainable": Range(
+        lambda x: callable(x) or all(map(is_bool, jax.tree.leaves(x))),
+        "a tree of bools like params, or a prefix of it, or a function of a path",
+        "None trains all floats.",
+    ),
+    "max_grad_norm": Range(_or_none(_is_positive), "positive", "None does not clip."),
+    "microbatches": Range(_or_none(_is_count), "a positive number of slices of the batch"),
+    "reduction": Range(
+        lambda x: isinstance(x, str) and x in ("mean", "sum"),
+        "'mean' or 'sum'",
+        "It is what the loss takes over the examples of a batch.",
+    ),
+    "batch_argnums": Range(
+        _or_none(lambda x: _all_of(_is_count, x)),
+        "a position among the arguments of loss_fn, from 1 on, or a tuple of them",
+        "0 are the parameters, which no batch slices.",
+    ),
+    "loss_scale": Range(
+        _or_none(lambda x: isinstance(x, DynamicLossScale) or _is_finite(x)),
+        "positive and finite, or a DynamicLossScale",
+        "None does not scale.",
+    ),
+    "skip_nonfinite": _FLAG,
+    "rms_metrics": _FLAG,
+    "strict": _FLAG,
+    "stochastic_rounding": Range(_or_none(is_bool), "True, False or None"),
+    "seed": Range(lambda x: _is_whole(x) and bool(0 <= x < 2**32), "a whole number from 0 to 2**32 - 1"),
+    "offload": Range(
+        _or_none(lambda x: _all_of(lambda kind: isinstance(kind, str) and kind in ("params", "activations"), x)),
+        "'params', 'activations', or a tuple of both",
+        "It names what is kept in host memory; None keeps all on the device.",
+    ),
+}
+"""By name what each option may be."""
+
+_DYNAMIC_LOSS_SCALE = {
+    "initial": Range(_is_finite, "positive and finite"),
+    "growth_interval": Range(_is_count, "a positive number of steps"),
+    "factor": Range(lambda x: _is_finite(x) and bool(x > 1), "above 1 and finite"),
+    "smallest": Range(_is_finite, "positive and finite"),
+    "largest": Range(_is_finite, "positive and finite"),
+}
+
+
+def check_loss_and_tx(loss_fn: Any, tx: Any) -> None:
+    """Refuses what is no function, or no transformation."""
+    check_option("loss_fn", loss_fn, Range(callable, "a function: loss_fn(params, *args) returns the loss"))
+    check_option("tx", tx, _TX)
 
 
 @dataclass(frozen=True)
@@ -26,34 +155,17 @@ class Options:
     offload: str | tuple[str, ...] | None
 
     def __post_init__(self):
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {self.max_grad_norm}. None does not clip.")
-        if self.microbatches is not None and (not isinstance(self.microbatches, int) or self.microbatches < 1):
-            raise ValueError(f"microbatches must be a positive number of slices of the batch, got {self.microbatches}.")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(
-                "reduction is what the loss takes over the examples of a batch: it must be 'mean' or 'sum', got "
-                f"{self.reduction!r}."
-            )
+        for name, allowed in OPTIONS.items():
+            check_option(name, getattr(self, name), allowed)
         if self.microbatches is None and self.batch_argnums is not None:
             raise ValueError("batch_argnums names the arguments to slice into microbatches: give microbatches too.")
-        if 0 in self._argnums:
-            raise ValueError(
-                "batch_argnums counts the arguments of loss_fn; 0 are the parameters, which no batch slices."
-            )
-        if not {"params", "activations"}.issuperset(self._offloaded):
-            raise ValueError(
-                "offload names what is kept in host memory: it must be 'params', 'activations', or a tuple of both, "
-                f"got {self.offload!r}. None keeps all on the device."
-            )
         if isinstance(self.loss_scale, DynamicLossScale):
+            _check_dynamic(self.loss_scale)
             if not self.skip_nonfinite:
                 raise ValueError(
                     "A dynamic loss scale finds its size by gradients that are not finite, which must not be written: "
                     "leave skip_nonfinite at True, or give loss_scale as a number."
                 )
-        elif self.loss_scale is not None and not self.loss_scale > 0:
-            raise ValueError(f"loss_scale must be positive, got {self.loss_scale}. None does not scale.")
 
     @property
     def offloads_params(self) -> bool:
@@ -70,10 +182,21 @@ class Options:
         return () if self.offload is None else (self.offload,) if isinstance(self.offload, str) else tuple(self.offload)
 
     @property
-    def _argnums(self) -> tuple[int, ...]:
+    def argnums(self) -> tuple[int, ...]:
+        """`batch_argnums`, as a tuple."""
         argnums = self.batch_argnums
-        return () if argnums is None else (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        return () if argnums is None else tuple(argnums) if isinstance(argnums, (tuple, list)) else (argnums,)
 
     def is_batch(self, position: int) -> bool:
         """Whether an argument of the loss, counted without the parameters, is sliced into microbatches."""
-        return self.microbatches is not None and (self.batch_argnums is None or position + 1 in self._argnums)
+        return self.microbatches is not None and (self.batch_argnums is None or position + 1 in self.argnums)
+
+
+def _check_dynamic(scale: DynamicLossScale) -> None:
+    for name, allowed in _DYNAMIC_LOSS_SCALE.items():
+        check_option(f"loss_scale.{name}", getattr(scale, name), allowed)
+    if not scale.smallest <= scale.initial <= scale.largest:
+        raise ValueError(
+            f"loss_scale.initial must be from smallest to largest, {scale.smallest} to {scale.largest}, "
+            f"got {scale.initial}."
+        )

@@ -1,12 +1,13 @@
 """What a training step returns, and the step that takes the memory of what it is given."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
-from adalomo_jax.fused.checks import check_not_deleted
+from adalomo_jax.fused.buffers import check_apart
+from adalomo_jax.fused.checks import check_not_deleted, check_spread
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.state import FusedState
 from adalomo_jax.optimizers.per_layer import Group
@@ -27,7 +28,8 @@ class StepResult(NamedTuple):
     """By name:
 
     - ``loss``.
-    - ``grad_norm``: the norm of the whole gradient, before clipping, float32.
+    - ``grad_norm``: the norm of the whole gradient, before clipping, float32. Without ``max_grad_norm`` it is infinite
+      where the square of it is, beyond 1.8e19, unless ``tx`` keeps nothing of a gradient.
     - ``skipped``: whether nothing was written.
     - ``unwritten``: the number of tensors that were not written; of a stack each layer is one.
     - ``loss_scale``: with a dynamic one, that of this step.
@@ -43,13 +45,22 @@ class Donating:
 
     def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The step. ``params`` and ``state`` are gone after it: go on with those that it returns."""
-        check_not_deleted(params, "params")
-        check_not_deleted(state, "state")
+        check_call(params, state, args)
+        check_apart({"params": params, "state": state}, {"args": args})
         return self.jitted(params, state, *args)
 
     def lower(self, params: Any, state: FusedState, *args: Any) -> Any:
         """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
         return self.jitted.lower(params, state, *args)
+
+
+def check_call(params: Any, state: Any, args: Sequence[Any]) -> None:
+    """Refuses arguments of a step that are known to be wrong before it is traced."""
+    if not isinstance(state, FusedState):
+        raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
+    check_not_deleted(params, "params")
+    check_not_deleted(state, "state")
+    check_spread(state.signature, params, args)
 
 
 def by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:

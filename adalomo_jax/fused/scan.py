@@ -18,7 +18,8 @@ from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
 from adalomo_jax.fused.sharding import constrain
-from adalomo_jax.fused.stacks import Part, layer_at, start, update_parts
+from adalomo_jax.fused.stacks import Part, barrier, layer_at, start, update_parts
+from adalomo_jax.optimizers.precision import add, promoted
 
 
 class Tape(NamedTuple):
@@ -71,7 +72,7 @@ def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
         residuals = [residuals for residuals, _ in tapes]
         if outer.offloads:
             residuals = jax.tree.map(put_on_host, residuals)
-        return (new_carry, lax.optimization_barrier(stacks)), (ys, residuals)
+        return (new_carry, barrier(stacks)), (ys, residuals)
 
     (carry, stacks), (ys, residuals) = lax.scan(
         iteration, (carry, stacks), (jnp.arange(scan.length), xs), reverse=scan.reverse
@@ -125,15 +126,15 @@ def backward(
             accumulate(d, segment.backward(part, context, (saved, layout), there, d))
         gradients = pull_chain(d)
         d_carry = {v: d.get(v, zeros(context, v)).astype(sum_dtype(context, v)) for v in d_carry}
-        d_consts = {v: (total + d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
+        d_consts = {v: add(total, d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
         d_xs = {v: d.get(v, zeros(context, v)) for v in xs if v in stage.active}
         if parts is None:
-            stacks, statistics = lax.optimization_barrier(stacks), measure(gradients)
+            stacks, statistics = barrier(stacks), measure(gradients)
         else:
             weights = [jnp.squeeze(slices[stack.value], stack.axis) for stack in stage.trained]
             read_by = (d_carry, d_consts, d_xs, gradients)
             stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, order, read_by)
-        return (d_carry, d_consts, stacks, lax.optimization_barrier(frozen)), (d_xs, statistics)
+        return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, statistics)
 
     stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
     frozen = {stack.value: tape.stacks[stack.value] for stack in stage.stacks if not stack.trained}
@@ -253,7 +254,7 @@ def _for_each(context: Context, received: int, source: Context, value: int, x: A
 def _once(context: Context, received: int, source: Context, value: int, d: Any) -> Any:
     """The cotangent of a value, summed over the microbatches that it was repeated for."""
     if received in context.batched and value not in source.batched:
-        return jnp.sum(d, axis=0, dtype=jnp.promote_types(d.dtype, jnp.float32))
+        return jnp.sum(d, axis=0, dtype=promoted(d.dtype, jnp.float32))
     return d
 
 

@@ -16,6 +16,7 @@ from adalomo_jax.fused.cotangents import Cotangents, pull
 from adalomo_jax.fused.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan import Segment
 from adalomo_jax.fused.stacks import after
+from adalomo_jax.optimizers.precision import add, promoted
 
 
 class Context(NamedTuple):
@@ -135,7 +136,7 @@ def sum_dtype(context: Context, v: int) -> Any:
     """The dtype of a value's cotangents: of sums over microbatches float32 at least."""
     dtype = context.program.avals[v].dtype
     is_sum = context.microbatches is not None and v not in context.batched
-    return jnp.promote_types(dtype, jnp.float32) if is_sum else dtype
+    return promoted(dtype, jnp.float32) if is_sum else dtype
 
 
 def _for_each_microbatch(
@@ -155,7 +156,7 @@ def _for_each_microbatch(
         i, of_batch = i_and_batch
         outputs, d = fn(of_batch)
         rows = {v: lax.dynamic_update_index_in_dim(written[v], d[v], i, 0) for v in stacked}
-        return rows | {v: written[v] + d[v] for v in active if v not in rows}, outputs
+        return rows | {v: add(written[v], d[v]) for v in active if v not in rows}, outputs
 
     start = {v: after(zero_sum(context, v), known) for v in active}
     d_inputs, outputs = lax.scan(iteration, start, (jnp.arange(context.microbatches), of_batch))

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
+from adalomo_jax.fused.jaxpr import varying_axes
 from adalomo_jax.fused.offload import fetch, put_beside
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
@@ -98,7 +99,7 @@ def update_parts(
         part = parts[p]
         of_part = [gradients[k] for k in part.weights]
         if previous:
-            of_part, written = lax.optimization_barrier((of_part, [new.weights[k] for k in previous]))
+            of_part, written = barrier((of_part, [new.weights[k] for k in previous]))
             _put(new.weights, previous, written)
         done, statistics = update(
             Stacks(*([xs[k] for k in at] for xs, at in zip(new, (part.weights, part.own, part.own)))),
@@ -137,12 +138,25 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:
-    """``x`` itself, but so that XLA must have computed each of the arrays before it is known."""
-    computed = jax.tree.leaves(computed)
-    with_barrier = lambda x, computed: lax.optimization_barrier((x, computed))[0]
+    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
+
+    Within a ``shard_map`` only those that are the same wherever ``x`` is: by others ``x`` would come to differ, too.
+    """
+    computed = [y for y in jax.tree.leaves(computed) if varying_axes(y) <= varying_axes(x)]
+    with_barrier = lambda x, computed: barrier((x, computed))[0]
     if any(map(_is_explicit, [x, *computed])):
         return with_barrier(x, computed)
     return lax.platform_dependent(x, computed, cpu=_after_by_arithmetic, default=with_barrier)
+
+
+def barrier(xs: Any) -> Any:
+    """``lax.optimization_barrier``, of which JAX wants all arrays to vary along the same axes of a ``shard_map``."""
+    leaves, treedef = jax.tree.flatten(xs)
+    done = dict[int, Any]()
+    for axes in dict.fromkeys(map(varying_axes, leaves)):
+        alike = [k for k, x in enumerate(leaves) if varying_axes(x) == axes]
+        done |= zip(alike, lax.optimization_barrier([leaves[k] for k in alike]))
+    return treedef.unflatten([done[k] for k in range(len(leaves))])
 
 
 def once_written(x: jax.Array, written: Any) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adalomo_jax.fused.buffers import with_own_memory
 from adalomo_jax.fused.checks import Signature
 from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
 from adalomo_jax.fused.offload import shapes_on_device
@@ -36,9 +37,11 @@ def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
     leaves = shapes_on_device(traced.leaves)
     arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
     make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(leaves)], loss_scale)
-    if not any(traced.signature.shardings):
-        return make(arrays)
-    return jax.jit(make, out_shardings=_shardings(traced, loss_scale))(arrays)
+    spread = any(traced.signature.shardings)
+    state = (jax.jit(make, out_shardings=_shardings(traced, loss_scale)) if spread else make)(arrays)
+    # A tx may keep the parameters themselves, or one array twice, and a step takes the memory of each.
+    made, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(with_own_memory(made, traced.leaves))
 
 
 def make_abstract_state(traced: Traced, loss_scale: LossScale) -> FusedState:

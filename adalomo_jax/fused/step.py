@@ -14,9 +14,9 @@ from adalomo_jax.fused import backward
 from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host, warn_of_whole
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
-from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.options import Options, check_loss_and_tx
 from adalomo_jax.fused.plan import Plan
-from adalomo_jax.fused.result import Donating, StepResult, by_path
+from adalomo_jax.fused.result import Donating, StepResult, by_path, check_call
 from adalomo_jax.fused.sharding import constrain, of_own_state
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
@@ -38,7 +38,6 @@ class FusedStep:
 
         Warns of each parameter that a scan runs over and that yet has to be updated whole.
         """
-        check_not_deleted(params, "params")
         traced = self._trace(params, args)
         warn_of_whole(traced.plan)
         return make_state(traced, self.options.loss_scale)
@@ -96,20 +95,20 @@ class FusedStep:
             return self._run(params, state, args)
 
     def _run(self, params: Any, state: FusedState, args: Sequence[Any]) -> StepResult:
-        traced = self._trace(params, args, state)
+        traced = self._trace_step(params, state, args)
         plan, updater, options = traced.plan, self._updater(traced, state), self.options
         check_placed(plan, traced.leaves, options)
         d_loss, offloads = self._d_loss(state), options.offloads_activations
         ran = backward.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
-        measure = lambda: backward.squares_of_gradient(plan, ran, updater)
-        looks_ahead, squares = self._looks_ahead(state), None
+        measure = lambda: backward.norm_of_gradient(plan, ran, updater)
+        looks_ahead, norm = self._looks_ahead(state), None
         if looks_ahead is not False:
-            squares = measure() if looks_ahead is True else lax.cond(looks_ahead, measure, lambda: jnp.float32(0))
-            ran = backward.begin_after(ran, squares)
-        updater = self._decide(updater, result, squares)
+            norm = measure() if looks_ahead is True else lax.cond(looks_ahead, measure, lambda: jnp.float32(0))
+            ran = backward.begin_after(ran, norm)
+        updater = self._decide(updater, result, norm)
         done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
-        return self._finish(traced, state, result, done, updater)
+        return self._finish(traced, state, result, done, updater, norm)
 
     @cached_property
     def jit(self) -> Donating:
@@ -118,23 +117,28 @@ class FusedStep:
 
     def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = self._trace(jax.tree.map(fetch, params), args, state)
+        traced = self._trace_step(params, state, args, fetch)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
-        looks_ahead, squares = self._looks_ahead(state), None
+        looks_ahead, norm = self._looks_ahead(state), None
         if looks_ahead is not False:
-            squares = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares, 0)
-        updater = self._decide(updater, result, squares)
+            norm = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares.norm(), 0)
+        updater = self._decide(updater, result, norm)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
-        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater)
+        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater, norm)
 
-    def _trace(self, params: Any, args: Sequence[Any], state: FusedState | None = None) -> Traced:
-        """The call, traced; where a state is given, it must be one for such a call."""
-        if state is not None and not isinstance(state, FusedState):
-            raise ValueError(f"The state must be what step.init returns, but it is of the type {type(state).__name__}.")
-        made_for = None if state is None else state.signature
-        return trace_call(self.loss_fn, self.tx, self.options, params, args, made_for)
+    def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
+        """The call, traced."""
+        check_not_deleted(params, "params")
+        return trace_call(self.loss_fn, self.tx, self.options, params, args)
+
+    def _trace_step(
+        self, params: Any, state: FusedState, args: Sequence[Any], move: Callable[[Any], Any] = lambda x: x
+    ) -> Traced:
+        """The call, traced, with parameters that are moved first; the state must be one for such a call."""
+        check_call(params, state, args)
+        return trace_call(self.loss_fn, self.tx, self.options, jax.tree.map(move, params), args, state.signature)
 
     def _d_loss(self, state: FusedState) -> jax.Array:
         """The cotangent of each microbatch's loss."""
@@ -192,34 +196,41 @@ class FusedStep:
             return state.loss_scale.finite_steps == 0
         return self.options.max_grad_norm is not None
 
-    def _decide(self, updater: Updater, result: tuple[jax.Array, Any], squares: jax.Array | None) -> Updater:
+    def _decide(self, updater: Updater, result: tuple[jax.Array, Any], norm: jax.Array | None) -> Updater:
         """The updater that knows the loss, and the norm where it is computed first."""
         clip, proceed, loss = None, None, result[0]
         if self.options.skip_nonfinite:
-            proceed = jnp.isfinite(loss) if squares is None else jnp.isfinite(loss) & jnp.isfinite(squares)
-        if squares is not None and self.options.max_grad_norm is not None:
-            norm, most = jnp.sqrt(squares), jnp.float32(self.options.max_grad_norm)
+            proceed = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
+        if norm is not None and self.options.max_grad_norm is not None:
+            most = jnp.float32(self.options.max_grad_norm)
             clip = jnp.where(norm < most, 1.0, most / norm)
         return replace(updater, clip=clip, proceed=proceed)
 
     def _finish(
-        self, traced: Traced, state: FusedState, result: tuple[jax.Array, Any], done: backward.Pass, updater: Updater
+        self,
+        traced: Traced,
+        state: FusedState,
+        result: tuple[jax.Array, Any],
+        done: backward.Pass,
+        updater: Updater,
+        norm: jax.Array | None,
     ) -> StepResult:
         """The result, with the state's counters and the metrics."""
         loss, aux = result
-        squares = backward.sum_of_squares_in(done.statistics)
+        if norm is None or self.options.max_grad_norm is None:  # it was not taken, or not in each step
+            norm = backward.norm_in(done.statistics)
         unwritten = sum((jnp.sum(~s.written) for s in done.statistics.values()), start=jnp.zeros([], jnp.int32))
         wrote = any_written(done.statistics)
         metrics: dict[str, Any] = {
             "loss": loss,
-            "grad_norm": jnp.sqrt(squares),
+            "grad_norm": norm,
             "skipped": ~wrote,
             "unwritten": unwritten,
         }
         loss_scale = state.loss_scale
         if isinstance(self.options.loss_scale, DynamicLossScale):
             metrics["loss_scale"] = loss_scale.scale
-            loss_scale = self.options.loss_scale.update(loss_scale, jnp.isfinite(loss) & jnp.isfinite(squares))
+            loss_scale = self.options.loss_scale.update(loss_scale, jnp.isfinite(loss) & jnp.isfinite(norm))
         if self.options.rms_metrics:
             for name in ("update_rms", "param_rms"):
                 metrics[name] = by_path(traced.plan, {g: getattr(s, name) for g, s in done.statistics.items()})
@@ -287,7 +298,8 @@ def fuse(
         has changed it takes a second backward pass, and is left out as a whole if a gradient is not finite.
       skip_nonfinite: leave parameters and state as they are, but for the counter ``state.skipped``, where the loss, or
         a norm that ``max_grad_norm`` asks for, is not finite; and without that, each tensor (of a stack, a layer of it)
-        whose gradient is not finite. A step that writes nothing did not happen: no count, no schedule goes on.
+        whose gradient is not finite, or has entries above 1.8e19 where ``tx`` keeps anything of it: moments are not
+        made of what float32 cannot square. A step that writes nothing did not happen: no count, no schedule goes on.
         False writes whatever comes.
       rms_metrics: report the root mean square of the updates and parameters of each layer.
       strict: refuse a loss in which parameters that a scan runs over have to be updated whole.
@@ -305,10 +317,13 @@ def fuse(
       A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``.
 
     Raises:
-      ValueError: for options that contradict each other; and while tracing, for a loss that is no scalar, a parameter
-        that cannot be trained, a batch that the microbatches do not divide, a ``tx`` that mixes leaves, draws random
-        numbers or has ``layer_axes``, parameters or arguments unlike those of ``init``, parameters in another memory
-        than ``offload`` says, or arrays that a step has used.
+      ValueError: for options out of their range, or that contradict each other; and while tracing, for a loss that is
+        no scalar, arguments or results that are no arrays, a parameter that cannot be trained, a batch that the
+        microbatches do not divide, a ``tx`` that mixes leaves, draws random numbers or has ``layer_axes``, parameters
+        or arguments unlike those of ``init``, parameters in another memory than ``offload`` says, references
+        (``jax.new_ref``) in the loss. Where arrays are not traced, for some that are spread otherwise than in ``init``,
+        or that a step has used; and in ``jit``, for one array under two names. Under a ``jax.jit`` of your own, JAX
+        itself says that an array has been deleted or donated twice.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -333,6 +348,7 @@ def fuse(
 
     Source: the fused update and the two passes are LOMO's, https://arxiv.org/abs/2306.09782, section 3.
     """
+    check_loss_and_tx(loss_fn, tx)
     options = Options(
         has_aux=has_aux,
         trainable=trainable,

@@ -11,8 +11,11 @@ from jax.sharding import AxisType
 
 from adalomo_jax.fused.checks import (
     Signature,
+    check_args,
     check_batch,
     check_loss,
+    check_program,
+    check_returned,
     check_signature,
     check_strict,
     is_for,
@@ -70,6 +73,7 @@ def trace_call(
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     trained = trained_leaves(params, options.trainable)
+    check_args(args)
     check_batch(options, args)
     signature = signature_of(params, args)
     known = made_for if made_for is not None and is_for(made_for, signature) else signature
@@ -80,10 +84,16 @@ def trace_call(
         for x, is_sliced, sharding in zip(flat, sliced, known.args_shardings)
     ]
     of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
-    on_leaves = lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args)
+
+    def on_leaves(leaves: list[Any], *args: Any) -> Any:
+        result = loss_fn(treedef.unflatten(leaves), *args)
+        check_returned(result)
+        return result
+
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
     program = fold_readers(program, program.inputs[: len(leaves)], trained)
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
+    check_program(program, paths, trained)
     if made_for is not None:
         check_signature(made_for, signature)
     of_args = program.inputs[len(leaves) :]
@@ -91,7 +101,8 @@ def trace_call(
     plan = make_plan(program, paths, trained, batched, known.shardings)
     if options.strict:
         check_strict(plan)
-    tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, leaf.dtype) for leaf in plan.leaves)
+    dtypes = [program.avals[v].dtype for v in program.inputs]  # those of typed PRNG keys have no name to go by
+    tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, dtype) for leaf, dtype in zip(plan.leaves, dtypes))
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
     check_leafwise(optimizer, paths)
     return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from adalomo_jax.fused.tracing import Traced
+from adalomo_jax.optimizers.precision import add, promoted
 
 
 def all_gradients(
@@ -35,9 +36,9 @@ def all_gradients(
 
     def iteration(sums: dict[int, Any], slices: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
         results, gradients = of_one(slices)
-        return {i: sums[i] + gradients[i] for i in sums}, results
+        return {i: add(sums[i], gradients[i]) for i in sums}, results
 
-    zeros = {i: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for i, x in trained.items()}
+    zeros = {i: jnp.zeros(x.shape, promoted(x.dtype, jnp.float32)) for i, x in trained.items()}
     slices = {i: x for i, (x, is_sliced) in enumerate(zip(traced.args, traced.sliced)) if is_sliced}
     gradients, results = lax.scan(iteration, zeros, slices, length=microbatches)
     return results, gradients

@@ -12,16 +12,34 @@ from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stacks import Part, UpdateLayer, known_together, layer_at, start, update
-from adalomo_jax.optimizers.moments import rms
+from adalomo_jax.optimizers.moments import rms, sums_over_rows
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
+from adalomo_jax.optimizers.precision import promoted
 from adalomo_jax.optimizers.rounding import apply_update
+
+_BEYOND = 2.0**-96
+"""No finite float32 times this has a square beyond float32, and none whose square is beyond becomes 0."""
+
+
+class Squares(NamedTuple):
+    """The sum of the squares of the entries of some gradients, float32; of stacks, with a leading layer axis."""
+
+    plain: jax.Array
+    """Not finite either where an entry is above 1.8e19."""
+    scaled: jax.Array
+    """Of the gradients times 2**-96: not finite only where they are not. Infinity where it was not asked for."""
+
+    def norm(self) -> jax.Array:
+        """The root of the sum over layers."""
+        plain, scaled = jnp.sum(self.plain), jnp.sum(self.scaled)
+        return jnp.where(jnp.isfinite(plain), jnp.sqrt(plain), jnp.sqrt(scaled) / _BEYOND)
 
 
 class Statistics(NamedTuple):
     """Of the update of some tensors; of stacks, with a leading layer axis."""
 
-    squares: jax.Array
-    """The sum of the squares of their gradients, float32."""
+    squares: Squares
+    """Of their gradients."""
     written: jax.Array
     """Of each tensor whether it was updated."""
     update_rms: list[jax.Array]
@@ -58,7 +76,9 @@ class Updater:
     ) -> tuple[list[Any], list[Any], Statistics]:
         """The weights and own state after the step."""
         gradients = [_times(g, self.unscale) for g in self._spread(group, gradients)]
-        squares = [_sum_of_squares(g) for g in gradients]
+        owners = self.optimizer.owners(group)
+        # What a rule keeps of a gradient whose squares are beyond float32 would be, too: only without that it is right.
+        squares = [_squares(g, beyond=i not in owners and None not in owners) for i, g in zip(group.leaves, gradients)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
@@ -69,10 +89,15 @@ class Updater:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
         if self.proceed is None:
             return written, new_own, statistics
-        # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
-        ok = {i: self.proceed & jnp.isfinite(x) for i, x in zip(group.leaves, known_together(squares))}
-        all_ok = self.proceed & jnp.isfinite(statistics.squares)
-        own_ok = [all_ok if owner is None else ok[owner] for owner in self.optimizer.owners(group)]
+        if self.clip is not None:  # the norm of the whole gradient is finite, or nothing is written
+            finite = [jnp.array(True) for _ in squares]
+        else:
+            # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
+            known = known_together([x.plain if i in owners else x.scaled for i, x in zip(group.leaves, squares)])
+            finite = list(map(jnp.isfinite, known))
+        ok = {i: self.proceed & x for i, x in zip(group.leaves, finite)}
+        all_ok = self.proceed & jnp.all(jnp.stack(finite))
+        own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
         written = list(map(jnp.where, ok.values(), written, weights))
         return (
             written,
@@ -95,7 +120,7 @@ class Updater:
     def measure(self, group: Group | None, gradients: Sequence[Any]) -> Statistics:
         """The statistics of gradients that are not used."""
         spread = gradients if group is None else self._spread(group, gradients)
-        return _statistics([_sum_of_squares(_times(g, self.unscale)) for g in spread])
+        return _statistics([_squares(_times(g, self.unscale), beyond=True) for g in spread])
 
     def update_all(
         self, inner: optax.OptState, leaves: Sequence[Any], gradients: Mapping[int, Any]
@@ -149,16 +174,32 @@ def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
 
 def all_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Of all tensors, given those of some at a time."""
-    squares = sum((part.squares for part in parts), start=jnp.zeros([], jnp.float32))
+    squares = total([part.squares for part in parts])
     written = jnp.concatenate([part.written for part in parts], axis=-1)
     rms_of = lambda name: [x for part in parts for x in getattr(part, name)]
     return Statistics(squares, written, rms_of("update_rms"), rms_of("param_rms"))
 
 
-def _statistics(squares: Sequence[jax.Array]) -> Statistics:
-    """Of tensors, given the sums of the squares of their gradients, and that all are written."""
-    total = sum(squares, start=jnp.zeros([], jnp.float32))
-    return Statistics(total, jnp.ones(len(squares), bool), [], [])
+def total(squares: Sequence[Squares]) -> Squares:
+    """Of all gradients, given those of some at a time."""
+    zero = jnp.zeros([], jnp.float32)
+    return Squares(sum((x.plain for x in squares), start=zero), sum((x.scaled for x in squares), start=zero))
+
+
+def _statistics(squares: Sequence[Squares]) -> Statistics:
+    """Of tensors, given the squares of their gradients, and that all are written."""
+    return Statistics(total(squares), jnp.ones(len(squares), bool), [], [])
+
+
+def _squares(gradient: Any, *, beyond: bool) -> Squares:
+    """Of one tensor; with those that are beyond float32, in the same pass, where asked for."""
+    if not beyond:
+        return Squares(_sum_of_squares(gradient), jnp.array(jnp.inf, jnp.float32))
+    gradient = gradient.astype(jnp.float32)
+    if gradient.ndim < 2:
+        return Squares(jnp.sum(jnp.square(gradient)), jnp.sum(jnp.square(gradient * _BEYOND)))
+    plain, scaled = sums_over_rows(gradient, jnp.full_like(gradient[..., 0], _BEYOND))
+    return Squares(jnp.sum(plain), jnp.sum(scaled))
 
 
 def _sum_of_squares(gradient: Any) -> jax.Array:
@@ -185,7 +226,7 @@ def _update_stacks(
 
 def _times(gradient: Any, factor: jax.Array | None) -> Any:
     """In float32 where there is a factor."""
-    return gradient if factor is None else gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32)) * factor
+    return gradient if factor is None else gradient.astype(promoted(gradient.dtype, jnp.float32)) * factor
 
 
 def _rms(x: jax.Array) -> jax.Array:

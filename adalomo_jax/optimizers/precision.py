@@ -34,3 +34,15 @@ def _as_float32(x):
     if isinstance(x, jax.ShapeDtypeStruct):
         return x.update(dtype=jnp.float32)
     return jnp.asarray(x, jnp.float32)
+
+
+def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype that holds these, as JAX promotes by default: a user may forbid that to happen unsaid."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x + y`` in the dtype that holds both."""
+    dtype = promoted(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)

@@ -124,3 +124,64 @@ def test_skip_nonfinite_false_writes_whatever_comes(rule, most, twin):
 def test_microbatches_with_one_that_is_not_finite(twin):
     run, params, state = start(root_loss, "adamw", small_params(), twin, X, microbatches=2)
     assert_nothing_is_written(run(params, state, X.at[1, 2].set(NAN)), params, state)
+
+
+HUGE = 1e21
+"""Finite in float32, but its square is not."""
+
+
+def huge_params():
+    return {"w": jnp.linspace(0.5, 1.0, 12).reshape(3, 2, 2), "b": jnp.array([0.5, 1.0]), "h": jnp.eye(2)}
+
+
+def huge_loss(params, x):
+    """Its gradients are made of HUGE entries and small ones."""
+    layer = lambda h, w: (h + jnp.sum(w * jnp.array([[HUGE, 1.0], [-2.0, 3e-3]])), None)
+    total = jax.lax.scan(layer, x, params["w"])[0]
+    of_others = {"b": jnp.array([HUGE, 1e-3]), "h": jnp.array([[2.0, 3.0], [0.0, 0.5]])}
+    return total + sum(jnp.sum(params[name] * g) for name, g in of_others.items())
+
+
+def gradients_in_64_bits():
+    f32 = lambda x: np.float64(np.float32(x))
+    of_w = np.broadcast_to(np.array([[f32(HUGE), 1.0], [-2.0, f32(3e-3)]]), (3, 2, 2))
+    return {"w": of_w, "b": np.array([f32(HUGE), f32(1e-3)]), "h": np.array([[2.0, 3.0], [0.0, 0.5]])}
+
+
+@TWINS
+def test_a_finite_gradient_whose_square_is_beyond_float32_is_written(twin):
+    params, step = huge_params(), fuse(huge_loss, optax.sgd(1e-21))
+    result = jax.jit(step if twin == "fused" else step.unfused)(params, step.init(params, 0.0), 0.0)
+    grads = gradients_in_64_bits()
+    for name, x in params.items():
+        expected = np.float64(x) - 1e-21 * grads[name]
+        np.testing.assert_allclose(np.float64(result.params[name]), expected, rtol=1e-6)
+    norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+    np.testing.assert_allclose(np.float64(result.metrics["grad_norm"]), norm, rtol=1e-6)
+    assert result.metrics["unwritten"] == 0 and not result.metrics["skipped"] and result.state.skipped == 0
+
+
+@TWINS
+@pytest.mark.parametrize("most", [2.0, 1e30])
+def test_such_a_gradient_is_clipped_by_its_norm(twin, most):
+    """Whatever `tx` keeps of it: what it sees is clipped."""
+    params, step = huge_params(), fuse(huge_loss, optax.trace(decay=0.0), max_grad_norm=most)
+    run = jax.jit(step if twin == "fused" else step.unfused)
+    result = run(params, step.init(params, 0.0), 0.0)
+    grads = gradients_in_64_bits()
+    norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+    np.testing.assert_allclose(np.float64(result.metrics["grad_norm"]), norm, rtol=1e-6)
+    for name, g in grads.items():
+        np.testing.assert_allclose(np.float64(result.state.inner.trace[name]), g * min(1.0, most / norm), rtol=1e-5)
+    assert result.metrics["unwritten"] == 0 and result.state.skipped == 0
+
+
+@TWINS
+@pytest.mark.parametrize("rule", RULES)
+def test_moments_that_cannot_hold_it_stay_finite(rule, twin):
+    """Without a norm to clip by, a rule that keeps squares would keep infinity: such tensors are left as they are."""
+    params, step = huge_params(), fuse(huge_loss, RULES[rule])
+    result = jax.jit(step if twin == "fused" else step.unfused)(params, step.init(params, 0.0), 0.0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))
+    assert result.metrics["unwritten"] == 3 + 1 and np.all(result.params["b"] == params["b"])
+    assert np.any(result.params["h"] != params["h"])

@@ -1,25 +1,103 @@
 """Options that contradict each other, or the loss, are refused with the value and the way out."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from language_model import batch, init_params, make_loss
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.options import OPTIONS, Options
 
 NAN = float("nan")
+INF = float("inf")
+A_FLAG = "must be True or False, got"
+WRONG = {
+    "has_aux": (["yes", 1, None], A_FLAG),
+    "trainable": (
+        ["layers", {"layers": "x"}, 1, 0.5],
+        "must be a tree of bools like params, or a prefix",
+    ),
+    "max_grad_norm": (
+        [0.0, -1.0, NAN, "1", True, 1j, [1.0], jnp.ones(2)],
+        "must be positive, got .* None does not",
+    ),
+    "microbatches": ([0, -2, 0.5, 2.0, "2", True], "must be a positive number of slices of the batch, got"),
+    "reduction": (["max", None, 1, ["mean"]], "must be 'mean' or 'sum', got"),
+    "batch_argnums": (
+        [1.5, True, "x", -1, (1, 0.5), (0, 1), 0],
+        "must be a position .*, got .* 0 are",
+    ),
+    "loss_scale": (
+        [0, -1.0, NAN, INF, "x", True, 1j],
+        "must be positive and finite, or .* None does not scale",
+    ),
+    "skip_nonfinite": (["no", 0, None], A_FLAG),
+    "rms_metrics": (["x", 1], A_FLAG),
+    "strict": (["x", None], A_FLAG),
+    "stochastic_rounding": (["x", 0], "must be True, False or None, got"),
+    "seed": ([1.5, -1, "x", None, True, 2**32], "must be a whole number from 0 to 2"),
+    "offload": ([3, "all", ("params", 1), True], "must be 'params', 'activations', or a tuple of both, got"),
+}
+CASES = [(name, value) for name, (values, _) in WRONG.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=[f"{name}={value!r:.20}" for name, value in CASES])
+def test_refuses_a_value_out_of_its_range_in_one_line(name, value):
+    with pytest.raises(ValueError, match=f"^{name} {WRONG[name][1]}") as error:
+        fuse(make_loss(), adalomo(1e-2), **{"microbatches": 2, name: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_each_option_has_its_range():
+    assert list(OPTIONS) == list(WRONG) == [field.name for field in dataclasses.fields(Options)]
+
+
+FIELDS = {
+    "initial": [0.0, NAN, "x", INF],
+    "growth_interval": [0, 1.5, True],
+    "factor": [1.0, 0.5, None],
+    "smallest": [0.0, -1.0, 2.0**16],
+    "largest": [INF, 1.0],
+}
+FIELD_CASES = [(name, value) for name, values in FIELDS.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), FIELD_CASES)
+def test_refuses_a_dynamic_scale_that_cannot_work(name, value):
+    with pytest.raises(ValueError, match="^loss_scale[.](initial|growth_interval|factor|smallest|largest) must be "):
+        fuse(make_loss(), adalomo(1e-2), loss_scale=DynamicLossScale()._replace(**{name: value}))
+
+
+NO_TRANSFORMATION = {
+    "a function": (adalomo, "got the function adalomo. Call what makes it: fuse\\(loss_fn, adalomo\\(1e-3\\)\\)"),
+    "optax's": (optax.adam, "got the function adam. Call"),
+    "None": (None, "got None. Call"),
+    "a number": (1e-3, "got 0.001. Call"),
+    "a tuple": ((1, 2), "got \\(1, 2\\). Call"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TRANSFORMATION)
+def test_refuses_what_is_no_transformation(case):
+    tx, message = NO_TRANSFORMATION[case]
+    with pytest.raises(ValueError, match=f"^tx must be an optax.GradientTransformation, {message}"):
+        fuse(make_loss(), tx)
+
+
+@pytest.mark.parametrize("loss_fn", [None, 3])
+def test_refuses_a_loss_that_is_no_function(loss_fn):
+    with pytest.raises(ValueError, match=f"^loss_fn must be a function: .* got {loss_fn}."):
+        fuse(loss_fn, adalomo(1e-2))
+
+
 ERRORS = {
-    "a norm of 0": ({"max_grad_norm": 0.0}, "must be positive, got 0.0. None does not clip"),
-    "a negative norm": ({"max_grad_norm": -1.0}, "must be positive, got -1.0. None does not clip"),
-    "a norm that is no number": ({"max_grad_norm": NAN}, "must be positive, got nan. None does not clip"),
-    "no microbatches": ({"microbatches": 0}, "microbatches must be a positive number of slices of the batch, got 0"),
-    "half a microbatch": ({"microbatches": 0.5}, "microbatches must be a positive number .* got 0.5"),
-    "another reduction": ({"reduction": "max"}, "must be 'mean' or 'sum', got 'max'"),
     "arguments without microbatches": ({"batch_argnums": 1}, "give microbatches too"),
-    "parameters as the batch": ({"microbatches": 2, "batch_argnums": (0, 1)}, "0 are the parameters"),
-    "a scale of 0": ({"loss_scale": 0}, "loss_scale must be positive, got 0. None does not scale"),
-    "a scale that is no number": ({"loss_scale": NAN}, "loss_scale must be positive, got nan"),
     "a dynamic scale that writes all": (
         {"loss_scale": DynamicLossScale(), "skip_nonfinite": False},
         "leave skip_nonfinite at True, or give loss_scale as a number",
@@ -37,6 +115,9 @@ def test_refuses_when_it_is_made(case):
 def test_takes_what_does_not_contradict():
     fuse(make_loss(), adalomo(1e-2), max_grad_norm=1, microbatches=2, batch_argnums=1, loss_scale=DynamicLossScale())
     fuse(make_loss(), adalomo(1e-2), loss_scale=2.0, skip_nonfinite=False, reduction="sum", microbatches=1)
+    numbers: dict[str, Any] = {"seed": np.int64(3), "microbatches": np.int32(2), "loss_scale": jnp.float32(2)}
+    others: dict[str, Any] = {"strict": np.True_, "batch_argnums": [1], "trainable": {"head": True, "n": None}}
+    fuse(make_loss(), adalomo(1e-2), max_grad_norm=INF, **numbers, **others)
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,52 @@ def test_bfloat16_weights_get_the_same_bits():
     spread_params = put(params, spread.specs, mesh)
     actual = step.jit(spread_params, step.init(spread_params, x), x).params
     assert relative_error(actual, expected) == 0.0
+
+
+def mesh_of(n):
+    return jax.make_mesh((n,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
+
+
+SPREADINGS = {
+    "from whole to spread": (P(), P(None, None, "d"), None),
+    "from spread to whole": (P(None, "d"), P(), None),
+    "from one axis to another": (P(None, "d"), P(None, None, "d"), None),
+    "to fewer devices": (P(None, "d"), P(None, "d"), 2),
+    "to one device": (P(None, "d"), None, None),
+}
+
+
+@pytest.mark.parametrize("case", SPREADINGS)
+def test_says_that_the_state_was_made_for_parameters_that_were_spread_otherwise(case):
+    then, now, fewer = SPREADINGS[case]
+    on = lambda spec, n: NamedSharding(mesh_of(n), spec)
+    step = fuse(lambda w, x: jnp.mean(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]), adalomo(1e-2))
+    w, x = 0.1 * jnp.ones((3, 8, 8)), jnp.ones((2, 8))
+    state = step.init(jax.device_put(w, on(then, 4)), x)
+    moved = jax.device_put(w, jax.devices()[0] if now is None else on(now, fewer or 4))
+    for call in (step, step.jit, step.unfused):
+        with pytest.raises(
+            ValueError, match="^params is spread otherwise than when the state was made: .* then, .* now"
+        ):
+            call(moved, state, x)
+
+
+def test_spread_alike_by_another_name_is_the_same():
+    """What a mesh and its axes are called does not matter, nor an axis of one device."""
+    mesh = jax.make_mesh((4, 1), ("d", "e"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    other = jax.make_mesh((4,), ("f",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    step = fuse(lambda w, x: jnp.mean(x @ w), lomo(1e-2))
+    w, x = jnp.ones((8, 8)), jnp.ones((2, 8))
+    state = step.init(jax.device_put(w, NamedSharding(mesh, P("d", "e"))), x)
+    result = step.jit(jax.device_put(w, NamedSharding(other, P("f"))), state, x)
+    assert result.params.sharding.is_equivalent_to(NamedSharding(other, P("f")), 2)
+    step.jit(result.params, result.state, x)
+
+
+def test_says_that_a_batch_to_slice_is_spread_otherwise():
+    mesh = mesh_of(4)
+    step = fuse(lambda w, x: jnp.mean(x @ w), lomo(1e-2), microbatches=2)
+    w, x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P())), jnp.ones((8, 8))
+    state = step.init(w, jax.device_put(x, NamedSharding(mesh, P())))
+    with pytest.raises(ValueError, match=r"^args\[0\] is spread otherwise than when the state was made: "):
+        step.jit(w, state, jax.device_put(x, NamedSharding(mesh, P("d"))))
