@@ -130,7 +130,7 @@ def _in_blocks(
     (B, Q, N, H), keys = q_BQNH.shape, jnp.arange(k_BTKH.shape[1])
     if Q <= BLOCK:
         mask = is_seen(first + jnp.arange(Q), keys, segments_BT, segments_BT, window)
-        return jax.nn.dot_product_attention(q_BQNH, k_BTKH, v_BTKH, mask=mask)
+        return _attend(q_BQNH, k_BTKH, v_BTKH, mask=mask)
     in_blocks = lambda x: jnp.moveaxis(_padded(x).reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
     blocks = in_blocks(q_BQNH)
     firsts = first + jnp.arange(blocks.shape[0]) * BLOCK
@@ -139,10 +139,16 @@ def _in_blocks(
     def of_block(first_block_and_segments):
         first, q, segments_BQ = first_block_and_segments
         mask = is_seen(first + jnp.arange(BLOCK), keys, segments_BQ, segments_BT, window)
-        return jax.nn.dot_product_attention(q, k_BTKH, v_BTKH, mask=mask)
+        return _attend(q, k_BTKH, v_BTKH, mask=mask)
 
     out = lax.map(of_block, (firsts, blocks, None if segments_BT is None else in_blocks(segments_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :Q]
+
+
+def _attend(*args: jax.Array, **options: Any) -> jax.Array:
+    """JAX's attention, which promotes bfloat16 to float32 by itself (JAX 0.12), also for users who forbid that."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(*args, **options)
 
 
 def _padded(x_BT: jax.Array) -> jax.Array:
@@ -160,9 +166,7 @@ def _cudnn(
 ) -> jax.Array:
     size = None if window is None else (window - 1, 0)
     mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, local_window_size=size, implementation="cudnn"
-    )
+    return _attend(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, local_window_size=size, implementation="cudnn")
 
 
 def _splash(

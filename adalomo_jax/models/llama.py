@@ -35,7 +35,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.weight[...].astype(jnp.float32)).astype(x_BTD.dtype)
+        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
+        return (x * weight).astype(x_BTD.dtype)
 
 
 def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False) -> nnx.Linear:

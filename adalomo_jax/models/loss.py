@@ -13,7 +13,8 @@ from adalomo_jax.models.sharding import gather_rows, out_of_stream
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """``-log softmax(logits)[target]`` in nats, ``[B, T]``."""
     # A sum over a comparison, not a gather: its gradient is fused into the softmax's, where a scatter is a buffer more.
-    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    tokens_V = jnp.arange(logits_BTV.shape[-1])
+    is_target_BTV = jnp.expand_dims(tokens_V, range(targets_BT.ndim)) == targets_BT[..., None]
     picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
@@ -74,7 +75,7 @@ def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Ar
     """``[B, T]``, float32: whether each position predicts the token after it."""
     weights_BT = jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32)
     if segments_BT is not None:
-        weights_BT *= segments_BT == jnp.roll(segments_BT, -1, axis=1)
+        weights_BT *= (segments_BT == jnp.roll(segments_BT, -1, axis=1)).astype(jnp.float32)
     return weights_BT.at[:, -1].set(0.0)
 
 

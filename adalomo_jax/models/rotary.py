@@ -38,12 +38,12 @@ def rotary_angles(
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines ``[T, H / 2]`` (float32) of position times frequency; ``first`` is the first position."""
     frequencies = rotary_frequencies(head_dim, theta, scaling)
-    angles = (first + jnp.arange(length)).astype(jnp.float32)[:, None] * frequencies
+    angles = (first + jnp.arange(length)).astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Turn the pair ``(x[i], x[i + H/2])`` by its position's angle (Hugging Face's pairing of the coordinates)."""
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

@@ -39,10 +39,9 @@ def is_seen(
     window: int | None,
 ) -> jax.Array:
     """``[B or 1, 1, Q, S]``: whether each of the keys is seen by each of the queries, both given by their positions."""
-    distance = queries[:, None] - keys
-    seen = (distance >= 0)[None, None]
-    if window is not None:
-        seen &= distance < window
+    distance = queries[:, None] - keys[None]
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    seen = seen[None, None]
     if segments_BQ is not None and segments_BS is not None:
         seen &= segments_BQ[:, None, :, None] == segments_BS[:, None, None, :]
     return seen
@@ -87,7 +86,7 @@ def _backward(window, saved, d_out_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, log_sums = saved
     (_, T, _, H), K, dtype = q_BTNH.shape, k_BTKH.shape[2], q_BTNH.dtype
     k_BKTH, v_BKTH = _heads_first(k_BTKH), _heads_first(v_BTKH)
-    along_BTN1 = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH, axis=-1, keepdims=True)
+    along_BTN1 = jnp.sum(out_BTNH.astype(jnp.float32) * d_out_BTNH.astype(jnp.float32), axis=-1, keepdims=True)
     d_k_BKTH = d_v_BKTH = jnp.zeros(k_BKTH.shape, jnp.float32)
     d_qs = []
     for tile, log_sum_BKR1 in zip(_tiles(T, window), log_sums, strict=True):

@@ -1,0 +1,62 @@
+"""The CLI's own model promotes nothing unsaid: dtypes ``strict``, ranks ``raise``."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from adalomo_jax import adalomo, fuse
+from adalomo_jax.models import PRESETS, Llama, RopeScaling, generate, next_token_loss
+
+BIASED = dataclasses.replace(
+    PRESETS["tiny"],
+    num_hidden_layers=2,
+    max_position_embeddings=64,
+    qkv_bias=True,
+    o_bias=True,
+    sliding_window=16,
+    rope_scaling=RopeScaling(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+)
+TIED = dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=True)
+CONFIGS = {"plain": PRESETS["tiny"], "tied": TIED, "biased": BIASED}
+TOKENS = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+SAMPLERS = [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9, "eos": 2}]
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+def abstract(config, dtype, **options):
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, **options)))
+    return graphdef, nnx.to_pure_dict(params)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config", "attention"),
+    [("bfloat16", "biased", "tiles"), ("bfloat16", "tied", "blocks"), ("float32", "plain", "blocks")],
+)
+def test_a_training_step_traces(dtype, config, attention):
+    graphdef, params = abstract(CONFIGS[config], jnp.dtype(dtype), attention=attention)
+
+    def loss_fn(params, tokens, mask, segments):
+        return next_token_loss(nnx.merge(graphdef, params), tokens, mask, segments)
+
+    step = fuse(loss_fn, adalomo(1e-3), max_grad_norm=1.0, microbatches=2, reduction="sum")
+    args = (TOKENS, jax.ShapeDtypeStruct((2, 32), bool), TOKENS)
+    result = jax.eval_shape(step, params, step.abstract_state(params, *args), *args)
+    assert jax.tree.leaves(result.params)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "drawn", "nucleus"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_generation_traces(dtype, sampler):
+    graphdef, params = abstract(BIASED, jnp.dtype(dtype))
+    sample = lambda params, tokens, key: generate(nnx.merge(graphdef, params), tokens, 4, key=key, **sampler)
+    assert jax.eval_shape(sample, params, TOKENS, jax.random.key(0)).shape == (2, 36)
