@@ -198,7 +198,8 @@ def _squares(gradient: Any, *, beyond: bool) -> Squares:
     gradient = gradient.astype(jnp.float32)
     if gradient.ndim < 2:
         return Squares(jnp.sum(jnp.square(gradient)), jnp.sum(jnp.square(gradient * _BEYOND)))
-    plain, scaled = sums_over_rows(gradient, jnp.full_like(gradient[..., 0], _BEYOND))
+    of_rows = jax.eval_shape(partial(jnp.sum, axis=-1), gradient)  # on an explicit mesh it knows how rows are spread
+    plain, scaled = sums_over_rows(gradient, jnp.full_like(of_rows, _BEYOND))
     return Squares(jnp.sum(plain), jnp.sum(scaled))
 
 
