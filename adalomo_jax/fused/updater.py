@@ -81,7 +81,8 @@ class Updater:
         squares = [_squares(g, beyond=i not in owners and None not in owners) for i, g in zip(group.leaves, gradients)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
-        updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
+        with jax.numpy_dtype_promotion("standard"):  # clipped or unscaled gradients are wider than what tx may keep
+            updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
         new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
         new_own = list(map(constrain, new_own, self.of_own[group]))
         written = self._spread(group, self._write(group, layer, weights, updates))
@@ -164,7 +165,8 @@ class Updater:
         keys = [self.keys[i] for i in group.leaves]
         if layer is not None:
             keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
-        return list(map(apply_update, weights, updates, keys))
+        with jax.numpy_dtype_promotion("standard"):
+            return list(map(apply_update, weights, updates, keys))
 
 
 def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
