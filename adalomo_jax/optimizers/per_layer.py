@@ -217,7 +217,8 @@ def asking_for(group: Group | None) -> Iterator[None]:
     """Calls of ``tx`` for the leaves of a group; None where only shapes are asked for."""
     token = _in_a_stack.set(group is not None and group.layers is not None)
     try:
-        yield
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer, whatever users forbid
+            yield
     except (AttributeError, TypeError) as error:
         if "MaskedNode" not in str(error):
             raise
