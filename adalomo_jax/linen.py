@@ -98,13 +98,15 @@ class TrainState(struct.PyTreeNode):
         """Steps taken, int32. (In Flax's `TrainState` it is ``state.step``, which is the step itself here.)"""
         return self.opt_state.count
 
-    def step(self, *batch: Any) -> tuple["TrainState", StepResult]:
+    def step(self, *batch: Any, **extra_args: Any) -> tuple["TrainState", StepResult]:
         """The state after one step, and what the step returned: ``loss``, ``aux`` and ``metrics``.
+
+        Arguments by name are given to ``tx.update``, which gets the loss as ``value`` besides.
 
         In the result ``params`` and ``state`` are None: they are in the new state, and from a function under
         ``jax.jit`` the parameters would be returned twice. Donates the arrays of the old state.
         """
-        result = self.fused.jit(self.params, self.opt_state, *batch)
+        result = self.fused.jit(self.params, self.opt_state, *batch, **extra_args)
         state = self.replace(params=result.params, opt_state=result.state)
         return state, result._replace(params=None, state=None)
 
@@ -112,6 +114,6 @@ class TrainState(struct.PyTreeNode):
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
         return self.fused.plan(self.params, *batch)
 
-    def lower(self, *batch: Any) -> Any:
+    def lower(self, *batch: Any, **extra_args: Any) -> Any:
         """The step, lowered: ``state.lower(*batch).compile().memory_analysis()`` says what it needs."""
-        return self.fused.jit.lower(self.params, self.opt_state, *batch)
+        return self.fused.jit.lower(self.params, self.opt_state, *batch, **extra_args)

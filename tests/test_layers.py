@@ -24,8 +24,8 @@ LAYERS = [
 MODULES = {
     "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
     "fused": [
-        *("loss_scale", "options", "offload", "buffers", "jaxpr", "sharding", "chain", "homes", "leafwise"),
-        *("plan", "stages"),
+        *("loss_scale", "options", "offload", "buffers", "jaxpr", "terms", "sharding", "chain", "homes", "readers"),
+        *("leafwise", "plan", "stages", "cotangents"),
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step"),
     ],

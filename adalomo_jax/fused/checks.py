@@ -1,13 +1,15 @@
 """Bad input, refused while tracing: with the invariant, the value, and the way out."""
 
+import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
@@ -170,6 +172,30 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
                     f"microbatches={options.microbatches} must divide the first axis of what is sliced, but {name} has "
                     f"the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
                 )
+
+
+def check_extra_args(extra_args: Mapping[str, Any]) -> None:
+    """Refuses extra arguments of ``tx.update`` that are no arrays."""
+    for path, x in _leaves(dict(extra_args)):
+        if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise ValueError(
+                f"Arguments by name are given to tx.update, in each layer's update, and must be trees of arrays, but "
+                f"{jax.tree_util.keystr(path)} is of the type {type(x).__name__}. Arguments of the loss are given by "
+                "position; a tx that calls a function of all parameters, as a line search does, cannot be fused."
+            )
+
+
+def check_by_position(loss_fn: Callable[..., Any], args: Sequence[Any], extra_args: Mapping[str, Any]) -> None:
+    """Refuses an argument of the loss that is given by name: it would go to ``tx.update``, and the loss not see it."""
+    try:
+        bound = inspect.signature(loss_fn).bind_partial(None, *args)
+    except (TypeError, ValueError):  # without a signature, or called wrongly, which the loss itself will say
+        return
+    free = bound.signature.parameters.keys() - bound.arguments.keys()
+    for name in free & extra_args.keys():
+        raise ValueError(
+            f"Arguments of the loss are given by position, but {name!r} was given by name: those go to tx.update."
+        )
 
 
 def check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> None:

@@ -7,7 +7,7 @@ parameters) are replaced by what they call, and equations whose results nobody r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _CALLS = ("jit", "closed_call")
 _CHECKPOINT = "remat2"
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
 class Equation(NamedTuple):
@@ -89,6 +90,18 @@ class Scan:
         return self.num_consts + self.num_carry
 
 
+@dataclass(frozen=True, eq=False)
+class While:
+    """The parts of a ``lax.while_loop`` equation, applied to the constants of both, then what it carries."""
+
+    cond: Program
+    """``cond(*cond_consts, *carry) -> whether to go on``."""
+    body: Program
+    """``body(*body_consts, *carry) -> *carry``."""
+    num_cond_consts: int
+    num_body_consts: int
+
+
 def trace(fn: Callable[..., Any], leaves: Sequence[Any], *args: Any) -> tuple[Program, Any]:
     """The program of ``fn(leaves, *args)``, whose inputs are the leaves and then those of ``args``.
 
@@ -139,6 +152,41 @@ def scan_of(equation: Equation) -> Scan:
     num_consts, num_carry = _scan_counts(equation.source)
     body = program_of(params["jaxpr"])
     return Scan(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
+
+
+def while_of(equation: Equation) -> While:
+    """The parts of a while equation."""
+    params = equation.params
+    cond, body = program_of(params["cond_jaxpr"]), program_of(params["body_jaxpr"])
+    return While(cond, body, params["cond_nconsts"], params["body_nconsts"])
+
+
+def branches_of(equation: Equation) -> Sequence[Any]:
+    """The jaxprs of a cond equation, each applied to all operands but the first."""
+    return equation.params["branches"]
+
+
+def called_as_it_is(equation: Equation) -> Any:
+    """The jaxpr whose results on the operands are the equation's, or None: a checkpoint, a custom derivative."""
+    called = _called(equation.source)
+    is_such = is_checkpoint(equation) or equation.name in _CUSTOM
+    return called if is_such and len(_open(called).invars) == len(equation.inputs) else None
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether it is a jaxpr, open or closed."""
+    return hasattr(value, "eqns") and hasattr(_open(value), "invars")
+
+
+def live_program(program: Program, outputs: Iterable[int]) -> Program:
+    """The program of some outputs, by their positions, and of the equations that they depend on."""
+    wanted = tuple(program.outputs[p] for p in outputs)
+    return replace(program, outputs=wanted, equations=tuple(_live(program.equations, wanted)))
+
+
+def primitives_in(program: Program) -> set[str]:
+    """The names of the primitives, those within calls, branches and loops too."""
+    return set().union(*(_primitives(equation.source) for equation in program.equations))
 
 
 def reads_in_order(program: Program) -> list[int]:
@@ -303,6 +351,11 @@ def _open(jaxpr: Any) -> Any:
 
 def _called(eqn: core.JaxprEqn) -> Any:
     return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+
+
+def _primitives(eqn: core.JaxprEqn) -> set[str]:
+    inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
+    return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in inner for e in _open(jaxpr).eqns))
 
 
 def _reads(eqn: core.JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:

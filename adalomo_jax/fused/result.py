@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from adalomo_jax.fused.buffers import check_apart
-from adalomo_jax.fused.checks import check_not_deleted, check_spread
+from adalomo_jax.fused.checks import check_extra_args, check_not_deleted, check_spread
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.state import FusedState
 from adalomo_jax.optimizers.per_layer import Group
@@ -43,15 +43,19 @@ class Donating:
 
     jitted: Any
 
-    def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
-        """The step. ``params`` and ``state`` are gone after it: go on with those that it returns."""
-        check_call(params, state, args)
-        check_apart({"params": params, "state": state}, {"args": args})
-        return self.jitted(params, state, *args)
+    def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
+        """The step, of ``(params, state, *args, **extra_args)``: what is given by name goes to ``tx.update``.
 
-    def lower(self, params: Any, state: FusedState, *args: Any) -> Any:
+        ``params`` and ``state`` are gone after it: go on with those that it returns.
+        """
+        check_call(params, state, args)
+        check_extra_args(extra_args)
+        check_apart({"params": params, "state": state}, {"args": args, "extra_args": extra_args})
+        return self.jitted(params, state, *args, **extra_args)
+
+    def lower(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> Any:
         """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
-        return self.jitted.lower(params, state, *args)
+        return self.jitted.lower(params, state, *args, **extra_args)
 
 
 def check_call(params: Any, state: Any, args: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """`fuse`: a loss and an optimizer, made into a training step in which the model's gradients never exist."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -11,7 +11,15 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import check_not_deleted, check_placed, check_state, leaves_on_host, warn_of_whole
+from adalomo_jax.fused.checks import (
+    check_by_position,
+    check_extra_args,
+    check_not_deleted,
+    check_placed,
+    check_state,
+    leaves_on_host,
+    warn_of_whole,
+)
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options, check_loss_and_tx
@@ -89,13 +97,17 @@ class FusedStep:
         traced = self._trace(params, args)
         return backward.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
 
-    def __call__(self, params: Any, state: FusedState, *args: Any) -> StepResult:
-        """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`."""
-        with jax.disable_jit(False):  # run as Python's, a loop would have no residuals of each iteration
-            return self._run(params, state, args)
+    def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
+        """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`.
 
-    def _run(self, params: Any, state: FusedState, args: Sequence[Any]) -> StepResult:
-        traced = self._trace_step(params, state, args)
+        Arguments by position are the loss's, those by name are given to ``tx.update``, which gets the loss besides, as
+        ``value``, unless another ``value`` is given (such as the loss on other data, for ``reduce_on_plateau``).
+        """
+        with jax.disable_jit(False):  # run as Python's, a loop would have no residuals of each iteration
+            return self._run(params, state, args, extra_args)
+
+    def _run(self, params: Any, state: FusedState, args: Sequence[Any], extra_args: Mapping[str, Any]) -> StepResult:
+        traced = self._trace_step(params, state, args, extra_args)
         plan, updater, options = traced.plan, self._updater(traced, state), self.options
         check_placed(plan, traced.leaves, options)
         d_loss, offloads = self._d_loss(state), options.offloads_activations
@@ -106,7 +118,7 @@ class FusedStep:
         if looks_ahead is not False:
             norm = measure() if looks_ahead is True else lax.cond(looks_ahead, measure, lambda: jnp.float32(0))
             ran = backward.begin_after(ran, norm)
-        updater = self._decide(updater, result, norm)
+        updater = self._decide(updater, result, norm, extra_args)
         done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
         return self._finish(traced, state, result, done, updater, norm)
 
@@ -115,15 +127,15 @@ class FusedStep:
         """This step under ``jax.jit``, with parameters and state donated: they are updated in place."""
         return Donating(jax.jit(self.__call__, donate_argnums=(0, 1)))
 
-    def unfused(self, params: Any, state: FusedState, *args: Any) -> StepResult:
+    def unfused(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
-        traced = self._trace_step(params, state, args, fetch)
+        traced = self._trace_step(params, state, args, extra_args, fetch)
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
         looks_ahead, norm = self._looks_ahead(state), None
         if looks_ahead is not False:
             norm = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares.norm(), 0)
-        updater = self._decide(updater, result, norm)
+        updater = self._decide(updater, result, norm, extra_args)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater, norm)
@@ -131,14 +143,27 @@ class FusedStep:
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
         """The call, traced."""
         check_not_deleted(params, "params")
-        return trace_call(self.loss_fn, self.tx, self.options, params, args)
+        return trace_call(self.loss_fn, self.tx, self.options, self._proven, params, args)
 
     def _trace_step(
-        self, params: Any, state: FusedState, args: Sequence[Any], move: Callable[[Any], Any] = lambda x: x
+        self,
+        params: Any,
+        state: FusedState,
+        args: Sequence[Any],
+        extra_args: Mapping[str, Any],
+        move: Callable[[Any], Any] = lambda x: x,
     ) -> Traced:
         """The call, traced, with parameters that are moved first; the state must be one for such a call."""
         check_call(params, state, args)
-        return trace_call(self.loss_fn, self.tx, self.options, jax.tree.map(move, params), args, state.signature)
+        check_extra_args(extra_args)
+        check_by_position(self.loss_fn, args, extra_args)
+        params = jax.tree.map(move, params)
+        return trace_call(self.loss_fn, self.tx, self.options, self._proven, params, args, state.signature, extra_args)
+
+    @cached_property
+    def _proven(self) -> set[Any]:
+        """For which parameters ``tx`` is known to treat leaves separately: the proof is a trace of its own."""
+        return set()
 
     def _d_loss(self, state: FusedState) -> jax.Array:
         """The cotangent of each microbatch's loss."""
@@ -196,7 +221,13 @@ class FusedStep:
             return state.loss_scale.finite_steps == 0
         return self.options.max_grad_norm is not None
 
-    def _decide(self, updater: Updater, result: tuple[jax.Array, Any], norm: jax.Array | None) -> Updater:
+    def _decide(
+        self,
+        updater: Updater,
+        result: tuple[jax.Array, Any],
+        norm: jax.Array | None,
+        extra_args: Mapping[str, Any],
+    ) -> Updater:
         """The updater that knows the loss, and the norm where it is computed first."""
         clip, proceed, loss = None, None, result[0]
         if self.options.skip_nonfinite:
@@ -204,7 +235,7 @@ class FusedStep:
         if norm is not None and self.options.max_grad_norm is not None:
             most = jnp.float32(self.options.max_grad_norm)
             clip = jnp.where(norm < most, 1.0, most / norm)
-        return replace(updater, clip=clip, proceed=proceed)
+        return replace(updater, clip=clip, proceed=proceed, extra_args={"value": loss, **extra_args})
 
     def _finish(
         self,
@@ -265,10 +296,10 @@ def fuse(
 ) -> FusedStep:
     """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
 
-    ``fuse(loss_fn, tx)(params, state, *args)`` equals, up to rounding::
+    ``fuse(loss_fn, tx)(params, state, *args, **extra_args)`` equals, up to rounding::
 
         loss, grads = jax.value_and_grad(loss_fn)(params, *args)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **{"value": loss, **extra_args})
         params = optax.apply_updates(params, updates)
 
     with three differences. Parameters that a ``lax.scan`` runs over are many tensors, one for each layer: ``tx`` sees
@@ -279,7 +310,8 @@ def fuse(
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. Any JAX function.
       tx: a transformation that treats leaves separately: adalomo, lomo, optax.adamw, chains, schedules, masks. Not one
-        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. Of a stack it sees a layer,
+        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. ``tx.update`` is given the loss
+        as ``value``, of microbatches that of the batch, and what the step is given by name. Of a stack it sees a layer,
         with one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       trainable: which parameters are: a tree of bools like ``params``, a prefix of one, or a function of a path such as

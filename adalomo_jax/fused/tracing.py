@@ -1,6 +1,6 @@
 """A call of the loss, traced and planned, and the optimizer lifted to the plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.readers import fold_readers
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stages import make_plan
-from adalomo_jax.optimizers.per_layer import PerLayer
+from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
 
 class Traced(NamedTuple):
@@ -61,14 +61,17 @@ def trace_call(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformationExtraArgs,
     options: Options,
+    proven: set[Any],
     params: Any,
     args: Sequence[Any],
     made_for: Signature | None = None,
+    extra_args: Mapping[str, Any] | None = None,
 ) -> Traced:
     """Traces ``loss_fn(params, *args)``, of one microbatch where there are several. Computes nothing of it.
 
     ``made_for`` is the signature of the state that the call is given: it knows how arrays are spread that may be traced
-    now.
+    now. ``extra_args`` are those of ``tx.update`` beside the loss, as ``value``; None where they are not known yet.
+    In ``proven`` are the cases, of this ``tx``, in which it is known to treat leaves separately; this one is added.
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
@@ -104,8 +107,29 @@ def trace_call(
     dtypes = [program.avals[v].dtype for v in program.inputs]  # those of typed PRNG keys have no name to go by
     tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, dtype) for leaf, dtype in zip(plan.leaves, dtypes))
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
-    check_leafwise(optimizer, paths)
+    extra = {"value": program.avals[program.outputs[0]], **(extra_args or {})}
+    _prove_leafwise(optimizer, paths, jax.tree.map(_type, extra), options, extra_args is not None, proven)
     return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)
+
+
+def _prove_leafwise(
+    optimizer: PerLayer, paths: Sequence[str], extra_args: Any, options: Options, complete: bool, proven: set[Any]
+) -> None:
+    """Refuses a ``tx`` that mixes leaves, unless that is proven. Before a step there may be more extra arguments."""
+    types, structure = jax.tree.flatten(extra_args)
+    case = (optimizer.treedef, optimizer.tensors, optimizer.groups, tuple(types), structure)
+    if case in proven:
+        return
+    try:
+        check_leafwise(optimizer, paths, extra_args, one_by_one=options.offloads_params)
+        proven.add(case)
+    except ExtraArgumentMissing:
+        if complete:
+            raise
+
+
+def _type(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _slices(x: Any, n: int, sharding: Sharding) -> Any:

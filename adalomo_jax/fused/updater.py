@@ -66,6 +66,8 @@ class Updater:
     proceed: jax.Array | None = None
     """Whether to write anything; None writes all, finite or not."""
     measures_rms: bool = False
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    """What ``tx.update`` is given by name."""
     of_tensors: tuple[Sharding, ...] = ()
     """Of one tensor of each leaf how it is spread."""
     of_own: Mapping[Group, list[Sharding]] = field(default_factory=dict)
@@ -82,7 +84,7 @@ class Updater:
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         with jax.numpy_dtype_promotion("standard"):  # clipped or unscaled gradients are wider than what tx may keep
-            updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights)
+            updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights, **self.extra_args)
         new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
         new_own = list(map(constrain, new_own, self.of_own[group]))
         written = self._spread(group, self._write(group, layer, weights, updates))
@@ -145,7 +147,7 @@ class Updater:
         self, inner: optax.OptState, owns: Mapping[Group, list[Any]], statistics: Mapping[Group, Statistics]
     ) -> optax.OptState:
         """The state after the step, given what is kept for each group. Counts stay where nothing was written."""
-        shared = self.optimizer.next_shared(inner)
+        shared = self.optimizer.next_shared(inner, **self.extra_args)
         if self.proceed is not None:
             wrote = any_written(statistics)
             shared = [jnp.where(wrote, new, old) for new, old in zip(shared, self.shared, strict=True)]

@@ -6,6 +6,7 @@ The state is that of the transformation itself, but for a leading layer axis on 
 count or an injected hyperparameter stays the scalar that it was.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,8 +60,7 @@ class PerLayer:
         if self._first_group is None:
             return self.tx.init(self.treedef.unflatten(leaves))
         axes = [0] * len(leaves) if axes is None else axes
-        states = {group: self._init_group(group, leaves, axes) for group in self.groups}
-        return self.assemble(states[self._first_group][1], [own for own, _ in states.values()])
+        return self.assemble(self._init_shared(), [self._init_group(group, leaves, axes) for group in self.groups])
 
     def update(
         self, group: Group, grads: Sequence[Any], own: Sequence[Any], shared: Sequence[Any], leaves: Any, **extra_args
@@ -94,7 +94,9 @@ class PerLayer:
 
     def init_own(self, group: Group, tensors: Sequence[Any]) -> list[Any]:
         """What ``tx.init`` keeps for one tensor of each of the group's leaves; of a stack, for one layer."""
-        return self._init_tensors(group, tensors)[0]
+        with asking_for(group):
+            by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
+        return [by_path[path] for path in self._own_paths(group)]
 
     def shared(self, state: optax.OptState) -> list[Any]:
         """The leaves of the state that belong to no parameter: step counts, hyperparameters."""
@@ -141,25 +143,28 @@ class PerLayer:
         chosen = dict(zip(positions, leaves, strict=True))
         return self.treedef.unflatten([chosen.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)])
 
-    def _init_group(
-        self, group: Group, leaves: Sequence[Any], axes: Sequence[int | None]
-    ) -> tuple[list[Any], list[Any]]:
-        """The own and the shared state."""
+    def _init_group(self, group: Group, leaves: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
+        """The own state."""
         of_group = [leaves[i] for i in group.leaves]
 
-        init = partial(self._init_tensors, group)
+        init = partial(self.init_own, group)
         if group.layers is None:
             return init(of_group)
         if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in of_group):
-            return jax.vmap(init, in_axes=([axes[i] for i in group.leaves],), out_axes=(0, None))(of_group)
-        own, shared = init([self.tensors[i] for i in group.leaves])
-        return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own], shared
+            return jax.vmap(init, in_axes=([axes[i] for i in group.leaves],))(of_group)
+        own = init([self.tensors[i] for i in group.leaves])
+        return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own]
 
-    def _init_tensors(self, group: Group, tensors: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """The own and the shared state of one tensor of each leaf."""
-        with asking_for(group):
-            by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
-        return [by_path[path] for path in self._own_paths(group)], [by_path[path] for path in self.shared_paths]
+    def _init_shared(self) -> list[Any]:
+        """The shared state. It depends on no tensor, but Optax may go by the dtypes of them all."""
+
+        def init() -> list[Any]:
+            tensors = [jnp.zeros(self.tensors[i].shape, self.tensors[i].dtype) for i in self._trained]
+            with asking_for(None):
+                by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(self._trained, tensors))))
+            return [by_path[path] for path in self.shared_paths]
+
+        return jax.jit(init)() if self.shared_paths else []
 
     def _abstract_init(self, params: optax.Params) -> tuple[list[Any], Any]:
         with asking_for(None):
@@ -174,13 +179,18 @@ class PerLayer:
 
     @cached_property
     def _state_layout(self) -> tuple[list[Any], Any]:
-        of_leaves = [i for group in self.groups for i in group.leaves]
-        return self._abstract_init(self.tree_of(of_leaves, [self.tensors[i] for i in of_leaves]))
+        return self._abstract_init(self.tree_of(self._trained, [self.tensors[i] for i in self._trained]))
 
     @cached_property
     def shared_paths(self) -> list[Any]:
         """The paths of the state's leaves that belong to no parameter."""
-        return self._abstract_init(self.tree_of([], []))[0]
+        try:
+            return self._abstract_init(self.tree_of([], []))[0]
+        except Exception as error:
+            raise ValueError(
+                "What tx keeps for no leaf is what tx.init makes of a tree of optax.MaskedNode()s, but it raises "
+                f"{error!r}. A tx that looks at all parameters at once, such as a line search, cannot be given some."
+            ) from error
 
     def _layout_of(self, group: Group) -> tuple[list[Any], Any]:
         """Of the state that `tx` keeps for the leaves of a group, or for some of them."""
@@ -195,21 +205,37 @@ class PerLayer:
 
     def owners(self, group: Group) -> list[int | None]:
         """Of each leaf of a group's own state the parameter that it is kept for; None where it is for several."""
-        if group not in self._owners:
-            found: dict[Any, list[int]] = {path: [] for path in self._own_paths(group)}
-            for i in group.leaves:
-                for path in self._abstract_init(self.tree_of([i], [self.tensors[i]]))[0]:
-                    if path in found:
-                        found[path].append(i)
-            self._owners[group] = [leaves[0] if len(leaves) == 1 else None for leaves in found.values()]
-        return self._owners[group]
+        return [self._owners[path] for path in self._own_paths(group)]
 
     @cached_property
-    def _owners(self) -> dict[Group, list[int | None]]:
-        return {}
+    def _owners(self) -> dict[Any, int | None]:
+        """Of each leaf of the state.
+
+        ``tx`` is asked what it keeps for half of the parameters and for the other half, split by each bit of their
+        positions: the answers spell the position. What is kept for several is there in both halves of some split.
+        """
+        owners: dict[Any, int | None] = dict.fromkeys(self._state_layout[0], 0)
+        for bit in range(len(self.tensors).bit_length()):
+            halves = []
+            for value in (0, 1):
+                half = [i for i in self._trained if i >> bit & 1 == value]
+                halves.append({*self._abstract_init(self.tree_of(half, [self.tensors[i] for i in half]))[0]})
+            for path, owner in owners.items():
+                if path in halves[1]:
+                    owners[path] = None if owner is None or path in halves[0] else owner | 1 << bit
+        return owners
+
+    @cached_property
+    def _trained(self) -> list[int]:
+        """The positions of the leaves in groups."""
+        return sorted(i for group in self.groups for i in group.leaves)
 
     def _own_paths(self, group: Group) -> list[Any]:
         return [path for path in self._layout_of(group)[0] if path not in self.shared_paths]
+
+
+class ExtraArgumentMissing(ValueError):
+    """``tx.update`` demands a keyword argument that it was not given."""
 
 
 @contextmanager
@@ -220,6 +246,16 @@ def asking_for(group: Group | None) -> Iterator[None]:
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer, whatever users forbid
             yield
     except (AttributeError, TypeError) as error:
+        if missing := re.search(r"missing \d+ required keyword-only arguments?: (.*)", str(error)):
+            raise ExtraArgumentMissing(
+                f"tx.update needs more than gradients, state and parameters, and was not given {missing[1]}. Pass "
+                "it by name, as to tx.update: a fused step is step(params, state, *args, name=...)."
+            ) from error
+        if "got an unexpected keyword argument" in str(error):
+            raise ValueError(
+                f"tx.update must accept keyword arguments that it does not know, as Optax's do: {error}. Add "
+                "**extra_args to it."
+            ) from error
         if "MaskedNode" not in str(error):
             raise
         raise ValueError(
