@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from adalomo_jax.optimizers import FactoredMoment as FactoredMoment
 from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
 from adalomo_jax.optimizers import adalomo as adalomo
 from adalomo_jax.optimizers import apply_updates as apply_updates

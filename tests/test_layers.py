@@ -22,7 +22,7 @@ LAYERS = [
 ]
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
-    "optimizers": ["moments", "precision", "rounding", "per_layer", "adalomo", "lomo"],
+    "optimizers": ["arguments", "moments", "precision", "rounding", "layer_axes", "per_layer", "adalomo", "lomo"],
     "fused": [
         *("loss_scale", "options", "offload", "buffers", "jaxpr", "terms", "sharding", "chain", "homes", "readers"),
         *("leafwise", "plan", "stages", "cotangents"),

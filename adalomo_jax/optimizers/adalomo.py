@@ -1,5 +1,6 @@
 """AdaLomo as an Optax gradient transformation."""
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adalomo_jax.optimizers.arguments import (
+    check_above_zero,
+    check_floats,
+    check_learning_rate,
+    check_not_negative,
+    check_number,
+    checked_mask,
+)
+from adalomo_jax.optimizers.layer_axes import LayerAxes
 from adalomo_jax.optimizers.moments import (
+    FactoredMoment,
     Moment,
     is_factored,
     new_share_at,
@@ -15,18 +26,24 @@ from adalomo_jax.optimizers.moments import (
     rms,
     row_and_col_means,
 )
-from adalomo_jax.optimizers.per_layer import LayerAxes, per_layer
-from adalomo_jax.optimizers.precision import in_float32
+from adalomo_jax.optimizers.per_layer import per_layer
+from adalomo_jax.optimizers.precision import as_float32, in_float32
 
 
 class ScaleByAdalomoState(NamedTuple):
-    """State of :func:`scale_by_adalomo`."""
+    """State of :func:`scale_by_adalomo`: a count, and three trees like the parameters, of float32 arrays.
+
+    Of a tensor that is factored ``v`` is a zero of shape ``[1]``; of one that is not, ``v_row`` and ``v_col`` are.
+    """
 
     count: jax.Array
     """Steps taken, int32."""
-    moments: Any
-    """A tree like the parameters: of each the second moment, a ``FactoredMoment`` (``[..., m]`` and ``[..., n]`` of a
-    tensor ``[..., m, n]``), or an array like the parameter where it has fewer than two axes. Always float32."""
+    v_row: Any
+    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=-1)``, ``[..., m]``."""
+    v_col: Any
+    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=-2)``, ``[..., n]``."""
+    v: Any
+    """Of a tensor with fewer than two axes the moving average of ``g**2``, with its shape."""
 
 
 def scale_by_adalomo(
@@ -43,34 +60,39 @@ def scale_by_adalomo(
     :mod:`adalomo_jax.optimizers.moments`. :func:`adalomo` adds the weight decay and the learning rate.
 
     Args:
-      decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``beta_t = 1 - t**-decay_rate``.
+      decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``beta_t = 1 - t**-decay_rate``; above 0.
       b2: where given, the constant decay of the paper's algorithm 1 in place of ``beta_t``, from 0 to less than 1.
-      clipping_threshold: the largest root mean square of a tensor's update.
-      eps: added to the squared gradient.
+      clipping_threshold: the largest root mean square of a tensor's update; above 0.
+      eps: added to the squared gradient; above 0.
       layer_axes: see :func:`per_layer`; each layer of a stack is then a tensor of its own.
 
     Returns:
       A transformation whose state is a :class:`ScaleByAdalomoState` and whose updates have the gradients' dtypes.
     """
-    _check_constant("b2", b2, lambda x: 0 <= x < 1, "at least 0 and less than 1")
-    _check_constant("decay_rate", decay_rate, lambda x: x > 0, "above 0")
-    _check_constant("clipping_threshold", clipping_threshold, lambda x: x > 0, "above 0")
-    _check_constant("eps", eps, lambda x: x > 0, "above 0")
+    if b2 is not None:
+        check_number("b2", b2, lambda x: 0 <= x < 1, "at least 0 and less than 1")
+    check_above_zero("decay_rate", decay_rate)
+    check_above_zero("clipping_threshold", clipping_threshold)
+    if getattr(eps, "dtype", None) == jnp.float16:  # a hyperparameter of Optax as narrow as the parameters: 1e-30 is 0
+        check_not_negative("eps", eps)
+    else:
+        check_above_zero("eps", eps)
 
     def init(params: optax.Params) -> ScaleByAdalomoState:
-        return ScaleByAdalomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(_init_moment, params))
+        check_floats("params", params)
+        leaves, treedef = jax.tree.flatten(params)
+        return _state_of(jnp.zeros([], jnp.int32), treedef, map(_init_moment, leaves))
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
+        check_floats("grads", updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_share = new_share_at(count, decay_rate) if b2 is None else jnp.asarray(1.0 - b2, jnp.float32)
         gradients, treedef = jax.tree.flatten(updates)
         step = partial(normalized_update, new_share=new_share, eps=eps, threshold=clipping_threshold)
-        pairs = [
-            step(moment, g.astype(jnp.float32)) for g, moment in zip(gradients, treedef.flatten_up_to(state.moments))
-        ]
+        pairs = [step(moment, as_float32(g)) for g, moment in zip(gradients, _moments_of(state, treedef, gradients))]
         scaled = [u.astype(g.dtype) for g, (u, _) in zip(gradients, pairs)]
-        return treedef.unflatten(scaled), ScaleByAdalomoState(count, treedef.unflatten([moment for _, moment in pairs]))
+        return treedef.unflatten(scaled), _state_of(count, treedef, [moment for _, moment in pairs])
 
     return per_layer(optax.GradientTransformation(init, update), layer_axes)
 
@@ -80,10 +102,12 @@ def scale_by_param_rms(min_param_rms: float | jax.Array = 1e-3) -> optax.Gradien
 
     Equals ``optax.scale_by_param_block_rms``, but reads the parameter once.
     """
+    check_not_negative("min_param_rms", min_param_rms)
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         if params is None:
             raise ValueError("The step depends on the parameters: call tx.update(grads, state, params).")
+        check_floats("grads", updates)
         scaled = jax.tree.map(lambda u, p: (u * jnp.maximum(min_param_rms, rms(p))).astype(u.dtype), updates, params)
         return scaled, state
 
@@ -112,17 +136,18 @@ def adalomo(
         theta = theta - a * (u + weight_decay * theta)
 
     which is the official PyTorch rule (lomo-optim). The arithmetic is that of Adafactor without momentum, each layer a
-    tensor of its own. The state holds ``m + n`` float32 numbers for a matrix ``[m, n]``.
+    tensor of its own. The state holds ``m + n + 1`` float32 numbers for a matrix ``[m, n]``. Of complex parameters
+    ``g**2`` is ``|g|**2``; give it the conjugates of JAX's gradients, as any rule of Optax.
 
     Args:
-      learning_rate: the step relative to the root mean square of a tensor's weights; a float or a schedule of the step
-        count, which starts at 0. Fine-tuning takes 5e-4 to 2e-3.
-      decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``1 - t**-decay_rate``.
-      b2: where given, the constant decay that the paper prints, in place of ``decay_rate``.
-      clipping_threshold: the largest root mean square of a tensor's update before the learning rate.
-      eps: added to the squared gradient.
-      min_param_rms: the least root mean square that a tensor is taken to have, so that zeros can move.
-      weight_decay: decoupled, multiplied with the learning rate and the root mean square as the update is.
+      learning_rate: the step relative to the root mean square of a tensor's weights; a float, at least 0, or a schedule
+        of the step count, which starts at 0. Fine-tuning takes 5e-4 to 2e-3.
+      decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``1 - t**-decay_rate``; above 0.
+      b2: where given, the constant decay that the paper prints, in place of ``decay_rate``, from 0 to less than 1.
+      clipping_threshold: the largest root mean square of a tensor's update before the learning rate; above 0.
+      eps: added to the squared gradient; above 0.
+      min_param_rms: the least root mean square that a tensor is taken to have, so that zeros can move; at least 0.
+      weight_decay: decoupled, multiplied with the learning rate and the root mean square as the update is; at least 0.
       weight_decay_mask: as in ``optax.add_decayed_weights``: a tree of bools, a prefix of it, or a callable.
       layer_axes: of each parameter the axis along which layers are stacked for a scan, or None; a tree, a prefix of
         one, or a callable that makes it from the parameters. Each layer is then a tensor of its own. Not needed under
@@ -135,7 +160,8 @@ def adalomo(
       A transformation whose updates have the gradients' dtypes and whose moments are float32.
 
     Raises:
-      ValueError: for a constant out of its range, or, in ``update``, where ``params`` is missing.
+      ValueError: for an argument out of its range; in ``init`` and ``update``, for what is not of floats; in
+        ``update``, where ``params`` is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -150,10 +176,11 @@ def adalomo(
 
     Source: Lv et al., https://arxiv.org/abs/2310.10195, algorithm 1.
     """
-    _check_constant("min_param_rms", min_param_rms, lambda x: x >= 0, "at least 0")
+    check_learning_rate(learning_rate)
+    check_not_negative("weight_decay", weight_decay)
     rule = optax.chain(
         scale_by_adalomo(decay_rate=decay_rate, b2=b2, clipping_threshold=clipping_threshold, eps=eps),
-        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.add_decayed_weights(weight_decay, checked_mask("weight_decay_mask", weight_decay_mask)),
         scale_by_param_rms(min_param_rms),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -168,7 +195,13 @@ def _init_moment(p: Any) -> Moment:
     )
 
 
-def _check_constant(name: str, value: Any, holds, invariant: str) -> None:
-    """Arrays are let through: under ``optax.inject_hyperparams`` they are traced."""
-    if isinstance(value, (int, float)) and not holds(value):
-        raise ValueError(f"{name} must be {invariant}, got {value}.")
+def _state_of(count: jax.Array, treedef: Any, moments: Iterable[Moment]) -> ScaleByAdalomoState:
+    """Three trees of arrays, as Optax's factored state is: Flax's NNX keeps one array for each parameter."""
+    parts = [(*m, None) if isinstance(m, FactoredMoment) else (None, None, m) for m in moments]
+    tree_of = lambda k: treedef.unflatten([jnp.zeros(1, jnp.float32) if part[k] is None else part[k] for part in parts])
+    return ScaleByAdalomoState(count, *map(tree_of, range(3)))
+
+
+def _moments_of(state: ScaleByAdalomoState, treedef: Any, gradients: Sequence[jax.Array]) -> list[Moment]:
+    parts = zip(gradients, *map(treedef.flatten_up_to, (state.v_row, state.v_col, state.v)), strict=True)
+    return [FactoredMoment(row, col) if is_factored(g.shape) else v for g, row, col, v in parts]

@@ -3,8 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from adalomo_jax.optimizers.arguments import (
+    check_above_zero,
+    check_learning_rate,
+    check_not_negative,
+    checked_mask,
+)
 from adalomo_jax.optimizers.precision import in_float32
 
 
@@ -23,8 +30,8 @@ def lomo(
         theta = theta - learning_rate(t) * (g + weight_decay * theta)
 
     Args:
-      learning_rate: a float or a schedule of the step count, which starts at 0.
-      clip_value: the largest magnitude of a gradient's entry; None clips nothing.
+      learning_rate: a float, at least 0, or a schedule of the step count, which starts at 0.
+      clip_value: the largest magnitude of a gradient's entry, above 0; None clips nothing.
       weight_decay: decoupled, multiplied with the learning rate.
       weight_decay_mask: as in ``optax.add_decayed_weights``.
 
@@ -32,7 +39,7 @@ def lomo(
       A transformation whose updates have the gradients' dtypes.
 
     Raises:
-      ValueError: where ``clip_value`` is not above 0.
+      ValueError: for an argument out of its range, and, in ``init`` and ``update``, for what is not of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,13 +52,25 @@ def lomo(
 
     Source: Lv et al., https://arxiv.org/abs/2306.09782, algorithm 1.
     """
-    if isinstance(clip_value, (int, float)) and clip_value <= 0:
-        raise ValueError(f"clip_value must be above 0, got {clip_value}; pass None to clip nothing.")
+    check_learning_rate(learning_rate)
+    if clip_value is not None:
+        check_above_zero("clip_value", clip_value, "; pass None to clip nothing")
+    check_not_negative("weight_decay", weight_decay)
+    mask = checked_mask("weight_decay_mask", weight_decay_mask)
     decays = not isinstance(weight_decay, (int, float)) or weight_decay != 0.0
     return in_float32(
         optax.chain(
-            optax.identity() if clip_value is None else optax.clip(clip_value),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity(),
+            optax.identity() if clip_value is None else _clip(clip_value),
+            optax.add_decayed_weights(weight_decay, mask) if decays else optax.identity(),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
+
+
+def _clip(most: float | jax.Array) -> optax.GradientTransformation:
+    """Bounds the magnitude of each entry: of a complex one, too, whose direction stays."""
+
+    def clip(g: jax.Array) -> jax.Array:
+        return g * (most / jnp.maximum(jnp.abs(g), most)) if jnp.iscomplexobj(g) else jnp.clip(g, -most, most)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))

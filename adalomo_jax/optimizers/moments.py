@@ -7,7 +7,8 @@
     u = g / sqrt(v)
     u = u / max(1, RMS(u) / threshold)          grouped update normalization
 
-Axes before the last two are batch axes of ``r`` and ``c``; RMS is over the whole tensor.
+Axes before the last two are batch axes of ``r`` and ``c``; RMS is over the whole tensor. Of complex ``g`` and theta
+squares are those of magnitudes.
 
 What a step must move: RMS(u) depends on all of ``r`` and ``c``, so on every entry of ``g``, and the write depends on
 RMS(u). So ``g`` is read three times at least: for sums, for RMS(u), for the write. The write reads and writes theta,
@@ -55,7 +56,14 @@ def new_share_at(t: jax.typing.ArrayLike, decay_rate: float | jax.Array) -> jax.
 
 def rms(x: jax.Array) -> jax.Array:
     """The root of the mean square of all entries, in float32."""
-    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+    return jnp.sqrt(jnp.mean(squared(x)))
+
+
+def squared(x: jax.Array) -> jax.Array:
+    """``|x|**2`` of each entry, in float32."""
+    if jnp.iscomplexobj(x):
+        return squared(x.real) + squared(x.imag)
+    return jnp.square(x.astype(jnp.float32))
 
 
 def row_and_col_means(s: jax.Array) -> FactoredMoment:
@@ -76,7 +84,7 @@ def normalized_update(
     eps: float | jax.Array = 1e-30,
     threshold: float | jax.Array = 1.0,
 ) -> tuple[jax.Array, Moment]:
-    """``u`` and the moment after a step with the gradient ``g``, float32: the equations above.
+    """``u`` and the moment after a step with the gradient ``g``, float32 or complex64: the equations above.
 
     The moment of a factored tensor is moved by the means of the rows and columns of ``g**2 + eps``, that of another one
     by ``g**2 + eps`` itself. ``new_share`` is ``1 - beta``.
@@ -84,10 +92,10 @@ def normalized_update(
     # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
     eps = jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     if not isinstance(moment, FactoredMoment):
-        v = accumulate(moment, jnp.square(g) + eps, new_share)
+        v = accumulate(moment, squared(g) + eps, new_share)
         return clip_rms(g * lax.rsqrt(v), threshold), v
     m = g.shape[-2]
-    r = accumulate(moment.row, jnp.mean(jnp.square(g), axis=-1) + eps, new_share)
+    r = accumulate(moment.row, jnp.mean(squared(g), axis=-1) + eps, new_share)
     squares, squares_by_row = sums_over_rows(g, lax.rsqrt(r))
     c = accumulate(moment.col, squares / m + eps, new_share)
     # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
@@ -110,18 +118,18 @@ def sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.
 
 def sums_as_two(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for XLA's compiler for TPUs, which makes one pass of the two."""
-    return jnp.sum(jnp.square(g), axis=-2), jnp.sum(jnp.square(g * row_factor[..., None]), axis=-2)
+    return jnp.sum(squared(g), axis=-2), jnp.sum(squared(g * row_factor[..., None]), axis=-2)
 
 
 def sums_as_pair(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for the compiler for GPUs, which makes two passes of two sums within a training step."""
-    zero = jnp.zeros([], g.dtype)
+    zero = jnp.zeros([], jnp.float32)
     add = lambda old, new: (old[0] + new[0], old[1] + new[1])
-    return lax.reduce((jnp.square(g), jnp.square(g * row_factor[..., None])), (zero, zero), add, (g.ndim - 2,))
+    return lax.reduce((squared(g), squared(g * row_factor[..., None])), (zero, zero), add, (g.ndim - 2,))
 
 
 def sums_as_one(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for the compiler for CPUs, which would make two passes, and write ``g**2`` for them first."""
     factors = jnp.where(jnp.array([False, True]), row_factor[..., None], 1.0)
-    sums = jnp.sum(jnp.square(g[..., None, :] * factors[..., None]), axis=-3)
+    sums = jnp.sum(squared(g[..., None, :] * factors[..., None]), axis=-3)
     return sums[..., 0, :], sums[..., 1, :]

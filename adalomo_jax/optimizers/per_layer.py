@@ -7,7 +7,7 @@ count or an injected hyperparameter stays the scalar that it was.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-LayerAxes = Any | Callable[[optax.Params], Any] | None
-"""A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or what makes it."""
-
+from adalomo_jax.optimizers.arguments import check_transformation
+from adalomo_jax.optimizers.layer_axes import LayerAxes, axes_of_leaves, entries_of
 
 _in_a_stack = ContextVar("in_a_stack", default=False)
 """Whether a transformation is being asked about one layer of a stack."""
@@ -282,8 +281,9 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
       A transformation.
 
     Raises:
-      ValueError: in ``init`` and ``update``, where an axis is missing or is not one of the leaf's, or where ``tx`` has
-        ``layer_axes`` of its own for the same leaf.
+      ValueError: where ``tx`` is no transformation or an axis no integer; in ``init`` and ``update``, where an axis is
+        missing, is not one of the leaf's or is of no leaf, or where ``tx`` has ``layer_axes`` of its own for the same
+        leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -294,12 +294,15 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
       >>> updates["layers"].shape
       (12, 4, 4)
     """
+    check_transformation(tx)
     inner = optax.with_extra_args_support(tx)
     if layer_axes is None:
         return inner
+    if not callable(layer_axes):
+        entries_of(layer_axes)  # refuses here what it would refuse later
 
     def lift(params: optax.Params) -> tuple[PerLayer, list[int | None], list[Any]]:
-        axes = _axes_of_leaves(params, layer_axes(params) if callable(layer_axes) else layer_axes)
+        axes = axes_of_leaves(params, layer_axes)
         if _in_a_stack.get() and any(axis is not None for axis in axes):
             raise ValueError(
                 "layer_axes names layers within one layer of a stack. fuse, like an outer per_layer, gives tx one "
@@ -339,20 +342,3 @@ def _layers_first(leaf: Any, axis: int | None) -> Any:
 def _layer_sharding(stack: Any) -> Any:
     """The mesh axes over which the layers are spread, on an explicit mesh."""
     return None if isinstance(stack, jax.ShapeDtypeStruct) else jax.typeof(stack).sharding.spec[0]
-
-
-def _axes_of_leaves(params: optax.Params, axes: Any) -> list[int | None]:
-    """The layer axis of each leaf, found by the longest part of its path that ``axes`` has."""
-    by_path = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda axis: axis is None))
-
-    def axis_of(path: tuple[Any, ...], leaf: Any) -> int | None:
-        name = jax.tree_util.keystr(path)
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
-        if prefix is None:
-            raise ValueError(f"layer_axes has no entry for {name}; give it the axis of its layers, or None.")
-        axis, rank = by_path[prefix], len(leaf.shape)
-        if axis is not None and not -rank <= axis < rank:
-            raise ValueError(f"layer_axes of {name} must be an axis of its shape {tuple(leaf.shape)}, got {axis}.")
-        return axis
-
-    return [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]

@@ -13,12 +13,19 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from adalomo_jax.optimizers.arguments import check_key
+
 _FLOAT32_MANTISSA = 23
 
 
 def rounds_stochastically(dtype: jax.typing.DTypeLike) -> bool:
     """Whether weights of this dtype are rounded stochastically when a key is given: bfloat16 and float16."""
     return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def is_too_narrow(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether weights of this dtype cannot be trained here: floats of 8 bits and fewer."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
@@ -35,6 +42,9 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     Returns:
       An array like ``x`` of ``dtype``.
 
+    Raises:
+      ValueError: for another dtype, an ``x`` that is not float32, or what is not one typed key.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> x = jnp.full(10_000, 1.001)                        # bfloat16 has 1.0 and 1.0078125 there
@@ -42,6 +52,11 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
       >>> print(sorted(set(y.tolist())), round(float(y.astype(jnp.float32).mean()), 3))
       [1.0, 1.0078125] 1.001
     """
+    check_key(key)
+    if jnp.result_type(x) != jnp.float32:
+        raise ValueError(f"x must be float32, got {jnp.result_type(x)}; give it x.astype(jnp.float32).")
+    if not rounds_stochastically(dtype):
+        raise ValueError(f"dtype must be bfloat16 or float16, got {jnp.dtype(dtype)}.")
     random = hashed_bits(key, x.shape) >> 16
     dropped = _FLOAT32_MANTISSA - jnp.finfo(dtype).nmant
     bits = lax.bitcast_convert_type(x, jnp.uint32)
@@ -79,8 +94,20 @@ def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> ja
         return jnp.asarray(optax.apply_updates(p, u))
     if rounds_stochastically(u.dtype):
         # XLA may leave out the rounding of u to its dtype in one program and not in another; their weights must agree.
-        u = lax.reduce_precision(u.astype(jnp.float32), jnp.finfo(u.dtype).nexp, jnp.finfo(u.dtype).nmant)
+        u = _to_nearest(u.astype(jnp.float32), u.dtype)
     return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, key)
+
+
+def _to_nearest(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Float32 ``x`` at the nearest value of a narrow dtype, in float32; XLA does not leave it out."""
+    info = jnp.finfo(dtype)
+    y = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.minexp == jnp.finfo(jnp.float32).minexp:
+        return y
+    # It makes zeros of float16's subnormals, which steps of a small learning rate are.
+    spacing = info.smallest_subnormal.astype(jnp.float32)
+    subnormal = lax.round(x / spacing, lax.RoundingMethod.TO_NEAREST_EVEN) * spacing
+    return jnp.where(jnp.abs(x) < info.smallest_normal.astype(jnp.float32), subnormal, y)
 
 
 def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Array | None = None) -> optax.Params:
@@ -94,6 +121,10 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
     Returns:
       A tree like ``params``, with the same dtypes.
 
+    Raises:
+      ValueError: with a key, where it is not one typed key, where ``updates`` is not like ``params``, or where weights
+        are floats of 8 bits.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from adalomo_jax import apply_updates
@@ -106,6 +137,21 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
     """
     if key is None:
         return optax.apply_updates(params, updates)
+    check_key(key)
+    _check_like(params, updates)
     leaves, treedef = jax.tree.flatten(params)
     keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
     return treedef.unflatten(map(apply_update, leaves, treedef.flatten_up_to(updates), keys))
+
+
+def _check_like(params: optax.Params, updates: optax.Updates) -> None:
+    """Refuses updates that do not fit the parameters one for one, and weights that nothing is rounded to at random."""
+    if jax.tree.structure(params) != jax.tree.structure(updates):
+        found, due = (" ".join(str(jax.tree.structure(tree)).split()) for tree in (updates, params))
+        raise ValueError(f"updates must be a tree like params, got {found} for {due}.")
+    for (path, p), u in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(updates), strict=True):
+        name = jax.tree_util.keystr(path)
+        if jnp.shape(p) != jnp.shape(u):
+            raise ValueError(f"updates{name} must have the shape {jnp.shape(p)} of the parameter, got {jnp.shape(u)}.")
+        if is_too_narrow(jnp.result_type(p)):
+            raise ValueError(f"params{name} must be of 16 bits at least, got {p.dtype}; keep it in bfloat16.")

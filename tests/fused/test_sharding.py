@@ -70,17 +70,18 @@ def test_the_comparison_sees_a_step_too_few():
 def test_parameters_and_state_stay_spread(axis_type):
     spread = SPREADS["fsdp and tensor"]
     result, _ = on_mesh("fsdp and tensor", axis_type, "adalomo")
-    specs = jax.tree.map(lambda x: tuple(x.sharding.spec), (result.params, result.state.inner[0].moments))
+    specs = jax.tree.map(lambda x: tuple(x.sharding.spec), (result.params, result.state.inner[0]))
     pad = lambda spec, x: (*spec, *(None,) * (x.ndim - len(spec)))
     expected = jax.tree.map(lambda x, spec: pad(spec, x), result.params, spread.specs)
     trimmed = lambda tree: jax.tree.map(
         trim, tree, is_leaf=lambda x: isinstance(x, tuple) and not hasattr(x, "_fields")
     )
     assert trimmed(specs[0]) == trimmed(expected)
-    moments = trimmed(specs[1])
-    assert moments["layers"]["up"] == ((None, "fsdp"), (None, "tensor"))
-    assert moments["layers"]["down"] == ((None, "tensor"), (None, "fsdp"))
-    assert moments["embed"] == ((), ("fsdp",))
+    rows, columns, unused = (trimmed(getattr(specs[1], name)) for name in ("v_row", "v_col", "v"))
+    assert (rows["layers"]["up"], columns["layers"]["up"]) == ((None, "fsdp"), (None, "tensor"))
+    assert (rows["layers"]["down"], columns["layers"]["down"]) == ((None, "tensor"), (None, "fsdp"))
+    assert (rows["embed"], columns["embed"]) == ((), ("fsdp",))
+    assert unused["layers"]["up"] == unused["embed"] == ()
 
 
 def trim(spec):

@@ -112,7 +112,8 @@ def test_it_keeps_nothing_but_a_schedules_step_count():
 
 @pytest.mark.parametrize("clip_value", [0, 0.0, -1.0])
 def test_a_clip_value_that_is_not_above_zero_is_refused(clip_value: float):
-    with pytest.raises(ValueError, match=rf"clip_value must be above 0, got {clip_value}; pass None to clip nothing"):
+    due = rf"clip_value must be above 0 and finite, got {float(clip_value)}; pass None to clip nothing"
+    with pytest.raises(ValueError, match=due):
         lomo(0.1, clip_value=clip_value)
 
 

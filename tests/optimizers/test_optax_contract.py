@@ -287,7 +287,7 @@ def test_the_factors_are_sharded_as_the_rows_and_columns_are():
     mesh = on_mesh()
     with jax.set_mesh(mesh):
         p = jax.device_put(jnp.ones((8, 4, 16)), NamedSharding(mesh, P("x", None, "y")))
-        specs = lambda tx: tuple(jax.typeof(x).sharding.spec for x in jax.tree.leaves(tx.init(p).moments))
+        specs = lambda tx: tuple(jax.typeof(x).sharding.spec for x in tx.init(p)[1:3])
         assert specs(scale_by_adalomo()) == (P("x", None), P("x", "y"))
         assert specs(scale_by_adalomo(layer_axes=0)) == (P("x", None), P("x", "y"))
         assert specs(scale_by_adalomo(layer_axes=1)) == (P(None, "x"), P(None, "y"))

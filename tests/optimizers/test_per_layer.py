@@ -11,7 +11,7 @@ import optax
 import pytest
 from tolerances import assert_apart, assert_close
 
-from adalomo_jax.optimizers import FactoredMoment, ScaleByAdalomoState, adalomo, lomo, per_layer
+from adalomo_jax.optimizers import ScaleByAdalomoState, adalomo, lomo, per_layer
 
 AXES = {"attention": 0, "mlp": 1, "norm": -1, "decoder": 0, "head": None}
 DEPTHS = {"attention": 3, "mlp": 3, "norm": 3, "decoder": 2}
@@ -33,8 +33,9 @@ def stacked(apart: dict[str, Any]) -> dict[str, Any]:
     return {name: x if AXES[name] is None else np.stack(x, AXES[name]) for name, x in apart.items()}
 
 
-def factors(row: Any, col: Any) -> FactoredMoment:
-    return FactoredMoment(row, col)
+def shapes_of(state: Any) -> Any:
+    """Of the moments: of rows, of columns, and of single entries."""
+    return jax.tree.map(jnp.shape, (state.v_row, state.v_col, state.v))
 
 
 def matrices_only(params: Any) -> Any:
@@ -127,14 +128,10 @@ def test_the_state_of_adalomo_on_stacks():
     (rule, *_) = state
     assert isinstance(rule, ScaleByAdalomoState)
     assert (rule.count.shape, rule.count.dtype) == ((), jnp.int32)
-    shapes = jax.tree.map(jnp.shape, rule.moments)
-    assert shapes == {
-        "attention": factors((3, 6), (3, 4)),
-        "mlp": factors((3, 6), (3, 4)),
-        "norm": (3, 6),
-        "decoder": factors((2, 2, 4), (2, 2, 3)),
-        "head": factors((6,), (4,)),
-    }
+    unused = {"attention": (3, 1), "mlp": (3, 1), "norm": (3, 1), "decoder": (2, 1), "head": (1,)}
+    matrices = {"attention": (3, 6), "mlp": (3, 6), "decoder": (2, 2, 4), "head": (6,)}
+    columns = {"attention": (3, 4), "mlp": (3, 4), "decoder": (2, 2, 3), "head": (4,)}
+    assert shapes_of(rule) == (unused | matrices, unused | columns, unused | {"norm": (3, 6)})
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
@@ -157,10 +154,11 @@ def test_axes_are_a_tree_a_prefix_or_a_callable(axes: Any):
     params = {"encoder": {"w": jnp.ones((3, 4, 5)), "b": jnp.ones((3, 5))}, "head": jnp.ones((5, 2))}
     state: Any = adalomo(0.1, layer_axes=axes).init(params)
     (rule, *_) = state
-    assert jax.tree.map(jnp.shape, rule.moments) == {
-        "encoder": {"w": factors((3, 4), (3, 5)), "b": (3, 5)},
-        "head": factors((5,), (2,)),
-    }
+    assert shapes_of(rule) == (
+        {"encoder": {"w": (3, 4), "b": (3, 1)}, "head": (5,)},
+        {"encoder": {"w": (3, 5), "b": (3, 1)}, "head": (2,)},
+        {"encoder": {"w": (3, 1), "b": (3, 5)}, "head": (1,)},
+    )
 
 
 @pytest.mark.parametrize("axes, message", [

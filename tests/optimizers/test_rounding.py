@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adalomo_jax.optimizers import apply_updates, stochastic_round
-from adalomo_jax.optimizers.rounding import hashed_bits, rounds_stochastically
+from adalomo_jax.optimizers.rounding import _to_nearest, hashed_bits, rounds_stochastically
 
 NARROW = ["bfloat16", "float16"]
 SUBNORMAL = 2.0**-24  # the spacing of float16 below 2**-14
@@ -29,6 +29,7 @@ def all_values(dtype: str) -> np.ndarray:
 
 
 round_many = jax.jit(stochastic_round, static_argnums=1)
+to_nearest = jax.jit(_to_nearest, static_argnums=1)
 
 
 def deviation(rounded: Any, x: float, below: float, above: float) -> float:
@@ -80,6 +81,24 @@ def test_a_sum_of_many_small_steps_arrives(dtype: str):
     standard_error = np.sqrt(steps * size * float(jnp.finfo(dtype).eps) / copies)
     assert abs(trained(key()) - (1 + steps * size)) < 5 * standard_error
     assert abs(trained(None) - (1 + steps * size)) > 5 * standard_error
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("units", [1, -3, 200, 1023])
+def test_updates_that_are_subnormal_in_float16_arrive(units: int, compiled: bool):
+    """As the steps of a small learning rate are."""
+    p, u, spacing = 2.0**-6, units * SUBNORMAL, 2.0**-16
+    write = partial(apply_updates, key=key(3))
+    write = jax.jit(write) if compiled else write
+    written: Any = write(jnp.full(400_000, 1.25 * p, jnp.float16), jnp.full(400_000, u, jnp.float16))
+    below = 1.25 * p + np.floor(u / spacing) * spacing
+    assert deviation(written, 1.25 * p + u, below, below + spacing) < 5
+
+
+@given(st.sampled_from(NARROW), st.integers(0, 2**31))
+def test_what_xla_may_not_leave_out_rounds_as_numpy_does(dtype: str, seed: int):
+    x = np.float32(np.random.default_rng(seed).standard_normal(64) * 2.0 ** np.arange(-40, 24).clip(-27, 15))
+    np.testing.assert_array_equal(np.asarray(to_nearest(x, dtype)), x.astype(jnp.dtype(dtype)).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", NARROW)

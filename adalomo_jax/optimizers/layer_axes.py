@@ -1,0 +1,52 @@
+"""Which axis of each parameter its layers are stacked along."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+LayerAxes = Any | Callable[[optax.Params], Any] | None
+"""A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or what makes it."""
+
+Path = tuple[Any, ...]
+
+
+def axes_of_leaves(params: optax.Params, layer_axes: LayerAxes) -> list[int | None]:
+    """The layer axis of each leaf, found by the longest part of its path that ``layer_axes`` has."""
+    by_path = entries_of(layer_axes(params) if callable(layer_axes) else layer_axes)
+    _check_paths(params, by_path)
+
+    def axis_of(path: Path, leaf: Any) -> int | None:
+        name = jax.tree_util.keystr(path)
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
+        if prefix is None:
+            raise ValueError(f"layer_axes has no entry for {name}; give it the axis of its layers, or None.")
+        axis, rank = by_path[prefix], len(leaf.shape)
+        if axis is not None and not -rank <= axis < rank:
+            raise ValueError(f"layer_axes of {name} must be an axis of its shape {tuple(leaf.shape)}, got {axis}.")
+        return axis
+
+    return [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def entries_of(axes: Any) -> dict[Path, int | None]:
+    """Of a tree of axes each by its path; refuses what is no axis."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda axis: axis is None))
+    for path, axis in by_path.items():
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, (int, np.integer))):
+            raise ValueError(f"layer_axes{jax.tree_util.keystr(path)} must be an integer or None, got {axis!r}.")
+    return by_path
+
+
+def _check_paths(params: optax.Params, by_path: dict[Path, Any]) -> None:
+    """Refuses entries of no parameter. Of leaves that are masked out there is an empty node, there or further up."""
+    is_empty = lambda x: not jax.tree.leaves(x)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty)
+    empty = {path for path, x in leaves if is_empty(x)}
+    known = {path[:n] for path, _ in leaves for n in range(len(path) + 1)}
+    for path in by_path:
+        if path not in known and not any(path[:n] in empty for n in range(len(path))):
+            name = f"layer_axes{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} is of no parameter; leave it out, or write it as the parameter's path is.")
