@@ -18,6 +18,7 @@ from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options, is_bool, shown
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.optimizers.rounding import is_too_narrow
 
 
 @jax.tree_util.register_static
@@ -96,6 +97,11 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
             raise ValueError(
                 f"A trained parameter must be of floats, but {path_name(path)!r} is of {leaf.dtype}. Leave it out "
                 "with trainable=..., or pass it as another argument of the loss."
+            )
+        if is_asked and is_too_narrow(leaf.dtype):
+            raise ValueError(
+                f"A trained parameter must be of floats of 16 bits at least, but {path_name(path)!r} is of "
+                f"{leaf.dtype}. Keep it in bfloat16 and cast it in the loss, or leave it out with trainable=..."
             )
     if not any(asked):
         raise ValueError(

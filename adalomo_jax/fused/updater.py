@@ -1,5 +1,6 @@
 """The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,8 +84,7 @@ class Updater:
         squares = [_squares(g, beyond=i not in owners and None not in owners) for i, g in zip(group.leaves, gradients)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
-        with jax.numpy_dtype_promotion("standard"):  # clipped or unscaled gradients are wider than what tx may keep
-            updates, new_own, _ = self.optimizer.update(group, gradients, own, self.shared, weights, **self.extra_args)
+        updates, new_own = self._ask(group, gradients, own, weights)
         new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
         new_own = list(map(constrain, new_own, self.of_own[group]))
         written = self._spread(group, self._write(group, layer, weights, updates))
@@ -161,6 +161,28 @@ class Updater:
         """A tensor of each leaf, spread as the leaf is."""
         return [constrain(x, self.of_tensors[i]) for i, x in zip(group.leaves, tensors, strict=True)]
 
+    def _ask(
+        self, group: Group, gradients: Sequence[Any], own: list[Any], weights: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """The updates and the new own state. Updates are float32 where weights are rounded stochastically.
+
+        That is because gradients are: steps that a narrow dtype does not hold would be lost before they are rounded.
+        """
+        wide = [g if self.keys[i] is None else _wide(g) for i, g in zip(group.leaves, gradients)]
+        ask = partial(self.optimizer.update, group, own=own, shared=self.shared, leaves=weights, **self.extra_args)
+        with jax.numpy_dtype_promotion("standard"):  # gradients are wider than what tx may keep
+            try:
+                return ask(wide)[:2]
+            except TypeError as error:
+                # A branch within tx, such as optax.contrib.galore's, may ask for gradients as narrow as its state.
+                updates, new_own, _ = ask(gradients)
+                warnings.warn(
+                    "tx does not take float32 gradients beside its narrow state, so its updates are as narrow: small "
+                    f"steps are rounded before they are written ({str(error).splitlines()[0]}).",
+                    stacklevel=2,
+                )
+                return updates, new_own
+
     def _write(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], updates: Sequence[Any]
     ) -> list[Any]:
@@ -231,7 +253,12 @@ def _update_stacks(
 
 def _times(gradient: Any, factor: jax.Array | None) -> Any:
     """In float32 where there is a factor."""
-    return gradient if factor is None else gradient.astype(promoted(gradient.dtype, jnp.float32)) * factor
+    return gradient if factor is None else _wide(gradient) * factor
+
+
+def _wide(gradient: Any) -> Any:
+    """In float32 where it is narrower."""
+    return gradient.astype(promoted(gradient.dtype, jnp.float32))
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -1,0 +1,69 @@
+"""Small steps of narrow weights arrive, on average, as large as the rule intends: against NumPy in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adalomo_jax import adalomo, fuse, lomo
+
+SHAPE = (512, 512)
+RATES = [1e-3, 1e-4, 1e-5]
+
+
+def schedule(count):
+    return jnp.take(jnp.array(RATES), count)
+
+
+def after_adalomo(p, g, lr):
+    rms = lambda x: np.sqrt(np.mean(x**2))
+    s = g**2
+    u = g / np.sqrt(s.mean(1, keepdims=True) * s.mean(0, keepdims=True) / s.mean())
+    return p - lr * max(1e-3, rms(p)) * u / max(1, rms(u))
+
+
+RULES = {
+    "adalomo": (adalomo(schedule), after_adalomo),
+    "lomo": (lomo(schedule), lambda p, g, lr: p - lr * g),
+    "adamw": (optax.adamw(schedule, weight_decay=0.0), lambda p, g, lr: p - lr * np.sign(g)),
+}
+"""Each with the weights after a step. Gradients are the same in each step: so are AdaLomo's and Adam's directions."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_mean_movement_is_the_intended_one(rule, dtype):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.choice([-1, 1], shape) * rng.choice([0.5, 1.0, 2.0], shape), dtype)
+    params = {"head": 0.02 * rng.standard_normal(SHAPE), "layers": 0.02 * rng.standard_normal((2, *SHAPE))}
+    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+    grads = {"head": draw(*SHAPE), "layers": draw(2, *SHAPE)}
+
+    def loss_fn(params, grads):
+        dot = lambda p, g: jnp.sum(p.astype(jnp.float32) * g.astype(jnp.float32))
+        body = lambda sum_, xs: (sum_ + dot(*xs), None)
+        return jax.lax.scan(body, dot(params["head"], grads["head"]), (params["layers"], grads["layers"]))[0]
+
+    tx, after = RULES[rule]
+    step = fuse(loss_fn, tx)
+    run, state = jax.jit(step), step.init(params, grads)
+    for lr in RATES:
+        before = [np.asarray(params["head"], np.float64), *np.asarray(params["layers"], np.float64)]
+        params, state, *_ = run(params, state, grads)
+        now = [np.asarray(params["head"], np.float64), *np.asarray(params["layers"], np.float64)]
+        of_each = [np.asarray(grads["head"], np.float64), *np.asarray(grads["layers"], np.float64)]
+        arrived, error = share_that_arrived(before, now, of_each, partial(after, lr=lr), dtype)
+        assert error < 0.03
+        assert abs(arrived - 1) < 5 * error + 0.005, (lr, arrived)
+
+
+def share_that_arrived(before, now, grads, after, dtype):
+    """Of the intended movement, along its direction; and the standard error of a fair rounding."""
+    intended = np.stack([after(p, g) - p for p, g in zip(before, grads)])
+    spacing = float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(np.abs(before) + 2.0**-20))
+    rest = np.abs(intended) % spacing
+    variance = np.sum(intended**2 * rest * (spacing - rest))
+    return np.sum((np.stack(now) - before) * intended) / np.sum(intended**2), np.sqrt(variance) / np.sum(intended**2)
