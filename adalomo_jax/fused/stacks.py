@@ -68,7 +68,8 @@ def update(
       read_by: all else that is computed from the weights in this iteration.
     """
     weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
-    own = [_write(x, layer, i, 0) for x, layer in zip(stacks.own, own_layer)]
+    of_each = zip(stacks.own, stacks.own_layer, own_layer, strict=True)
+    own = [x if new is old else _write(x, new, i, 0) for x, old, new in of_each]
     i_when_read = lax.platform_dependent(i, read_by, cpu=after, default=lambda i, _: i)
     written = Stacks(
         weights=[_write(x, layer, i_when_read, axis) for x, layer, axis in zip(stacks.weights, weights, axes)],

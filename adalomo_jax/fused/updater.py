@@ -85,8 +85,11 @@ class Updater:
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own = self._ask(group, gradients, own, weights)
-        new_own = [new.astype(old.dtype) for new, old in zip(new_own, own, strict=True)]
-        new_own = list(map(constrain, new_own, self.of_own[group]))
+        # What tx gives back as it was stays the same value, which is not written: AdaLomo's state has such parts.
+        new_own = [
+            new if new is old else constrain(new.astype(old.dtype), sharding)
+            for new, old, sharding in zip(new_own, own, self.of_own[group], strict=True)
+        ]
         written = self._spread(group, self._write(group, layer, weights, updates))
         if self.measures_rms:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
@@ -104,7 +107,7 @@ class Updater:
         written = list(map(jnp.where, ok.values(), written, weights))
         return (
             written,
-            list(map(jnp.where, own_ok, new_own, own)),
+            [old if new is old else jnp.where(ok, new, old) for ok, new, old in zip(own_ok, new_own, own)],
             statistics._replace(written=jnp.stack([*ok.values()])),
         )
 

@@ -1,6 +1,6 @@
 """AdaLomo as an Optax gradient transformation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,8 @@ def scale_by_adalomo(
     def init(params: optax.Params) -> ScaleByAdalomoState:
         check_floats("params", params)
         leaves, treedef = jax.tree.flatten(params)
-        return _state_of(jnp.zeros([], jnp.int32), treedef, map(_init_moment, leaves))
+        unused = lambda: tuple(jnp.zeros(1, jnp.float32) for _ in range(3))  # each an array of its own, to be donated
+        return _state_of(jnp.zeros([], jnp.int32), treedef, [_with_moment(unused(), _init_moment(p)) for p in leaves])
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
@@ -90,9 +91,13 @@ def scale_by_adalomo(
         new_share = new_share_at(count, decay_rate) if b2 is None else jnp.asarray(1.0 - b2, jnp.float32)
         gradients, treedef = jax.tree.flatten(updates)
         step = partial(normalized_update, new_share=new_share, eps=eps, threshold=clipping_threshold)
-        pairs = [step(moment, as_float32(g)) for g, moment in zip(gradients, _moments_of(state, treedef, gradients))]
-        scaled = [u.astype(g.dtype) for g, (u, _) in zip(gradients, pairs)]
-        return treedef.unflatten(scaled), _state_of(count, treedef, [moment for _, moment in pairs])
+        scaled, parts = [], []
+        for g, *old in zip(gradients, *map(treedef.flatten_up_to, (state.v_row, state.v_col, state.v)), strict=True):
+            moment = FactoredMoment(*old[:2]) if is_factored(g.shape) else old[2]
+            u, moment = step(moment, as_float32(g))
+            scaled.append(u.astype(g.dtype))
+            parts.append(_with_moment(old, moment))
+        return treedef.unflatten(scaled), _state_of(count, treedef, parts)
 
     return per_layer(optax.GradientTransformation(init, update), layer_axes)
 
@@ -195,13 +200,11 @@ def _init_moment(p: Any) -> Moment:
     )
 
 
-def _state_of(count: jax.Array, treedef: Any, moments: Iterable[Moment]) -> ScaleByAdalomoState:
+def _with_moment(parts: Sequence[Any], moment: Moment) -> tuple[Any, Any, Any]:
+    """``v_row``, ``v_col`` and ``v`` with these after a step; what is not used is the same array as before."""
+    return (*moment, parts[2]) if isinstance(moment, FactoredMoment) else (*parts[:2], moment)
+
+
+def _state_of(count: jax.Array, treedef: Any, parts: Sequence[tuple[Any, Any, Any]]) -> ScaleByAdalomoState:
     """Three trees of arrays, as Optax's factored state is: Flax's NNX keeps one array for each parameter."""
-    parts = [(*m, None) if isinstance(m, FactoredMoment) else (None, None, m) for m in moments]
-    tree_of = lambda k: treedef.unflatten([jnp.zeros(1, jnp.float32) if part[k] is None else part[k] for part in parts])
-    return ScaleByAdalomoState(count, *map(tree_of, range(3)))
-
-
-def _moments_of(state: ScaleByAdalomoState, treedef: Any, gradients: Sequence[jax.Array]) -> list[Moment]:
-    parts = zip(gradients, *map(treedef.flatten_up_to, (state.v_row, state.v_col, state.v)), strict=True)
-    return [FactoredMoment(row, col) if is_factored(g.shape) else v for g, row, col, v in parts]
+    return ScaleByAdalomoState(count, *(treedef.unflatten([part[k] for part in parts]) for k in range(3)))

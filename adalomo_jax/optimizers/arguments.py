@@ -55,7 +55,7 @@ def check_floats(name: str, tree: Any) -> None:
 
 def check_key(key: Any) -> None:
     """Refuses what is not one typed PRNG key."""
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or key.shape != ():
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
         raise ValueError(f"key must be one typed PRNG key, as jax.random.key(0) is, got {_shown(key)}.")
 
 

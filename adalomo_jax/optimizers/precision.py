@@ -1,5 +1,7 @@
 """Optimizers whose arithmetic is float32, or complex64, whatever the parameters are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,7 +50,7 @@ def add(x: jax.Array, y: jax.Array) -> jax.Array:
     return x.astype(dtype) + y.astype(dtype)
 
 
-def as_float32(x):
+def as_float32(x: Any) -> Any:
     """An array, or the shape of one, in float32; a complex one in complex64."""
     dtype = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
     return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x, dtype)

@@ -197,7 +197,9 @@ def test_integers_and_bools_beside_trainable_leaves():
 def test_floats_of_8_bits_and_fewer_are_refused(dtype):
     params = {"narrow": jnp.zeros(3, dtype), "w": jnp.ones(3)}
     step = fuse(lambda p: jnp.sum(p["w"]), lomo(0.1))
-    with pytest.raises(ValueError, match=f"of 16 bits at least, but 'narrow' is of {dtype}. Keep it in bfloat16") as error:
+    with pytest.raises(
+        ValueError, match=f"of 16 bits at least, but 'narrow' is of {dtype}. Keep it in bfloat16"
+    ) as error:
         step.init(params)
     assert "\n" not in str(error.value)
     fuse(lambda p: jnp.sum(p["w"]), lomo(0.1), trainable=lambda path: path == "w").init(params)

@@ -109,7 +109,8 @@ def test_layer_axes_are_integers_of_parameters_that_there_are(make: Any):
 
 
 def test_per_layer_takes_transformations():
-    for tx in (None, adalomo, 1e-3, (adalomo(0.1), lomo(0.1))):
+    wrong: list[Any] = [None, adalomo, 1e-3, (adalomo(0.1), lomo(0.1))]
+    for tx in wrong:
         refused(lambda tx=tx: per_layer(tx, 0), "tx must be an optax.GradientTransformation")
         refused(lambda tx=tx: per_layer(tx, None), "tx must be an optax.GradientTransformation")
 
