@@ -67,3 +67,14 @@ def share_that_arrived(before, now, grads, after, dtype):
     rest = np.abs(intended) % spacing
     variance = np.sum(intended**2 * rest * (spacing - rest))
     return np.sum((np.stack(now) - before) * intended) / np.sum(intended**2), np.sqrt(variance) / np.sum(intended**2)
+
+
+def test_state_that_tx_gives_back_as_it_was_is_not_written():
+    """Of a matrix AdaLomo's `v` is not used, of a vector `v_row` and `v_col`: each would be a write for each layer."""
+    params, x = {"bias": jnp.ones((3, 4)), "w": jnp.ones((3, 4, 4))}, jnp.ones((2, 4))
+    body = lambda x, p: (jnp.tanh(x @ p["w"] + p["bias"]), None)
+    step = fuse(lambda params, x: jnp.sum(jax.lax.scan(body, x, params)[0]), adalomo(1e-3))
+    state = step.init(params, x)
+    written = str(jax.make_jaxpr(step)(params, state, x)).count("f32[3,1] = dynamic_update_slice")
+    assert sum(leaf.shape == (3, 1) for leaf in jax.tree.leaves(state)) == 3 and written == 0
+    assert "f32[3,4] = dynamic_update_slice" in str(jax.make_jaxpr(step)(params, state, x))
