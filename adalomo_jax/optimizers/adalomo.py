@@ -202,7 +202,8 @@ def _init_moment(p: Any) -> Moment:
 
 def _with_moment(parts: Sequence[Any], moment: Moment) -> tuple[Any, Any, Any]:
     """``v_row``, ``v_col`` and ``v`` with these after a step; what is not used is the same array as before."""
-    return (*moment, parts[2]) if isinstance(moment, FactoredMoment) else (*parts[:2], moment)
+    row, col, v = parts
+    return (moment.row, moment.col, v) if isinstance(moment, FactoredMoment) else (row, col, moment)
 
 
 def _state_of(count: jax.Array, treedef: Any, parts: Sequence[tuple[Any, Any, Any]]) -> ScaleByAdalomoState:
