@@ -1,5 +1,6 @@
 """Cotangents that are sums over microbatches, in float32, on their way through pullbacks that take narrower ones."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from adalomo_jax.optimizers.precision import add, promoted
 Cotangents = dict[int, Any]
 """By the number of the value."""
 
-_DIGITS = 8
-"""Binary digits of a bfloat16 with the leading one; three times as many are a float32's."""
+_FLOAT32_DIGITS = 24
+"""Binary digits of a float32, with the leading one."""
 
 
 def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
@@ -28,20 +29,21 @@ def pull(
 
     A sum over microbatches is float32. Rounded to the dtype of what it is the cotangent of, it would have lost what it
     was summed for: to bfloat16, where a weight is cast before all microbatches read it. But a pullback is linear. So
-    the sum goes through it as three numbers of few digits, and what they become is added in float32.
+    the sum goes through it as several numbers of few digits, and what they become is added in float32.
     """
     wide = [v for v, d in d_outputs.items() if jnp.finfo(d.dtype).nmant > jnp.finfo(dtypes[v]).nmant]
     narrow = lambda cotangents: {v: d.astype(dtypes[v]) for v, d in cotangents.items()}
     if not wide:
         return pullback(narrow(d_outputs))[0]
+    digits = 1 + min(jnp.finfo(dtypes[v]).nmant for v in wide)
     zeros = {v: jnp.zeros_like(d) for v, d in d_outputs.items()}
     rest = {v: d_outputs[v] for v in wide}
     total: Cotangents = {}
-    for k in range(3):
-        # Not by casts: XLA may leave out one and the cast back, and what is left to the next part would be nothing.
-        part = {v: lax.reduce_precision(d, jnp.finfo(dtypes[v]).nexp, _DIGITS - 1) for v, d in rest.items()}
-        rest = {v: (rest[v] - part[v]) * 2.0**_DIGITS for v in wide}
+    for k in range(math.ceil(_FLOAT32_DIGITS / digits)):
+        # Not by casts: XLA may leave out one and the cast back, and then nothing is left for the next part.
+        part = {v: lax.reduce_precision(d, jnp.finfo(dtypes[v]).nexp, digits - 1) for v, d in rest.items()}
+        rest = {v: (rest[v] - part[v]) * 2.0**digits for v in wide}
         pulled = pullback(narrow((zeros if k else d_outputs) | part))[0]
         wider = {v: d.astype(promoted(d.dtype, jnp.float32)) for v, d in pulled.items()}
-        accumulate(total, {v: d * 2.0 ** (-k * _DIGITS) for v, d in wider.items()})
+        accumulate(total, {v: d * 2.0 ** (-k * digits) for v, d in wider.items()})
     return total

@@ -81,7 +81,8 @@ class Updater:
         gradients = [_times(g, self.unscale) for g in self._spread(group, gradients)]
         owners = self.optimizer.owners(group)
         # What a rule keeps of a gradient whose squares are beyond float32 would be, too: only without that it is right.
-        squares = [_squares(g, beyond=i not in owners and None not in owners) for i, g in zip(group.leaves, gradients)]
+        keeps_none = [i not in owners and None not in owners for i in group.leaves]
+        squares = [_squares(g, beyond=beyond) for g, beyond in zip(gradients, keeps_none)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own = self._ask(group, gradients, own, weights)
@@ -99,7 +100,7 @@ class Updater:
             finite = [jnp.array(True) for _ in squares]
         else:
             # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
-            known = known_together([x.plain if i in owners else x.scaled for i, x in zip(group.leaves, squares)])
+            known = known_together([x.scaled if beyond else x.plain for x, beyond in zip(squares, keeps_none)])
             finite = list(map(jnp.isfinite, known))
         ok = {i: self.proceed & x for i, x in zip(group.leaves, finite)}
         all_ok = self.proceed & jnp.all(jnp.stack(finite))
