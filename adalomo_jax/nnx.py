@@ -1,16 +1,18 @@
 """`FusedOptimizer`: what `nnx.Optimizer` is to an NNX loop, with the backward pass and the update in one step."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from adalomo_jax.fused import FusedStep, Plan, StepResult, fuse
+from adalomo_jax.fused import Plan, StepResult, fuse
 from adalomo_jax.fused.checks import path_name
+
+_TAG = "adalomo_jax.FusedOptimizer"
 
 
 class FusedOptimizer(nnx.Pytree):
@@ -25,15 +27,18 @@ class FusedOptimizer(nnx.Pytree):
     of the optimizer's state are donated, and the Variables of both hold what became of them. The old arrays are gone,
     wherever else they were kept.
 
-    What ``wrt`` selects is trained; a Variable that is shared is one parameter. Other ``nnx.Param`` are frozen: read,
-    never copied. All other state (``BatchStat``, counters of ``Rngs``, ``Cache``) is what the loss left it, as under
-    ``nnx.jit``, but floats stay as they were where the loss is not finite (``skip_nonfinite=False`` writes them too).
-    With ``microbatches`` each of them starts from the same state, and so with the same dropout masks; afterwards floats
-    are the mean of what they left, and counters what the last left.
+    What ``wrt`` selects of the model is trained; a Variable that is shared, with an argument too, is one parameter.
+    Other ``nnx.Param``, of the model and of arguments, are frozen: read, never copied. All else that the loss changes
+    is what the loss left it, as under ``nnx.jit``, in the model and in the graph nodes among the arguments (``Rngs``, a
+    metric, a teacher; alone or in dicts and tuples): ``BatchStat``, counters of ``Rngs``, ``Cache``, and attributes
+    that are no arrays. But floats stay as they were where the loss is not finite (``skip_nonfinite=False`` writes them
+    too). ``microbatches`` slice the arrays among the arguments, not the nodes: each microbatch starts from the same
+    state, and so with the same dropout masks; afterwards floats are the mean of what they left, and all else is what
+    the last left.
 
-    `step` compiles once for each structure of the model: ``model.eval()`` makes another, ``model.train()`` the first
-    again. Under your own ``nnx.jit`` it is a part of that program; there donate model and optimizer yourself. A
-    Variable that the loss makes must be there already, of the same shape, when the optimizer is made.
+    `step` compiles once for each structure of the model and the arguments: ``model.eval()`` makes another,
+    ``model.train()`` the first again. Under your own ``nnx.jit`` it is a part of that program; there donate model and
+    optimizer yourself. A Variable that the loss makes must be there already when the optimizer is made.
 
     To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
     before the first step: that is what the batch at construction is for.
@@ -43,7 +48,7 @@ class FusedOptimizer(nnx.Pytree):
       tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
       loss_fn: ``loss_fn(model, *batch)``, as for ``nnx.value_and_grad``, returns a scalar, or ``(scalar, aux)`` with
         ``has_aux``.
-      *batch: arguments as `step` will get them, or ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
+      *batch: arguments as `step` will get them, or of ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
       wrt: an NNX filter of what is trained.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       **options: of :func:`adalomo_jax.fuse`.
@@ -76,63 +81,113 @@ class FusedOptimizer(nnx.Pytree):
         has_aux: bool = False,
         **options: Any,
     ):
-        graphdef, params, *others = _split(model, wrt)
-        expected = _shapes(params)
-        if not expected:
-            raise ValueError(f"wrt={wrt!r} selects nothing of the model, so nothing would be trained.")
-        if options.get("microbatches") is not None and options.get("batch_argnums") is None:
-            options["batch_argnums"] = tuple(range(1, 1 + len(batch)))
-        skips = options.get("skip_nonfinite", True)
+        with nnx.update_context(_TAG):
+            params, args = _split(model, batch, wrt)
+            expected = _shapes(params)
+            if not expected:
+                raise ValueError(f"wrt={wrt!r} selects nothing of the model, so nothing would be trained.")
+            if options.get("microbatches") is not None and options.get("batch_argnums") is None:
+                options["batch_argnums"] = tuple(range(1, 1 + len(batch)))
+            skips = options.get("skip_nonfinite", True)
 
-        @functools.cache
-        def step_of(graphdef: Any) -> FusedStep:
             def functional_loss(params: Any, *args: Any) -> Any:
-                *batch, frozen, state = args
+                *batch, others = args
                 _check_params(expected, _shapes(params))
-                model = nnx.merge(graphdef, params, frozen, state, copy=True)
-                loss, aux = _loss_and_aux(loss_fn(model, *batch), has_aux)
-                *_, left = nnx.split(model, wrt, nnx.Param, ...)
-                return loss, (_unless_skipped(left, state, loss) if skips else left, aux)
+                model, nodes = _merge(others.graphs, params, others.frozen, others.state, inner=True)
+                loss, aux = _loss_and_aux(loss_fn(model, *_filled(batch, nodes)), has_aux)
+                _, left = _split_graphs(model, nodes, wrt)
+                kept = _unless_skipped(left.state, others.state, loss) if skips else left.state
+                return loss, (left._replace(frozen=None, state=kept), aux)
 
-            return fuse(functional_loss, tx, has_aux=True, **options)
-
-        self.wrt = wrt
-        self._microbatched = options.get("microbatches") is not None
-        self._step_of = step_of
-        self.opt_state = nnx.data(jax.tree.map(nnx.OptState, step_of(graphdef).init(params, *batch, *others)))
+            self.wrt = wrt
+            self._microbatched = options.get("microbatches") is not None
+            self._fused = fuse(functional_loss, tx, has_aux=True, **options)
+            self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(params, *args)))
 
     @property
     def count(self) -> jax.Array:
         """Steps taken, int32. (In `nnx.Optimizer` it is ``optimizer.step``, which is the step itself here.)"""
         return nnx.as_pure(self.opt_state).count
 
+    @nnx.update_context(_TAG)
     def step(self, model: Any, *batch: Any) -> StepResult:
-        """Updates the model and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
+        """Updates model, arguments and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
 
         In the result ``params`` and ``state`` are None: they are in the model and in the optimizer.
         """
-        graphdef, params, *others = _split(model, self.wrt)
-        result = self._step_of(graphdef).jit(params, nnx.as_pure(self.opt_state), *batch, *others)
-        state, aux = result.aux
-        nnx.update(model, result.params, _of_one_batch(state) if self._microbatched else state)
+        params, args = _split(model, batch, self.wrt)
+        result = self._fused.jit(params, nnx.as_pure(self.opt_state), *args)
+        left, aux = result.aux
+        state = _of_one_batch(left.state) if self._microbatched else left.state
+        _merge(left.graphs, result.params, args[-1].frozen, state, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
         return result._replace(params=None, state=None, aux=aux)
 
+    @nnx.update_context(_TAG)
     def plan(self, model: Any, *batch: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
-        graphdef, params, *others = _split(model, self.wrt)
-        return self._step_of(graphdef).plan(params, *batch, *others)
+        params, args = _split(model, batch, self.wrt)
+        return self._fused.plan(params, *args)
 
+    @nnx.update_context(_TAG)
     def lower(self, model: Any, *batch: Any) -> Any:
         """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says what it needs."""
-        graphdef, params, *others = _split(model, self.wrt)
-        return self._step_of(graphdef).jit.lower(params, nnx.as_pure(self.opt_state), *batch, *others)
+        params, args = _split(model, batch, self.wrt)
+        return self._fused.jit.lower(params, nnx.as_pure(self.opt_state), *args)
 
 
-def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
-    """The graphdef, what is trained, as arrays, the frozen parameters, and the other state."""
-    graphdef, params, frozen, state = nnx.split(model, wrt, nnx.Param, ...)
-    return graphdef, nnx.as_pure(params), frozen, state
+class _Others(NamedTuple):
+    """What the loss reads beside the parameters that are trained, and beside arrays: pairs, of the model and the nodes
+    among the arguments."""
+
+    graphs: Any
+    """What is static. It has no leaves, and so is a part of what a step is compiled for, compared by its value."""
+    frozen: Any
+    """The parameters that are not trained."""
+    state: Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Node:
+    """The place of a graph node among the arguments."""
+
+    position: int
+
+
+def _split(model: Any, batch: Sequence[Any], wrt: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The parameters that are trained, and the other arguments of the functional loss: the batch, and `_Others`."""
+    leaves, treedef = jax.tree.flatten(tuple(batch), is_leaf=nnx.graph.is_graph_node)
+    nodes: list[Any] = []
+    for i, x in enumerate(leaves):
+        if nnx.graph.is_graph_node(x):
+            leaves[i] = _Node(len(nodes))
+            nodes.append(x)
+    params, others = _split_graphs(model, nodes, wrt)
+    return params, (*treedef.unflatten(leaves), others)
+
+
+def _filled(batch: Any, nodes: Sequence[Any]) -> Any:
+    """The batch with its nodes again."""
+    is_node = lambda x: isinstance(x, _Node)
+    return jax.tree.map(lambda x: nodes[x.position] if is_node(x) else x, batch, is_leaf=is_node)
+
+
+def _split_graphs(model: Any, nodes: list[Any], wrt: Any) -> tuple[Any, _Others]:
+    """As arrays. Both are one graph: a Variable that they share is the model's."""
+    with nnx.split_context(_TAG) as context:
+        graph, *of_model = context.split(model, wrt, nnx.Param, ...)
+        nodes_graph, *of_nodes = context.split(nodes, nnx.Param, ...)
+    params, frozen, state = map(nnx.as_pure, of_model)
+    nodes_frozen, nodes_state = map(nnx.as_pure, of_nodes)
+    return params, _Others((graph, nodes_graph), (frozen, nodes_frozen), (state, nodes_state))
+
+
+def _merge(graphs: Any, params: Any, frozen: Any, state: Any, *, inner: bool) -> tuple[Any, list[Any]]:
+    """The model and the nodes: in the loss (``inner``) new ones, after the step those that were split, updated."""
+    with nnx.merge_context(_TAG, inner) as context:
+        model = context.merge(graphs[0], params, frozen[0], state[0])
+        return model, context.merge(graphs[1], frozen[1], state[1])
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
