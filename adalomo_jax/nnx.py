@@ -11,6 +11,8 @@ from flax import nnx
 
 from adalomo_jax.fused import Plan, StepResult, fuse
 from adalomo_jax.fused.checks import path_name
+from adalomo_jax.fused.jaxpr import Equation, has_programs
+from adalomo_jax.fused.origins import Origin, call_with_origins
 
 _TAG = "adalomo_jax.FusedOptimizer"
 
@@ -28,13 +30,13 @@ class FusedOptimizer(nnx.Pytree):
     wherever else they were kept.
 
     What ``wrt`` selects of the model is trained; a Variable that is shared, with an argument too, is one parameter.
-    Other ``nnx.Param``, of the model and of arguments, are frozen: read, never copied. All else that the loss changes
-    is what the loss left it, as under ``nnx.jit``, in the model and in the graph nodes among the arguments (``Rngs``, a
-    metric, a teacher; alone or in dicts and tuples): ``BatchStat``, counters of ``Rngs``, ``Cache``, and attributes
-    that are no arrays. But floats stay as they were where the loss is not finite (``skip_nonfinite=False`` writes them
-    too). ``microbatches`` slice the arrays among the arguments, not the nodes: each microbatch starts from the same
-    state, and so with the same dropout masks; afterwards floats are the mean of what they left, and all else is what
-    the last left.
+    Other ``nnx.Param``, of the model and of arguments, are frozen: no gradient, no copy. All that the loss changes but
+    what is trained is as it left it, as under ``nnx.jit``, in the model and in the graph nodes among the arguments
+    (``Rngs``, a metric, a teacher; alone or in dicts and tuples): ``BatchStat``, counters of ``Rngs``, ``Cache``, and
+    attributes that are no arrays. But floats stay as they were where the loss is not finite (``skip_nonfinite=False``
+    writes them too). ``microbatches`` slice the arrays among the arguments, not the nodes: each microbatch starts from
+    the same state, and so with the same dropout masks; afterwards floats are the mean of what they left, and all else
+    is what the last left.
 
     `step` compiles once for each structure of the model and the arguments: ``model.eval()`` makes another,
     ``model.train()`` the first again. Under your own ``nnx.jit`` it is a part of that program; there donate model and
@@ -54,8 +56,8 @@ class FusedOptimizer(nnx.Pytree):
       **options: of :func:`adalomo_jax.fuse`.
 
     Raises:
-      ValueError: while tracing, for a model of other parameters than at construction, a loss that is no scalar, and as
-        :func:`adalomo_jax.fuse` does.
+      ValueError: while tracing, for a model of other parameters than at construction, a loss that is no scalar, that
+        writes a trained parameter or makes a new one, and as :func:`adalomo_jax.fuse` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,14 +92,20 @@ class FusedOptimizer(nnx.Pytree):
                 options["batch_argnums"] = tuple(range(1, 1 + len(batch)))
             skips = options.get("skip_nonfinite", True)
 
+            def call(params: Any, others: _Others, batch: Any) -> Any:
+                _check_params(expected, _shapes(params))
+                model, nodes = _merge(others, params, inner=True)
+                loss, aux = _loss_and_aux(loss_fn(model, *_filled(batch, nodes)), has_aux)
+                written, left = _split_graphs(model, nodes, wrt)
+                _check_same_params((params, *others.frozen), (written, *left.frozen))
+                return written, left, loss, aux
+
             def functional_loss(params: Any, *args: Any) -> Any:
                 *batch, others = args
-                _check_params(expected, _shapes(params))
-                model, nodes = _merge(others.graphs, params, others.frozen, others.state, inner=True)
-                loss, aux = _loss_and_aux(loss_fn(model, *_filled(batch, nodes)), has_aux)
-                _, left = _split_graphs(model, nodes, wrt)
-                kept = _unless_skipped(left.state, others.state, loss) if skips else left.state
-                return loss, (left._replace(frozen=None, state=kept), aux)
+                (written, left, loss, aux), origins = call_with_origins(call, params, others, batch)
+                _check_not_written(written, origins)
+                left = left._replace(frozen=_where_written(left.frozen, origins, len(expected)))
+                return loss, (_unless_skipped(left, others, loss) if skips else left, aux)
 
             self.wrt = wrt
             self._microbatched = options.get("microbatches") is not None
@@ -118,8 +126,7 @@ class FusedOptimizer(nnx.Pytree):
         params, args = _split(model, batch, self.wrt)
         result = self._fused.jit(params, nnx.as_pure(self.opt_state), *args)
         left, aux = result.aux
-        state = _of_one_batch(left.state) if self._microbatched else left.state
-        _merge(left.graphs, result.params, args[-1].frozen, state, inner=False)
+        _merge(_over(_of_one_batch(left) if self._microbatched else left, args[-1]), result.params, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
         return result._replace(params=None, state=None, aux=aux)
 
@@ -137,14 +144,14 @@ class FusedOptimizer(nnx.Pytree):
 
 
 class _Others(NamedTuple):
-    """What the loss reads beside the parameters that are trained, and beside arrays: pairs, of the model and the nodes
-    among the arguments."""
+    """What the loss reads beside parameters that are trained, and arrays: pairs, of the model and of other nodes."""
 
     graphs: Any
     """What is static. It has no leaves, and so is a part of what a step is compiled for, compared by its value."""
     frozen: Any
-    """The parameters that are not trained."""
+    """The parameters that are not trained. Of those that a loss leaves as they are it leaves None."""
     state: Any
+    """All other arrays."""
 
 
 @jax.tree_util.register_static
@@ -183,16 +190,26 @@ def _split_graphs(model: Any, nodes: list[Any], wrt: Any) -> tuple[Any, _Others]
     return params, _Others((graph, nodes_graph), (frozen, nodes_frozen), (state, nodes_state))
 
 
-def _merge(graphs: Any, params: Any, frozen: Any, state: Any, *, inner: bool) -> tuple[Any, list[Any]]:
+def _merge(others: _Others, params: Any, *, inner: bool) -> tuple[Any, list[Any]]:
     """The model and the nodes: in the loss (``inner``) new ones, after the step those that were split, updated."""
+    graphs, frozen, state = others
     with nnx.merge_context(_TAG, inner) as context:
         model = context.merge(graphs[0], params, frozen[0], state[0])
         return model, context.merge(graphs[1], frozen[1], state[1])
 
 
+def _over(left: _Others, before: _Others) -> _Others:
+    """What the loss left, with the parameters that it left as they were."""
+    choose = lambda new, old: old if new is None else new
+    return left._replace(frozen=jax.tree.map(choose, left.frozen, before.frozen, is_leaf=lambda x: x is None))
+
+
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {path_name(path): jnp.shape(leaf) for path, leaf in leaves}
+    return {path_name(path): jnp.shape(leaf) for path, leaf in _leaves(params)}
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
@@ -203,6 +220,31 @@ def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, 
                 f"A FusedOptimizer holds the state of the model that it was made for, in which the parameter {path!r} "
                 f"was {was}; in this one it is {now}. Make a FusedOptimizer for this model."
             )
+
+
+def _check_same_params(before: Sequence[Any], after: Sequence[Any]) -> None:
+    for was, now in zip(map(_shapes, before), map(_shapes, after), strict=True):
+        for path in was.keys() ^ now.keys():
+            raise ValueError(
+                f"The loss must leave the parameters that there are, but it {'makes' if path in now else 'removes'} "
+                f"{path!r}. Do so before the FusedOptimizer is made."
+            )
+
+
+def _check_not_written(params: Any, origins: Sequence[Origin]) -> None:
+    for i, ((path, _), origin) in enumerate(zip(_leaves(params), origins)):
+        if origin == i or (isinstance(origin, Equation) and has_programs(origin)):
+            continue  # What comes out of a cond, a while_loop or a custom_vjp is taken to be what went in.
+        raise ValueError(
+            f"The loss writes the parameter {path_name(path)!r}, as nnx.WeightNorm does. A FusedOptimizer trains what "
+            "it was before, nnx.Optimizer what the loss made of it. Write it between the steps, or leave it out of wrt."
+        )
+
+
+def _where_written(frozen: Any, origins: Sequence[Origin], first: int) -> Any:
+    """The frozen parameters, which are inputs of the loss from ``first`` on; None where it left one as it was."""
+    leaves, treedef = jax.tree.flatten(frozen)
+    return treedef.unflatten([None if origins[i] == i else x for i, x in enumerate(leaves, first)])
 
 
 def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -220,14 +262,18 @@ def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
-    """The state that the loss left, but its floats as they were before where the loss is not finite."""
-    old = dict(jax.tree_util.tree_leaves_with_path(before))
+    """What the loss left, but floats as they were before where it is not finite."""
+    old = dict(_leaves(before))
     is_finite = jnp.all(jnp.isfinite(loss))
-    keeps = lambda path, x: path in old and jnp.issubdtype(x.dtype, jnp.floating)
-    choose = lambda path, x: jnp.where(is_finite, x, old[path]) if keeps(path, x) else x
+    is_kept = lambda path, x: _is_float(x) and path in old and jnp.shape(old[path]) == jnp.shape(x)
+    choose = lambda path, x: jnp.where(is_finite, x, old[path]) if is_kept(path, x) else x
     return jax.tree_util.tree_map_with_path(choose, left)
 
 
-def _of_one_batch(state: Any) -> Any:
-    """The state after a batch of which each microbatch, on the first axis, left its own."""
-    return jax.tree.map(lambda x: jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.floating) else x[-1], state)
+def _of_one_batch(left: Any) -> Any:
+    """What is left by a batch of which each microbatch, on the first axis, left its own."""
+    return jax.tree.map(lambda x: jnp.mean(x, 0) if _is_float(x) else x[-1], left)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.floating)

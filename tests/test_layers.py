@@ -27,7 +27,7 @@ MODULES = {
         *("loss_scale", "options", "offload", "buffers", "jaxpr", "terms", "sharding", "chain", "homes", "readers"),
         *("leafwise", "plan", "stages", "cotangents"),
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
-        *("unfused", "result", "step"),
+        *("unfused", "result", "step", "origins"),
     ],
     "pretrained": [
         *("files", "names", "source", "gguf_file", "load", "checkpoint", "chat", "tokenizer", "gguf_tokenizer"),

@@ -234,3 +234,44 @@ def test_a_loss_that_raises_leaves_model_and_optimizer_usable():
     with pytest.raises(KeyError, match="of the loss"):
         optimizer.step(model, X, None)
     assert model.first and jnp.isfinite(optimizer.step(model, X, 0).loss)
+
+
+def test_a_teacher_whose_parameters_the_loss_writes_goes_on_as_in_nnx():
+    def averaging(model, teacher, x):
+        teacher.kernel[...] = 0.9 * teacher.kernel[...] + 0.1 * model.kernel[...]
+        return jnp.mean(jnp.square(model(x) - teacher(x))), None
+
+    def make() -> list[Any]:
+        return [nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(seed)) for seed in range(2)]
+
+    theirs, teacher = make()
+    expected = run(plain(averaging), theirs, nnx.Optimizer(theirs, TX, wrt=nnx.Param), (teacher, X))
+    model, teacher = make()
+    bias = teacher.bias[...]
+    optimizer = FusedOptimizer(model, TX, averaging, teacher, X, has_aux=True)
+    assert_close(run(fused_step, model, optimizer, (teacher, X)), expected)
+    assert teacher.bias[...] is bias
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.remat], ids=["", "in a remat"])
+def test_refuses_a_loss_that_writes_what_is_trained(transform):
+    """`nnx.Optimizer` would update the normalized kernel, which is another training."""
+    model = nnx.WeightNorm(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    called = transform(lambda model, x: model(x))
+    with pytest.raises(ValueError, match="The loss writes the parameter 'layer_instance/kernel'"):
+        FusedOptimizer(model, TX, lambda model, x: jnp.mean(called(model, x)), X)
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+def test_refuses_a_loss_that_makes_or_removes_parameters(is_made):
+    def changing(model, x):
+        y = model(x)
+        if is_made:
+            model.linear.extra = nnx.Param(jnp.zeros(3))
+        else:
+            del model.linear.bias
+        return jnp.mean(y)
+
+    path = "linear/extra" if is_made else "linear/bias"
+    with pytest.raises(ValueError, match=f"it {'makes' if is_made else 'removes'} '{path}'"):
+        FusedOptimizer(Warms(), TX, changing, X)

@@ -189,6 +189,16 @@ def primitives_in(program: Program) -> set[str]:
     return set().union(*(_primitives(equation.source) for equation in program.equations))
 
 
+def called_by(equation: Equation) -> Program:
+    """What a checkpoint runs."""
+    return program_of(_called(equation.source))
+
+
+def has_programs(equation: Equation) -> bool:
+    """Whether an equation runs others."""
+    return bool(_inner(equation.source))
+
+
 def reads_in_order(program: Program) -> list[int]:
     """The inputs in the order in which the equations first read them, those within calls and checkpoints too."""
     reads: list[int] = []
@@ -354,8 +364,12 @@ def _called(eqn: core.JaxprEqn) -> Any:
 
 
 def _primitives(eqn: core.JaxprEqn) -> set[str]:
-    inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
-    return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in inner for e in _open(jaxpr).eqns))
+    return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in _inner(eqn) for e in _open(jaxpr).eqns))
+
+
+def _inner(eqn: core.JaxprEqn) -> list[Any]:
+    """The jaxprs that an equation runs: its body, branches or derivatives."""
+    return [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
 
 
 def _reads(eqn: core.JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
