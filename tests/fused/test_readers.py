@@ -118,7 +118,7 @@ def test_what_is_printed_of_a_norm_comes_before_what_the_layers_print():
         jax.debug.callback(lambda n: calls.append("norm"), jnp.sum(p["w"] ** 2), ordered=True)
 
         def layer(h, w):
-            jax.debug.callback(lambda: calls.append("layer"), ordered=True)
+            jax.debug.callback(lambda h: calls.append("layer"), h.mean(), ordered=True)
             return h + jnp.tanh(h @ w), None
 
         return jnp.mean(scan(layer, x, p["w"])[0])
