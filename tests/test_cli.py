@@ -48,12 +48,22 @@ def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, enco
     assert re.fullmatch(f"adalomo-jax: {pattern}.*; see adalomo-jax{command} --help\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", EXTRA)
-def test_without_the_extra_one_line_names_it(name):
-    code = f"import sys; sys.modules[{name!r}] = None; from adalomo_jax.cli import main; main(['finetune', '--help'])"
+def test_without_the_extra_one_line_names_it():
+    """All of it is missing, in a process of its own: nothing of it may be imported before."""
+    missing = f"import sys; sys.modules |= dict.fromkeys({EXTRA!r}); "
+    code = missing + "from adalomo_jax.cli import main; main(['finetune', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"adalomo-jax: the commands need {name}: pip install 'adalomo-jax[finetune]'\n"
+    assert done.stderr == f"adalomo-jax: the commands need {', '.join(EXTRA)}: pip install 'adalomo-jax[finetune]'\n"
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_without_a_part_of_the_extra_one_line_names_it(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", "--help"])
+    needs = f"adalomo-jax: the commands need {name}: pip install 'adalomo-jax[finetune]'\n"
+    assert capsys.readouterr() == ("", needs)
 
 
 def documentation():

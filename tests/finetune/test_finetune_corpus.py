@@ -45,11 +45,12 @@ def saved(tmp_path):
 
 
 def test_standard_library_is_real_code_without_tests():
-    names = [document.name for document in standard_library()]
+    documents = standard_library()
+    names = [document.name for document in documents]
     assert "argparse.py" in names
     assert not [name for name in names if {"site-packages", "test", "tests"} & set(name.split("/"))]
     assert all(name.endswith(".py") for name in names)
-    assert read_corpus(None, ToyTokenizer()).documents == standard_library()
+    assert read_corpus(None, ToyTokenizer()).documents == documents
 
 
 def test_folders_are_read_recursively_and_files_once(tmp_path):

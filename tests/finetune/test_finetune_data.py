@@ -105,9 +105,9 @@ def test_one_document_is_split_by_its_tail_between_characters():
 
 def test_the_default_is_the_standard_library():
     data = load_data(None, BYTES, seq_len=2048)
-    report = data.report
-    assert report.train_documents + report.evaluation_documents == len(standard_library())
-    total = sum(len(document.text.encode()) for document in standard_library())
+    report, documents = data.report, standard_library()
+    assert report.train_documents + report.evaluation_documents == len(documents)
+    total = sum(len(document.text.encode()) for document in documents)
     assert report.train_tokens + report.evaluation_tokens + report.short + report.unlearned == total
     assert report.padding < 0.01
     assert str(report).count("\n") in (1, 2)

@@ -1,0 +1,60 @@
+"""For tests of many runs: what they compile alike is compiled once, and what they would draw is left out."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import adalomo_jax.finetune.run as run_module
+from adalomo_jax.finetune.program import build_program
+
+OF_NO_PROGRAM = ("data", "output", "resume", "resume_step", "checkpoint_every", "keep", "evaluate_every")
+"""Options that the compiled step does not depend on."""
+
+
+class Kept(NamedTuple):
+    """An array that a step does not consume."""
+
+    values: np.ndarray
+    sharding: Any
+
+    def again(self):
+        return jax.device_put(self.values.copy(), self.sharding)
+
+    def shape(self, sharding):
+        return jax.ShapeDtypeStruct(self.values.shape, self.values.dtype, sharding=sharding)
+
+
+def keeping_programs(build=build_program):
+    """`build_program`, which is called once for each set of options; each run then has arrays of its own."""
+    kept = {}
+
+    def kept_program(config, model, mesh=None, restore=None):
+        key = dataclasses.replace(config, **dict.fromkeys(OF_NO_PROGRAM)), model.config, mesh
+        if key not in kept:
+            program = build(config, model, mesh)
+            first = jax.tree.map(lambda x: Kept(np.array(x), x.sharding), (program.params, program.state))
+            kept[key] = program._replace(params=None, state=None), first
+        program, first = kept[key]
+        if restore is None:
+            params, state = jax.tree.map(Kept.again, first, is_leaf=lambda x: isinstance(x, Kept))
+        else:
+            shape = lambda x: x.shape(None if mesh is None else x.sharding)
+            params, state = restore(*jax.tree.map(shape, first, is_leaf=lambda x: isinstance(x, Kept)))
+        return program._replace(params=params, state=state)
+
+    return kept_program
+
+
+def share_programs(patch):
+    """Runs from here on share their programs, and draw nothing."""
+    patch.setattr(run_module, "build_program", keeping_programs())
+    draw_nothing(patch)
+
+
+def draw_nothing(patch):
+    """Runs from here on draw no pictures, and no sample of text."""
+    for name in ("plot_losses", "plot_run"):
+        patch.setattr(run_module, name, lambda path, *_: path.touch())
+    patch.setattr(run_module, "sample", lambda *_: "no sample")
