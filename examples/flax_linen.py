@@ -51,7 +51,7 @@ def batch(seed):
 
 
 def main():
-    params = model.init(jax.random.key(0), batch(0))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batch(0))["params"]
     state = TrainState.create(batch(0), loss_fn=loss_fn, params=params, tx=adalomo(5e-3))
     print(state.plan(batch(0)))
 

@@ -5,10 +5,13 @@ import io
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
 import adalomo_jax.bench.run as run_module
+import adalomo_jax.bench.steps as steps_module
 from adalomo_jax.bench.config import BenchConfig
 from adalomo_jax.bench.contestants import CONTESTANTS, NAMES, REFERENCE, Case, contestants_of
 from adalomo_jax.bench.measure import Failed, Measured, Worker, measure, ratios_to_reference
@@ -21,6 +24,7 @@ from adalomo_jax.models import PRESETS
 
 SMALL = dataclasses.replace(PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
 CASE = Case("tiny", 2, 4, 8, "bfloat16")
+TINY = ["--model=tiny", "--seq-len=8", "--rounds=3"]
 
 
 def measured(name, seconds, **more):
@@ -33,8 +37,23 @@ def printed(*tables):
     return console.export_text()
 
 
-@pytest.mark.parametrize("contestant", contestants_of(CASE, None), ids=lambda contestant: contestant.name)
-def test_each_step_runs_in_the_memory_of_what_it_is_given(contestant):
+OF_EACH_KIND = {
+    *(REFERENCE, "adalomo, fused, clipped", "adalomo, fused, 4 microbatches", "adalomo, unfused", "adamw, unfused"),
+    *("forward and backward", "forward and backward, in place"),
+}
+"""Of the other contestants, which have another optimizer, steps are compiled and run in the slow tier."""
+
+
+def named(contestant):
+    marks = () if contestant.name in OF_EACH_KIND else pytest.mark.slow
+    return pytest.param(contestant, id=contestant.name, marks=marks)
+
+
+@pytest.mark.uncached
+@pytest.mark.parametrize("contestant", map(named, contestants_of(CASE, None)))
+def test_each_step_runs_in_the_memory_of_what_it_is_given(contestant, monkeypatch):
+    ones = lambda make, _: jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), jax.eval_shape(make))
+    monkeypatch.setattr(steps_module, "_make_leaf_by_leaf", ones)  # random ones are a program a leaf
     compiled = compile_step(contestant, SMALL, CASE.batch_size, CASE.seq_len, CASE.dtype)
     seconds = [compiled.step() for _ in range(3)]
     assert min(seconds) > 0 and compiled.compile_seconds > 0
@@ -121,21 +140,46 @@ def test_all_may_fail(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "time.png").exists()
 
 
-def test_the_command_leaves_json_and_pictures(tmp_path, capsys):
-    folder = tmp_path / "out"
-    args = ["bench", "--model=tiny", "--seq-len=8", "--layers", "1", "2", "3", "--rounds=3", f"--output={folder}"]
-    main([*args, "--only", "sgd, unfused"])
-    said = capsys.readouterr().out
-    assert "tiny, 3 layers, 1 x 8, float32" in said and "off a line" in said and f"written to {folder}" in said
+def check_depths(folder, said):
+    """What the command leaves of one, two and three layers."""
+    assert "tiny, 3 layers, 1 x 8, float32" in said and "off a line" in said
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "depth.png", "time.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("depth.png", "time.png"))
     found = json.loads((folder / "bench.json").read_text())
     assert [case["layers"] for case in found["cases"]] == [1, 2, 3]
+    assert set(found["depth"]["tiny, 1 x 8, float32"]) == {REFERENCE, "sgd, unfused"}
+
+
+def of_depths(folder):
+    main(["bench", *TINY, "--layers", "1", "2", "3", f"--output={folder}", "--only", "sgd, unfused"])
+
+
+def test_the_command_draws_times_by_depth(tmp_path, monkeypatch, capsys):
+    answers = lambda starts, *_: [measured(name, [1.0, 1.5, 1.25]) for name in starts]
+    monkeypatch.setattr(run_module, "measure", answers)
+    of_depths(tmp_path / "out")
+    check_depths(tmp_path / "out", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_command_measures_and_draws_times_by_depth(tmp_path, capsys):
+    of_depths(tmp_path / "out")
+    check_depths(tmp_path / "out", capsys.readouterr().out)
+
+
+def test_the_command_leaves_json_and_a_picture(tmp_path, capsys):
+    folder = tmp_path / "out"
+    args = ["bench", *TINY, "--layers=1", f"--output={folder}"]
+    main([*args, "--only", "sgd, unfused"])
+    said = capsys.readouterr().out
+    assert "tiny, 1 layers, 1 x 8, float32" in said and f"written to {folder}" in said
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "time.png"]
+    assert (folder / "time.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / "bench.json").read_text())
     fused, sgd = found["cases"][0]["rows"]
     assert (fused["name"], sgd["name"]) == (REFERENCE, "sgd, unfused")
     assert len(sgd["seconds"]) == 3 and sgd["tokens_per_second"] == pytest.approx(8 / sgd["median_seconds"])
     assert sgd["peak_bytes"] > sgd["memory"]["peak"] > 4 * sgd["params"]
-    assert set(found["depth"]["tiny, 1 x 8, float32"]) == {REFERENCE, "sgd, unfused"}
     assert found["machine"]["versions"]["jax"] and fused["device"] == "cpu"
     with pytest.raises(SystemExit, match="2"):
         main(args)

@@ -1,59 +1,81 @@
 """What a command compiles, it need not compile again."""
 
-import json
 import os
 import subprocess
 import sys
 
+import jax
 import pytest
+import tiny
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from one_program import draw_nothing
 
+import adalomo_jax.finetune.fit as fit_module
+import adalomo_jax.finetune.generate as generate_module
+import adalomo_jax.finetune.run as run_module
+from adalomo_jax.cli import main
 from adalomo_jax.finetune import compilation_cache
 from adalomo_jax.finetune.compilation_cache import cache_folder
+from adalomo_jax.models import PRESETS
 
-HITS = """
-import json, sys
-import jax
-from adalomo_jax.cli import main
-
-hits = []
-jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
-main(sys.argv[1:])
-print(json.dumps(len(hits)))
-"""
-TINY = ["--model", "tiny", "--batch-size", "1", "--seq-len", "16"]
+HITS = []
+jax.monitoring.register_event_listener(lambda event, **_: HITS.append(event) if event.endswith("/cache_hits") else None)
 
 
-def hits(tmp_path, arguments, **settings):
-    """How many programs a command has found, in a process of its own, and what its standard error says."""
-    keeps_all = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    env = os.environ | keeps_all | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | settings
-    done = subprocess.run([sys.executable, "-c", HITS, *arguments], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Error" not in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def no_setting(tmp_path, monkeypatch):
+    """As in a process whose environment names no folder: the tests' own is out of use."""
+    before = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jax_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax_cache.reset_cache()
 
 
 def kept(folder):
     return {path.name.split("-")[0] for path in folder.rglob("*-cache")}
 
 
-def test_the_second_run_finds_the_step_that_the_first_has_compiled(tmp_path):
+def test_the_second_run_finds_the_step_that_the_first_has_compiled(no_setting, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", tiny.TINY)
+    draw_nothing(monkeypatch)
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 200)
-    command = ["finetune", *TINY, "--data", str(tmp_path / "text.txt"), "--steps", "2"]
-    first = hits(tmp_path, [*command, "--output", str(tmp_path / "first")])
-    assert "jit___call" in kept(tmp_path / "cache" / "adalomo-jax")
-    second = hits(tmp_path, [*command, "--output", str(tmp_path / "second")])
-    assert second > first
+    sizes = ["--batch-size", "1", "--seq-len", "16", "--steps", "2"]
+    hits = []
+    for name in ("first", "second"):
+        before = len(HITS)
+        main(["finetune", "--data", str(tmp_path / "text.txt"), *sizes, "--output", str(tmp_path / name)])
+        hits.append(len(HITS) - before)
+        assert "jit___call" in kept(tmp_path / "cache" / "adalomo-jax")
+    assert hits[1] > hits[0]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
 
 
-def test_jax_s_own_settings_hold(tmp_path):
-    command = ["memory", *TINY, "--device", "cpu", "--json"]
-    hits(tmp_path, [*command, "--output", str(tmp_path / "1")], JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
-    assert kept(tmp_path / "mine") and not kept(tmp_path / "cache")
-    hits(tmp_path, [*command, "--output", str(tmp_path / "2")], JAX_ENABLE_COMPILATION_CACHE="false")
-    assert not kept(tmp_path / "cache")
+@pytest.mark.parametrize("command", ["finetune", "generate --model tiny --prompt x", "memory"])
+def test_each_command_that_compiles_keeps_it(command, no_setting, monkeypatch):
+    for module in (run_module, generate_module, fit_module):
+        monkeypatch.setattr(module, "run", lambda *_: None)
+    main(command.split())
+    jax.jit(lambda x: x + 1)(1.0)
+    assert kept(cache_folder())
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [({}, "cache"), ({"JAX_COMPILATION_CACHE_DIR": "mine"}, "mine"), ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None)],
+    ids=["none", "folder", "off"],
+)
+def test_jax_s_own_settings_hold(settings, place, tmp_path):
+    """In a process of its own, since JAX reads them when it is imported."""
+    code = "from adalomo_jax.finetune.compilation_cache import use_compilation_cache; use_compilation_cache()\n"
+    code += "import jax; print(jax.jit(lambda x: x + 1)(1.0))"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")} | settings
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path)
+    assert [name for name in ("cache", "mine") if kept(tmp_path / name)] == ([place] if place else [])
 
 
 @pytest.mark.parametrize("base", [None, "/elsewhere"])

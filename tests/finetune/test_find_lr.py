@@ -1,12 +1,14 @@
 """The learning-rate range test: what it suggests, and what it leaves."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
+from one_program import draw_nothing
 
 from adalomo_jax.cli import main
 from adalomo_jax.finetune.config import FinetuneConfig, InputError
@@ -69,19 +71,28 @@ def small(tmp_path_factory):
     for i in range(6):
         (folder / f"{i}.txt").write_text(f"line {i} of a text that repeats itself\n" * 40)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **sizes))
+        draw_nothing(patch)
         yield ["--data", str(folder), "--batch-size", "4", "--seq-len", "32"]
-    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def range_test(folder, *options):
+    """The folder of a test and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        main(["finetune", "--find-lr", *options, "--output", str(folder)])
+    return folder, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def tested(small, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lr") / "test"
-    main(["finetune", "--find-lr", *small, "--output", str(folder)])
-    return folder
+def tested_and_printed(small, tmp_path_factory):
+    return range_test(tmp_path_factory.mktemp("lr") / "test", *small)
+
+
+@pytest.fixture(scope="module")
+def tested(tested_and_printed):
+    return tested_and_printed[0]
 
 
 def rates_in(folder):
@@ -108,22 +119,37 @@ def test_it_stops_where_the_loss_diverges(tested):
     assert max(finite[:-1]) <= 4 * min(finite)
 
 
-def test_it_prints_the_rate_that_it_suggests(small, tmp_path, capsys):
-    main(["finetune", "--find-lr", *small, "--optimizer", "adamw", "--output", str(tmp_path / "test")])
-    printed = capsys.readouterr().out
-    assert f"--learning-rate {suggested(tmp_path / 'test'):.1e}\n" in printed
+def check_printed(folder, printed):
+    assert f"--learning-rate {suggested(folder):.1e}\n" in printed
     assert "the loss falls fastest at" in printed and "learning-rate range test" in printed
 
 
+def test_it_prints_the_rate_that_it_suggests(tested_and_printed):
+    check_printed(*tested_and_printed)
+
+
+@pytest.mark.slow
+def test_it_prints_the_rate_that_it_suggests_for_another_optimizer(small, tmp_path):
+    check_printed(*range_test(tmp_path / "test", *small, "--optimizer", "adamw"))
+
+
+def trained(small, folder, rate):
+    """The last evaluation loss of a run at this rate."""
+    options = ["--steps", "40", "--learning-rate", str(rate), "--evaluate-every", "40"]
+    main(["finetune", *small, *options, "--output", str(folder)])
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
+
+
+def test_its_suggestion_trains_better_than_a_low_rate(small, tested, tmp_path):
+    found, low = (trained(small, tmp_path / str(rate), rate) for rate in (suggested(tested), 1e-4))
+    assert found < low - 1
+
+
+@pytest.mark.slow
 def test_its_suggestion_trains_as_well_as_the_built_in_rate(small, tested, tmp_path):
-    found = {}
-    for name, rate in {"built-in": LEARNING_RATES["adalomo"], "suggested": suggested(tested), "low": 1e-4}.items():
-        options = ["--steps", "40", "--learning-rate", str(rate), "--evaluate-every", "40"]
-        main(["finetune", *small, *options, "--output", str(tmp_path / name)])
-        last = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]
-        found[name] = json.loads(last)["eval_loss"]
-    assert found["suggested"] < found["built-in"] + 0.2
-    assert found["suggested"] < found["low"] - 1
+    rates = suggested(tested), LEARNING_RATES["adalomo"]
+    found, built_in = (trained(small, tmp_path / str(rate), rate) for rate in rates)
+    assert found < built_in + 0.2
 
 
 def test_a_second_test_in_the_same_folder_is_refused(small, tested, capsys):

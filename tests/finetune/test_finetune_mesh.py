@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,13 +13,25 @@ import time
 import numpy as np
 import pytest
 import tiny
+from one_program import share_programs
 
 from adalomo_jax.cli import main
 from adalomo_jax.finetune.config import RUN_FILES
 from adalomo_jax.models import PRESETS
 
-OPTIONS = ["--steps", "3", "--batch-size", "8", "--microbatches", "2", "--seq-len", "32", "--warmup-steps", "0"]
+STEPS = 20
+"""So many that a run can be stopped on its way."""
+OPTIONS = ["--steps", str(STEPS), "--evaluate-every", str(STEPS // 2), "--learning-rate", "1e-3", "--warmup-steps", "0"]
+OPTIONS += ["--batch-size", "8", "--microbatches", "2", "--seq-len", "32"]
 MESH = ["--mesh", "fsdp=4,tensor=2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", tiny.TINY)
+        share_programs(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -34,24 +47,40 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(corpus, tmp_path_factory):
+def of_one_device(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "one"
     main(["finetune", "--data", str(corpus), "--output", str(folder), *OPTIONS])
-    return losses(folder)
+    return folder
 
 
-def test_a_mesh_of_eight_devices(corpus, tmp_path, on_one_device, capsys):
-    main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *OPTIONS, *MESH])
-    assert len(on_one_device) == 7 and np.ptp(on_one_device) > 0.1
+@pytest.fixture(scope="module")
+def on_one_device(of_one_device):
+    return losses(of_one_device)
+
+
+def test_a_mesh_of_eight_devices_and_from_there_to_one(corpus, tmp_path, on_one_device, capsys):
+    command = ["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *OPTIONS]
+    main([*command, *MESH])
+    assert len(on_one_device) == STEPS + 3 and np.ptp(on_one_device) > 0.1
     np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
     assert "fsdp=4,tensor=2: bytes a device" in capsys.readouterr().out
+    main([*command, "--resume", "--resume-step", str(STEPS // 2)])
+    np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
+    assert f"going on after step {STEPS // 2}" in capsys.readouterr().out
 
 
-def launch(processes, corpus, folder, *options, program=("-m", "adalomo_jax")):
+def test_a_run_of_one_device_goes_on_upon_a_mesh(corpus, tmp_path, of_one_device, on_one_device):
+    shutil.copytree(of_one_device, tmp_path / "run")
+    resuming = ["--output", str(tmp_path / "run"), "--resume", "--resume-step", str(STEPS // 2)]
+    main(["finetune", "--data", str(corpus), *resuming, *OPTIONS, *MESH])
+    np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
+
+
+def launch(processes, corpus, folder, *options):
     """The command in several processes."""
-    command = [sys.executable, *program, "finetune", "--data", str(corpus), "--output", str(folder)]
+    command = [sys.executable, tiny.__file__, "finetune", "--data", str(corpus), "--output", str(folder)]
     command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), *options]
-    flags = f"--xla_force_host_platform_device_count={8 // processes}"
+    flags = re.sub(r"(device_count)=\d+", rf"\1={8 // processes}", os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     return [
         subprocess.Popen(
@@ -61,26 +90,27 @@ def launch(processes, corpus, folder, *options, program=("-m", "adalomo_jax")):
     ]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
-    folder = tmp_path / "run"
-    running = launch(processes, corpus, folder)
+def end_together(running, folder, on_one_device):
+    """What they print, after they have left one run."""
     printed = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * processes, printed[0][1][-3000:]
+    assert [process.returncode for process in running] == [0] * len(running), printed[0][1][-3000:]
     np.testing.assert_allclose(losses(folder), on_one_device, rtol=1e-5)
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("events."))
     assert names == sorted(RUN_FILES)
-    said = ["written to" in out for out, _ in printed]
-    assert said == [True] + [False] * (processes - 1)
+    assert ["written to" in out for out, _ in printed] == [True] + [False] * (len(running) - 1)
+    return printed
 
 
-def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, monkeypatch):
-    options = ["--steps", "60", "--evaluate-every", "60", "--learning-rate", "1e-3"]
-    monkeypatch.setitem(PRESETS, "tiny", tiny.TINY)
-    main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "one"), *OPTIONS, *options])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
+    """Two of them do so in the next test, too."""
+    end_together(launch(processes, corpus, tmp_path / "run"), tmp_path / "run", on_one_device)
 
-    folder = tmp_path / "run"
-    running = launch(2, corpus, folder, *options, program=[tiny.__file__])
+
+def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, on_one_device):
+    folder, no_other_save = tmp_path / "run", ["--checkpoint-every", str(2 * STEPS)]
+    running = launch(2, corpus, folder, *no_other_save)
     metrics, give_up = folder / "metrics.jsonl", time.monotonic() + 200
     while time.monotonic() < give_up and not (metrics.exists() and '"step": 2,' in metrics.read_text()):
         time.sleep(0.01)
@@ -90,14 +120,11 @@ def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, monkey
     (said,) = {
         *re.findall(r"^adalomo-jax: stopped after step (\d+), which is saved", printed[0][1] + printed[1][1], re.M)
     }
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [said] and int(said) < 60
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [said] and int(said) < STEPS
     assert not (folder / "model.safetensors").exists()
 
-    running = launch(2, corpus, folder, *options, "--resume", program=[tiny.__file__])
-    printed = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], printed[0][1][-3000:]
+    printed = end_together(launch(2, corpus, folder, *no_other_save, "--resume"), folder, on_one_device)
     assert f"going on after step {said}" in printed[0][0]
-    np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=1e-5)
 
 
 def free_port():

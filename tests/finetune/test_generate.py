@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from one_program import draw_nothing
 
 import adalomo_jax.finetune.generate as generate_module
 from adalomo_jax.cli import main
@@ -44,10 +45,13 @@ def folder(small, params, tmp_path_factory):
     return folder
 
 
+generated = jax.jit(generate, static_argnames=("length", "temperature", "top_p"))
+
+
 def expected(small, params, length, **options):
     model = llama_of(small.config, params)
     prompt = np.frombuffer(PROMPT.encode(), np.uint8).astype(np.int32)
-    tokens = generate(model, jnp.asarray(prompt)[None], length, **options)[0]
+    tokens = generated(model, jnp.asarray(prompt)[None], length, **options)[0]
     return bytes(map(int, tokens)).decode(errors="replace")
 
 
@@ -66,7 +70,8 @@ def test_its_options_reach_the_sampler(folder, small, params, capsys):
     assert drawn != expected(small, params, 12, key=jax.random.key(5), temperature=2.0) + "\n"
 
 
-def test_a_checkpoint_within_a_run_is_restored(small, tmp_path, capsys):
+def test_a_checkpoint_within_a_run_is_restored(small, tmp_path, capsys, monkeypatch):
+    draw_nothing(monkeypatch)
     text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("a line of a text that repeats itself\n" * 40)
     options = [

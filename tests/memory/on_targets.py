@@ -22,9 +22,13 @@ needs_cuda = pytest.mark.skipif(not installed("jax_plugins.xla_cuda13"), reason=
 
 
 def memory_rows(*options):
-    """The rows that the command prints, by name. Its environment is a user's: nothing about platforms is set."""
+    """The rows that the command prints, by name. Its environment is a user's: nothing about platforms is set.
+
+    Its figures are of what has been compiled for them, not of what was kept.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-m", "adalomo_jax", "memory", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adalomo_jax.memory.collectives import Collectives, collectives_in
 from adalomo_jax.models import make_mesh
+
+pytestmark = pytest.mark.uncached
 
 
 def compiled_text(fn, *shapes_and_specs):

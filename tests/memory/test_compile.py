@@ -10,6 +10,7 @@ from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory import TARGETS, compile_usage
 from adalomo_jax.memory.compile import needed_bytes
 
+pytestmark = pytest.mark.uncached
 CPU = TARGETS["cpu"]
 LAYERS, DIM, BATCH = 12, 128, 8
 STACK = LAYERS * DIM * DIM * 4

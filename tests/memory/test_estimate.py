@@ -160,6 +160,7 @@ def test_an_estimate_of_a_small_preset_is_within_a_tenth(device, model, seq_len,
     assert estimated["argument_bytes"] == pytest.approx(compiled["argument_bytes"], rel=1e-4)
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_estimate_of_wide_layers_is_near_the_compiled_figure(fused):
     """On a CPU, in float32, with weights that are the most of it; presets on accelerators are compared where slow."""

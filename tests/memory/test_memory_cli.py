@@ -2,14 +2,13 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 import re
-import subprocess
 import sys
 from typing import get_args, get_type_hints
 
-import jax
 import pytest
 
 import adalomo_jax.finetune.fit as fit
@@ -22,6 +21,7 @@ from adalomo_jax.models import PRESETS
 from adalomo_jax.models.sharding import AXES as MESH_AXES
 from adalomo_jax.pretrained.model import find_model
 
+pytestmark = pytest.mark.uncached
 KEYS = "params_bytes state_bytes argument_bytes alias_bytes temp_bytes peak_bytes host_bytes limit_bytes".split()
 KEYS += ["fits", "compile_seconds", "name", "optimizer", "fused", "target", "estimated"]
 SMALL = ["--model", "tiny", "--device", "cpu", "--seq-len", "16"]
@@ -30,15 +30,11 @@ SIZES |= dict(num_attention_heads=4, max_position_embeddings=32, tie_word_embedd
 
 
 @pytest.fixture(autouse=True)
-def small_and_quick(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path):
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], **sizes))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def json_rows(capsys, *options):
@@ -68,8 +64,10 @@ def made_up(config, model, target, step):
     )
 
 
-def test_json_is_an_object_for_each_row_and_nothing_else(capsys, tmp_path):
-    rows = json_rows(capsys, "--compare")
+@pytest.mark.parametrize("how", [["--estimate"], pytest.param([], marks=pytest.mark.slow)], ids=" ".join)
+def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
+    """Compiled, in the fast tier, are the rows of the tests below, one at a time."""
+    rows = json_rows(capsys, "--compare", *how)
     assert [row["name"] for row in rows] == [
         "adalomo, fused",
         "adalomo, unfused",
@@ -141,7 +139,7 @@ def test_an_estimate_says_so_and_needs_no_compiler(capsys, monkeypatch):
 
 
 def test_a_mesh_of_this_machines_devices(capsys):
-    (one,) = json_rows(capsys, "--batch-size", "4")
+    (one,) = json_rows(capsys, "--batch-size", "4", "--estimate")
     (row,) = json_rows(capsys, "--batch-size", "4", "--chips", "8", "--shard", "fsdp=4,tensor=2")
     norms = 5 * 16 * 2
     assert row["params_bytes"] == (one["params_bytes"] - norms) // 8 + norms
@@ -150,7 +148,7 @@ def test_a_mesh_of_this_machines_devices(capsys):
 
 @pytest.mark.parametrize("offload", ["params", "activations"])
 def test_offloaded(capsys, offload):
-    (all_on_chip,), (row,) = (json_rows(capsys, *more) for more in ([], ["--offload", offload]))
+    (all_on_chip,), (row,) = (json_rows(capsys, *more) for more in (["--estimate"], ["--offload", offload]))
     norms_and_ends = 2 * (5 * 16 + 2 * 256 * 16)
     expected = norms_and_ends if offload == "params" else all_on_chip["params_bytes"]
     assert row["params_bytes"] == expected and row["alias_bytes"] >= all_on_chip["params_bytes"]
@@ -158,7 +156,7 @@ def test_offloaded(capsys, offload):
 
 def test_a_hugging_face_config(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    main(["memory", "--model", "config.json", "--device", "cpu", "--seq-len", "64", "--json"])
+    main(["memory", "--model", "config.json", "--device", "cpu", "--seq-len", "64", "--estimate", "--json"])
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     weights = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
     assert row["params_bytes"] == 2 * weights
@@ -231,16 +229,16 @@ def test_good_input_does_compile(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "extra"), [("tpu-v5e", "tpu-aot"), ("h100", "cuda-aot")])
-def test_a_missing_plugin_is_one_line_that_names_the_extra(device, extra):
-    """In a process of its own, in which no plugin can be found."""
-    code = (
-        "import importlib.util as u, sys; find = u.find_spec;"
-        "u.find_spec = lambda name, *rest: None if name.startswith(('libtpu', 'jax_plugins')) else find(name, *rest);"
-        f"from adalomo_jax.cli import main; main(['memory', '--device', '{device}'])"
+def test_a_missing_plugin_is_one_line_that_names_the_extra(device, extra, capsys, monkeypatch):
+    find, plugins = importlib.util.find_spec, ("libtpu", "jax_plugins")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name.startswith(plugins) else find(name, *rest)
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and f"pip install 'adalomo-jax[{extra}]'" in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main(["memory", "--device", device])
+    printed = capsys.readouterr()
+    assert (stopped.value.code, printed.out) == (2, "")
+    assert printed.err.count("\n") == 1 and f"pip install 'adalomo-jax[{extra}]'" in printed.err
 
 
 def documentation():
@@ -255,10 +253,10 @@ def documentation():
     }
 
 
-def test_help_explains_every_option_and_names_every_device_and_preset():
-    command = [sys.executable, "-m", "adalomo_jax", "memory", "--help"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = " ".join(re.sub("[│|]", "", printed).split())
+def test_help_explains_every_option_and_names_every_device_and_preset(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["memory", "--help"])
+    text = " ".join(re.sub("[│|]", "", capsys.readouterr().out).split())
     texts = documentation()
     for field in dataclasses.fields(MemoryConfig):
         assert f" --{field.name.replace('_', '-')} " in text.replace(",", " ")

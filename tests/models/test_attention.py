@@ -12,27 +12,37 @@ from adalomo_jax.models.attention import BLOCK, causal_attention, kind_for, spla
 
 
 def make_inputs(length, *, heads=4, kv_heads=2, width=8, batch=2):
-    keys = jax.random.split(jax.random.key(0), 4)
+    random = np.random.default_rng(0)
     shapes = [(batch, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def values_and_gradients(attention, inputs):
     *qkv, weights = inputs
-    loss = lambda q, k, v: jnp.sum(attention(q, k, v) * weights)
-    return jax.jit(lambda *qkv: (attention(*qkv), jax.grad(loss, argnums=(0, 1, 2))(*qkv)))(*qkv)
+
+    def loss(q, k, v):
+        out = attention(q, k, v)
+        return jnp.sum(out * weights), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, gradients
 
 
 plain = partial(jax.nn.dot_product_attention, is_causal=True)
 
 
-LENGTHS = {
-    "blocks": (1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 7),
-    "tiles": (1, 63, 64, 65, 8 * 64, 8 * 64 + 1, 8 * 100 + 51),
-}
+LENGTHS = {"blocks": (1, 2 * BLOCK, 3 * BLOCK - 7), "tiles": (1, 64, 8 * 64 + 1, 8 * 100 + 51)}
+FURTHER_LENGTHS = {"blocks": (BLOCK, BLOCK + 1), "tiles": (63, 65, 8 * 64)}
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "length"), [(kind, length) for kind in LENGTHS for length in LENGTHS[kind]])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        *((kind, length) for kind in LENGTHS for length in LENGTHS[kind]),
+        *(slow(kind, length) for kind in LENGTHS for length in FURTHER_LENGTHS[kind]),
+    ],
+)
 def test_equals_plain_attention(kind, length):
     inputs = make_inputs(length)
     attention = partial(causal_attention, kind=kind)
@@ -70,7 +80,7 @@ def packed(length):
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize("length", BOUNDS)
+@pytest.mark.parametrize("length", [slow(256), BLOCK + 100])
 def test_documents_in_one_sequence_do_not_see_each_other(length, kind):
     bounds, segments_BT = packed(length)
     inputs = make_inputs(length)
@@ -85,7 +95,7 @@ def windowed(q, k, v, window):
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize("window", [1, 5, BLOCK, BLOCK + 50])
+@pytest.mark.parametrize("window", [slow(1), 5, BLOCK, slow(BLOCK + 50)])
 def test_a_window_hides_what_lies_further_back(window, kind):
     inputs = make_inputs(BLOCK + 100)
     actual = values_and_gradients(partial(causal_attention, kind=kind, window=window), inputs)
@@ -142,6 +152,7 @@ def test_what_suits_a_cpu():
     assert kind_for("cpu", 2049, 64, jnp.float32) == "blocks"
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_only_the_scores_of_one_block_are_held(kind):
     """Of a gradient; where scores of all queries are held, temporaries grow by them."""

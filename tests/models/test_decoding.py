@@ -33,9 +33,11 @@ def model_of(config):
     return nnx.merge(nnx.graphdef(abstract), jax.tree.map(draw, nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
 
+read_jitted = jax.jit(read)
+
+
 def in_parts(model, tokens, lengths):
     """The logits of all positions, read in parts of these lengths."""
-    read_jitted = jax.jit(read)
     cache = empty_cache(model, tokens.shape[0], tokens.shape[1])
     found, start = [], 0
     for length in lengths:
@@ -51,7 +53,7 @@ def test_logits_are_those_of_the_whole_at_every_position(family):
     model = model_of(FAMILIES[family])
     whole = jax.jit(lambda model: model(TOKENS))(model)
     assert float(jnp.std(whole)) > 0.3
-    for lengths in ([1] * 24, [7] + [1] * 17, [3, 11, 10], [24]):
+    for lengths in ([1] * 24, [8] + [1] * 16, [8, 16], [24]):
         np.testing.assert_allclose(in_parts(model, TOKENS, lengths), whole, atol=1e-4)
 
 
@@ -72,7 +74,7 @@ def test_a_prompt_of_several_blocks():
 
 
 def test_the_cache_has_the_type_of_the_weights():
-    model = Llama(LLAMA, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    x, cache = read(model, TOKENS, empty_cache(model, 2, 30))
+    model = nnx.jit(lambda: Llama(LLAMA, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    x, cache = read_jitted(model, TOKENS, empty_cache(model, 2, 30))
     assert x.dtype == cache.k_LBTKH.dtype == cache.v_LBTKH.dtype == jnp.bfloat16
     assert cache.k_LBTKH.shape == (3, 2, 30, 2, 8)

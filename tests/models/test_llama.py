@@ -175,6 +175,7 @@ def test_remat_changes_no_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.uncached
 def test_remat_saves_memory():
     def temporaries(remat):
         config = dataclasses.replace(SMALL, max_position_embeddings=256, num_hidden_layers=8)
@@ -216,7 +217,7 @@ def test_a_sequence_beyond_the_positions_is_refused():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_model_of_given_parameters_computes_in_their_type(dtype):
     config = dataclasses.replace(PRESETS["tiny"], hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
-    model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype)
+    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()
     found = llama_of(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     tokens = jnp.arange(8)[None]
     assert found.hidden(tokens).dtype == dtype

@@ -75,6 +75,7 @@ def test_no_target_is_no_loss():
     assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.uncached
 def test_logits_of_the_whole_sequence_never_exist():
     length, vocab_size = 256, 32768
     config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
@@ -92,6 +93,7 @@ def test_logits_of_the_whole_sequence_never_exist():
     assert temporaries(direct_loss) >= logits
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embedding_that_is_the_head_is_not_transposed(tied):
     """For the products of the backward pass a transposed copy would be written out. An untied head has these axes."""

@@ -73,13 +73,14 @@ def test_a_nucleus_is_the_smallest_set_of_that_probability(top_p):
 
 def test_sampled_tokens_are_in_the_nucleus_and_with_one_all_are(model):
     sampler = jax.jit(generate, static_argnames=("length", "temperature", "top_p"))
+    logits_of = jax.jit(lambda model, tokens: model(tokens))
     draw = lambda seed, **options: np.asarray(
         sampler(model, PROMPT, length=8, key=jax.random.key(seed), temperature=2.0, **options)
     )
     for seed in range(3):
         assert np.array_equal(draw(seed), draw(seed, top_p=1.0))
         tokens = draw(seed, top_p=0.5)
-        logits = np.asarray(model(jnp.asarray(tokens))) / 2
+        logits = np.asarray(logits_of(model, tokens)) / 2
         for position in range(3, 11):
             kept = plain_nucleus(logits[:, position - 1], 0.5 + 1e-4)
             assert np.all(np.isfinite(kept[np.arange(2), tokens[:, position]]))
@@ -89,7 +90,10 @@ def test_sampled_tokens_are_in_the_nucleus_and_with_one_all_are(model):
 
 
 def test_after_the_end_token_there_is_nothing_else(model):
-    draw = lambda **options: np.asarray(generate(model, PROMPT, 12, key=jax.random.key(0), temperature=2.0, **options))
+    sampler = jax.jit(generate, static_argnames=("length", "temperature", "eos"))
+    draw = lambda **options: np.asarray(
+        sampler(model, PROMPT, length=12, key=jax.random.key(0), temperature=2.0, **options)
+    )
     free = draw()
     eos = int(free[0, 6])
     ended = draw(eos=eos)

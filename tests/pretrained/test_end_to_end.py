@@ -42,7 +42,7 @@ def command(folder, tmp_path_factory):
     return ["finetune", "--model", str(folder), "--data", str(chats), *sizes]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def finished(request, command, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / request.param
     options = ["--dtype", request.param, "--max-grad-norm", "1", "--microbatches", "2"]
