@@ -50,7 +50,7 @@ def named(contestant):
 
 
 @pytest.mark.uncached
-@pytest.mark.parametrize("contestant", map(named, contestants_of(CASE, None)))
+@pytest.mark.parametrize("contestant", [named(contestant) for contestant in contestants_of(CASE, None)])
 def test_each_step_runs_in_the_memory_of_what_it_is_given(contestant, monkeypatch):
     ones = lambda make, _: jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), jax.eval_shape(make))
     monkeypatch.setattr(steps_module, "_make_leaf_by_leaf", ones)  # random ones are a program a leaf

@@ -180,8 +180,10 @@ def test_exported_weights_are_the_trained_ones(finished, corpus):
     assert abs(float(loss()) - evaluations[-1]["eval_loss"]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_fused_and_unfused_train_alike(finished, corpus, tmp_path):
+    """So they do, in the fast tier, where one goes on from the other's checkpoint."""
     main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL, "--no-fused"])
     losses, other = ([row["loss"] for row in read_metrics(folder)[0]] for folder in (finished, tmp_path / "run"))
     np.testing.assert_allclose(losses, other, rtol=1e-4)

@@ -31,8 +31,8 @@ def values_and_gradients(attention, inputs):
 plain = partial(jax.nn.dot_product_attention, is_causal=True)
 
 
-LENGTHS = {"blocks": (1, 2 * BLOCK, 3 * BLOCK - 7), "tiles": (1, 64, 8 * 64 + 1, 8 * 100 + 51)}
-FURTHER_LENGTHS = {"blocks": (BLOCK, BLOCK + 1), "tiles": (63, 65, 8 * 64)}
+LENGTHS = {"blocks": (1, 2 * BLOCK, 3 * BLOCK - 7), "tiles": (1, 64, 8 * 100 + 51)}
+FURTHER_LENGTHS = {"blocks": (BLOCK, BLOCK + 1), "tiles": (63, 65, 8 * 64, 8 * 64 + 1)}
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
