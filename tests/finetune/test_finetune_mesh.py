@@ -82,6 +82,8 @@ def launch(processes, corpus, folder, *options):
     command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), *options]
     flags = re.sub(r"(device_count)=\d+", rf"\1={8 // processes}", os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Only the first process keeps what it compiles: resumed, it would run another executable than the others.
+    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     return [
         subprocess.Popen(
             [*command, "--process", str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
