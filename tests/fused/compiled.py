@@ -30,30 +30,41 @@ class Memory(NamedTuple):
         return (self.temporaries_unfused - self.temporaries) / self.stacks
 
 
-def memory_of_steps(
-    model: Model,
-    tx: optax.GradientTransformation,
-    place: Callable[[Any], Any] = lambda args: args,
-    compiler_options: dict[str, Any] | None = None,
-) -> Memory:
+class Compiled(NamedTuple):
+    """A model's step, fused and unfused, each donating parameters and state."""
+
+    model: Model
+    state: Any
+    """Before the first step, for where the arguments are placed."""
+    fused: Any
+    unfused: Any
+
+    @property
+    def memory(self) -> Memory:
+        fused, unfused, stacks = self.fused, self.unfused, self.model.stacks
+        return Memory(
+            params_and_state=tree_bytes((self.model.params, self.state)),
+            stacks=tree_bytes(stacks),
+            updated_in_place=memory_of(fused).alias_size_in_bytes,
+            temporaries=memory_of(fused).temp_size_in_bytes,
+            temporaries_unfused=memory_of(unfused).temp_size_in_bytes,
+            narrow_stacks=narrow_stacks(fused, stacks),
+            narrow_stacks_unfused=narrow_stacks(unfused, stacks),
+        )
+
+
+def compile_steps(
+    model: Model, tx: optax.GradientTransformation, place: Callable[[Any], Any] = lambda args: args
+) -> Compiled:
     """Compiles a model's step, fused and unfused, for where ``place`` puts the arguments."""
     step = fuse(model.loss_fn, tx, has_aux=model.has_aux)
     args = model.batch(0)
-    state = step.init(model.params, *args)
+    state = jax.jit(step.init)(model.params, *args)
     args = place((model.params, state, *args))
     fused, unfused = (
-        jitted.lower(*args).compile(compiler_options)
-        for jitted in (step.jit, jax.jit(step.unfused, donate_argnums=(0, 1)))
+        jitted.lower(*args).compile() for jitted in (step.jit, jax.jit(step.unfused, donate_argnums=(0, 1)))
     )
-    return Memory(
-        params_and_state=tree_bytes((model.params, state)),
-        stacks=tree_bytes(model.stacks),
-        updated_in_place=memory_of(fused).alias_size_in_bytes,
-        temporaries=memory_of(fused).temp_size_in_bytes,
-        temporaries_unfused=memory_of(unfused).temp_size_in_bytes,
-        narrow_stacks=narrow_stacks(fused, model.stacks),
-        narrow_stacks_unfused=narrow_stacks(unfused, model.stacks),
-    )
+    return Compiled(model, state, fused, unfused)
 
 
 def tree_bytes(tree):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Sizes(NamedTuple):
@@ -46,7 +47,8 @@ class Model(NamedTuple):
 
 def inputs(sizes: Sizes, i: int) -> jax.Array:
     """Floats of shape ``[batch, length, dim]``."""
-    return jax.random.normal(jax.random.key(100 + i), (sizes.batch, sizes.length, sizes.dim))
+    shape = (sizes.batch, sizes.length, sizes.dim)
+    return jnp.asarray(np.random.default_rng(100 + i).standard_normal(shape, np.float32))
 
 
 def error(y: Any, x: jax.Array) -> jax.Array:

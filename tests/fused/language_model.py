@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 VOCAB, DIM, HIDDEN = 32, 16, 24
 
@@ -20,17 +21,15 @@ def init_params(
 ):
     """Parameters; ``layers`` is a number, or one for each of several stacks."""
     counts = [layers] if isinstance(layers, int) else layers
-    keys = iter(jax.random.split(jax.random.key(seed), 2 + 4 * len(counts)))
-
-    def normal(*shape):
-        return (0.3 * jax.random.normal(next(keys), shape)).astype(dtype)
-
-    params: dict[str, Any] = {"embed": normal(vocab, dim), "norm": jnp.ones(dim, dtype)}
+    rng = np.random.default_rng(seed)  # JAX's would compile a program for each shape
+    normal = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+    ones = lambda *shape: jnp.asarray(np.ones(shape), dtype)
+    params: dict[str, Any] = {"embed": normal(vocab, dim), "norm": ones(dim)}
     if not tied:
         params["head"] = normal(dim, vocab)
     for s, n in enumerate(counts):
         params[f"layers{s}"] = {
-            "scale": jnp.ones((n, dim), dtype),
+            "scale": ones(n, dim),
             "mix": normal(n, dim, dim),
             "up": normal(n, dim, hidden),
             "down": normal(n, hidden, dim),
@@ -40,7 +39,7 @@ def init_params(
 
 def batch(seed=0, *, batch_size=2, length=8, vocab=VOCAB):
     """Tokens of shape ``[batch, length]``."""
-    return jax.random.randint(jax.random.key(100 + seed), (batch_size, length), 0, vocab)
+    return jnp.asarray(np.random.default_rng(100 + seed).integers(0, vocab, (batch_size, length)), jnp.int32)
 
 
 def normalize(x, scale):

@@ -22,10 +22,10 @@ def convolutions(sizes: Sizes) -> Model:
     def loss_fn(params, images):
         return readout(params, lax.scan(body, images, params["layers"])[0], images)
 
-    kernel = jax.random.normal(jax.random.key(0), (sizes.layers, 3, 3, sizes.dim, sizes.dim)) / (9 * sizes.dim) ** 0.5
+    kernel = matrix(0, sizes.layers, 3, 3, sizes.dim, sizes.dim) / 3
     params = {
         "layers": {"kernel": kernel, "bias": jnp.zeros((sizes.layers, sizes.dim))},
-        "head": matrix(jax.random.key(1), sizes.dim, sizes.dim),
+        "head": matrix(1, sizes.dim, sizes.dim),
     }
     batch = lambda i: (jnp.stack([inputs(sizes, i), inputs(sizes, 50 + i)], axis=1),)
     return Model(loss_fn, params, batch, {"layers": sizes.layers})
@@ -43,11 +43,10 @@ def experts(sizes: Sizes, top_1: bool) -> Model:
         h = jax.nn.silu(jnp.einsum("btd,edh->bteh", h, w["up"]))
         return y + jnp.einsum("bteh,ehd,bte->btd", h, w["down"], gates), None
 
-    keys = jax.random.split(jax.random.key(0), 3)
     stack = {
-        "router": matrix(keys[0], sizes.layers, sizes.dim, 4),
-        "up": matrix(keys[1], sizes.layers, 4, sizes.dim, sizes.hidden),
-        "down": matrix(keys[2], sizes.layers, 4, sizes.hidden, sizes.dim),
+        "router": matrix(10, sizes.layers, sizes.dim, 4),
+        "up": matrix(11, sizes.layers, 4, sizes.dim, sizes.hidden),
+        "down": matrix(12, sizes.layers, 4, sizes.hidden, sizes.dim),
     }
     loss_fn = lambda params, x: readout(params, lax.scan(body, x, params["layers"])[0], x)
     return model(sizes, loss_fn, layers=stack)
@@ -133,7 +132,7 @@ def integers_and_bools(sizes: Sizes) -> Model:
         loss_fn,
         layered=stack_names,
         layers=stack,
-        offset=0.1 * matrix(jax.random.key(2), sizes.length, sizes.dim),
+        offset=0.1 * matrix(2, sizes.length, sizes.dim),
         positions=jnp.arange(sizes.length)[::-1],
         count=jnp.int32(2),
     )

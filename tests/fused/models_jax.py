@@ -4,27 +4,26 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from found_model import Model, Sizes, error, inputs
 from jax import lax
 
 
-def matrix(key, *shape):
-    """Normally distributed, for inputs of width ``shape[-2]``."""
-    return jax.random.normal(key, shape) / jnp.sqrt(shape[-2])
+def matrix(seed, *shape):
+    """Normally distributed, for inputs of width ``shape[-2]``. By NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-2])))
 
 
 def feed_forward_stack(sizes: Sizes, seed: int = 0):
-    keys = jax.random.split(jax.random.key(seed))
     return {
-        "scale": jnp.ones((sizes.layers, sizes.dim)),
-        "up": matrix(keys[0], sizes.layers, sizes.dim, sizes.hidden),
-        "down": matrix(keys[1], sizes.layers, sizes.hidden, sizes.dim),
+        "scale": jnp.asarray(np.ones((sizes.layers, sizes.dim), np.float32)),
+        "up": matrix((seed, 0), sizes.layers, sizes.dim, sizes.hidden),
+        "down": matrix((seed, 1), sizes.layers, sizes.hidden, sizes.dim),
     }
 
 
 def attention_stack(sizes: Sizes, seed: int = 0):
-    keys = jax.random.split(jax.random.key(10 + seed), 4)
-    return {name: matrix(key, sizes.layers, sizes.dim, sizes.dim) for name, key in zip("qkvo", keys)}
+    return {name: matrix((10 + seed, i), sizes.layers, sizes.dim, sizes.dim) for i, name in enumerate("qkvo")}
 
 
 def normalize(x, scale=1.0):
@@ -53,7 +52,7 @@ def model(sizes: Sizes, loss_fn, layered=("layers",), **params) -> Model:
     """One stack, a head and what else there is; some of it updated layer by layer."""
     params = {
         "layers": feed_forward_stack(sizes),
-        "head": matrix(jax.random.key(1), sizes.dim, sizes.dim),
+        "head": matrix(1, sizes.dim, sizes.dim),
         **params,
     }
     return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {path: sizes.layers for path in layered})
@@ -77,7 +76,7 @@ def encoder_decoder(sizes: Sizes) -> Model:
         return readout(params, lax.scan(decode, x, params["decoder"])[0], x)
 
     stacks = [feed_forward_stack(sizes, seed) | attention_stack(sizes, seed) for seed in (0, 1)]
-    head = matrix(jax.random.key(1), sizes.dim, sizes.dim)
+    head = matrix(1, sizes.dim, sizes.dim)
     params = {"encoder": stacks[0], "decoder": stacks[1], "memory_scale": jnp.ones(sizes.dim), "head": head}
     batch = lambda i: (inputs(sizes, 50 + i), inputs(sizes, i))
     return Model(loss_fn, params, batch, {"encoder": sizes.layers, "decoder": sizes.layers})
@@ -100,8 +99,8 @@ def shared_layer(sizes: Sizes) -> Model:
     def loss_fn(params, x):
         return readout(params, lax.scan(lambda y, _: layer(y, params["layer"]), x, None, length=sizes.layers)[0], x)
 
-    one = jax.tree.map(lambda w: w[0], feed_forward_stack(sizes))
-    params = {"layer": one, "head": matrix(jax.random.key(1), sizes.dim, sizes.dim)}
+    one = jax.tree.map(lambda w: jnp.asarray(np.asarray(w)[0]), feed_forward_stack(sizes))
+    params = {"layer": one, "head": matrix(1, sizes.dim, sizes.dim)}
     return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {})
 
 
@@ -123,7 +122,7 @@ def gated_and_fed(sizes: Sizes) -> Model:
         return readout(params, lax.scan(body, x, (params["layers"], jax.nn.softmax(params["gates"]), fed))[0], x)
 
     gates = jnp.linspace(0.0, 1.0, sizes.layers)
-    return model(sizes, loss_fn, gates=gates, feed=0.1 * matrix(jax.random.key(2), sizes.layers, sizes.dim))
+    return model(sizes, loss_fn, gates=gates, feed=0.1 * matrix(2, sizes.layers, sizes.dim))
 
 
 def every_layer_in_the_loss(sizes: Sizes) -> Model:
@@ -148,7 +147,7 @@ def branches_and_loops(sizes: Sizes) -> Model:
         largest = lax.while_loop(lambda v: jnp.linalg.norm(v) < 100.0, grow, jnp.ones(sizes.dim))
         return readout(params, y + jnp.tanh(largest), x)
 
-    square = jnp.eye(sizes.dim) + 0.1 * matrix(jax.random.key(2), sizes.dim, sizes.dim)
+    square = jnp.eye(sizes.dim) + 0.1 * matrix(2, sizes.dim, sizes.dim)
     return model(sizes, loss_fn, into=square, refine=square.T)
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,15 +37,15 @@ SPREADS = {
 
 
 def init_params(dtype=jnp.float32):
-    keys = iter(jax.random.split(jax.random.key(0), 3))
-    normal = lambda *shape: (0.3 * jax.random.normal(next(keys), shape)).astype(dtype)
-    layers = {"scale": jnp.ones((LAYERS, DIM), dtype), "up": normal(LAYERS, DIM, HIDDEN)}
+    rng = np.random.default_rng(0)  # JAX's would compile a program for each shape
+    normal = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+    layers = {"scale": jnp.asarray(np.ones((LAYERS, DIM)), dtype), "up": normal(LAYERS, DIM, HIDDEN)}
     return {"embed": normal(IN, DIM), "layers": layers | {"down": normal(LAYERS, HIDDEN, DIM)}}
 
 
 def batch(seed):
-    x, y = jax.random.normal(jax.random.key(seed), (2, BATCH, IN))
-    return x, y
+    x, y = np.random.default_rng(seed).standard_normal((2, BATCH, IN), np.float32)
+    return jnp.asarray(x), jnp.asarray(y)
 
 
 def put(tree, specs, mesh):

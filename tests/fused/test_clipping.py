@@ -14,7 +14,7 @@ from language_model import REMATS, batch, init_params, layer, make_loss
 from adalomo_jax import adalomo, fuse
 
 BATCHES = [(batch(i),) for i in range(4)]
-LOW, BETWEEN, HIGH = 0.5, 4.05, 100.0
+LOW, BETWEEN, HIGH = 0.5, 3.1, 100.0
 """Below the norms of the gradients of the small model's first steps, among them, and above them."""
 DIM, HIDDEN = 64, 128
 TOKENS = {"scanned": (2, 32), "unrolled": (1, 4)}

@@ -7,7 +7,7 @@ import json
 import sys
 
 import jax
-from compiled import memory_of_steps
+from compiled import compile_steps
 from found_model import Model, Sizes
 from jax.experimental import topologies
 from models_as_found import MODELS
@@ -33,7 +33,7 @@ def main():
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     place = lambda args: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     for name in sys.argv[1:]:
-        memory = memory_of_steps(abstract_model(name), adalomo(1e-2), place)
+        memory = compile_steps(abstract_model(name), adalomo(1e-2), place).memory
         print(json.dumps([name, memory._asdict()]), flush=True)
 
 
