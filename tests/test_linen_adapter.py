@@ -141,12 +141,14 @@ def test_the_old_state_is_gone_and_other_arguments_stay():
     assert not any(x.is_deleted() for x in jax.tree.leaves(batch_stats))
 
 
+@pytest.mark.uncached
 def test_updates_in_place():
     state, batch_stats = start()
     memory = state.lower(X, batch_stats, KEY).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= nbytes((state.params, state.opt_state))
 
 
+@pytest.mark.uncached
 def test_is_part_of_the_users_jit_in_place():
     traces = []
 

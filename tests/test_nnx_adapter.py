@@ -177,6 +177,7 @@ def test_many_steps_trace_once_for_each_structure():
     assert counts[1] == counts[3] == counts[4] == counts[5] == 0
 
 
+@pytest.mark.uncached
 def test_updates_in_place():
     model, optimizer = start("adamw")
     memory = optimizer.lower(model, TOKENS).compile().memory_analysis()
@@ -236,6 +237,7 @@ class LoraLayer(nnx.Module):
         return x + jnp.tanh(self.lora(x))
 
 
+@pytest.mark.uncached
 def test_frozen_parameters_are_read_and_not_copied():
     layers = stack(LoraLayer, LAYERS, nnx.Rngs(0))
     scanned = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)

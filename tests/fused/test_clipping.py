@@ -1,5 +1,7 @@
 """`max_grad_norm`: Optax's clipping by the global norm, by a second backward pass instead of a tree of gradients."""
 
+import functools
+
 import apart
 import flops
 import jax
@@ -10,6 +12,7 @@ import pytest
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of, tree_bytes
 from language_model import REMATS, batch, init_params, layer, make_loss
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -20,6 +23,7 @@ DIM, HIDDEN = 64, 128
 TOKENS = {"scanned": (2, 32), "unrolled": (1, 4)}
 """Batch and length. Few where the layers are unrolled: XLA's CPU compiler (of JAX 0.10) drops the barriers of remat,
 recomputes the layers on the way forward, and keeps what it has computed; so that gradients are seen beside it."""
+DEPTHS = {"scanned": (4, 16), "unrolled": (2, 6)}
 
 
 def norms_without_clipping(params):
@@ -27,7 +31,7 @@ def norms_without_clipping(params):
 
 
 @pytest.mark.parametrize(
-    ("rule", "most"), [("adamw", LOW), ("adalomo", BETWEEN), *(("lomo", most) for most in (LOW, BETWEEN, HIGH))]
+    ("rule", "most"), [("adamw", LOW), ("adalomo", BETWEEN), ("lomo", HIGH), slow("lomo", LOW), slow("lomo", BETWEEN)]
 )
 def test_equals_optax_on_the_layers_apart(rule, most):
     params, tx = init_params(3), RULES[rule]
@@ -56,7 +60,7 @@ def test_the_comparison_sees_whether_it_was_clipped(most):
 
 
 @pytest.mark.parametrize(
-    ("rule", "remat"), [("adalomo", "remat"), ("adamw", "no remat"), ("sgd with momentum", "dots saved")]
+    ("rule", "remat"), [("adalomo", "remat"), slow("adamw", "no remat"), slow("sgd with momentum", "dots saved")]
 )
 def test_equals_the_unfused_step(rule, remat):
     params = init_params([3, 2], tied=True)
@@ -119,16 +123,18 @@ def test_the_count_sees_a_second_forward_pass():
     assert costs[1] - costs[0] == again
 
 
-def a_model(layers, form):
+def a_model(layers, form, tokens):
     params = init_params(layers, dim=DIM, hidden=HIDDEN)
-    tokens = batch(batch_size=TOKENS[form][0], length=TOKENS[form][1])
+    batch_size, length = TOKENS[tokens or form]
+    tokens = batch(batch_size=batch_size, length=length)
     if form == "scanned":
         return make_loss(), params, tokens
     return apart.unrolled_loss, apart.unstack(params), tokens
 
 
-def temporaries(layers, form, rule="lomo", *, unfused=False, **options):
-    loss_fn, params, tokens = a_model(layers, form)
+@functools.cache
+def temporaries(layers, form, rule="lomo", *, tokens=None, unfused=False, **options):
+    loss_fn, params, tokens = a_model(layers, form, tokens)
     step = fuse(loss_fn, RULES[rule], **options)
     jitted = jax.jit(step.unfused, donate_argnums=(0, 1)) if unfused else step.jit
     return memory_of(jitted.lower(params, step.init(params, tokens), tokens).compile()).temp_size_in_bytes
@@ -137,39 +143,48 @@ def temporaries(layers, form, rule="lomo", *, unfused=False, **options):
 LAYER_WEIGHTS = 4 * (DIM + DIM * DIM + 2 * DIM * HIDDEN)
 
 
-@pytest.mark.parametrize("most", [None, 1.0])
-@pytest.mark.parametrize("rule", ["lomo", "adamw"])
+def added_by_layers(form, *args, **options):
+    """Of temporaries, by the layers that a deep model has more than a shallow one; and how many these are."""
+    few, many = DEPTHS[form]
+    return temporaries(many, form, *args, **options) - temporaries(few, form, *args, **options), many - few
+
+
+@pytest.mark.uncached
+@pytest.mark.parametrize(("rule", "most"), [("lomo", 1.0), ("adamw", None), slow("lomo", None), slow("adamw", 1.0)])
 def test_no_gradient_tree_where_layers_are_scanned(rule, most):
-    few, many = (temporaries(n, "scanned", rule, max_grad_norm=most) for n in (4, 16))
+    added, layers = added_by_layers("scanned", rule, max_grad_norm=most)
     batch_size, length = TOKENS["scanned"]
-    layer_inputs = (16 - 4) * batch_size * length * DIM * 4
-    assert many - few <= 1.1 * layer_inputs < (16 - 4) * LAYER_WEIGHTS / 4
+    assert added <= 1.1 * layers * batch_size * length * DIM * 4 < layers * LAYER_WEIGHTS / 4
 
 
-@pytest.mark.parametrize("most", [None, 1.0])
+@pytest.mark.uncached
+@pytest.mark.parametrize("most", [slow(None), 1.0])
 def test_no_gradient_tree_where_layers_are_unrolled(most):
     """In either pass: they are not merged, and none waits for the other with what it has computed."""
-    few, many = (temporaries(n, "unrolled", max_grad_norm=most) for n in (4, 16))
-    assert many - few <= (16 - 4) * LAYER_WEIGHTS / 4
+    added, layers = added_by_layers("unrolled", max_grad_norm=most)
+    assert added <= layers * LAYER_WEIGHTS / 4
 
 
-@pytest.mark.parametrize("most", [None, 1.0])
-def test_unrolled_layers_save_their_inputs_only(monkeypatch, most):
-    monkeypatch.setitem(TOKENS, "unrolled", TOKENS["scanned"])
-    few, many = (temporaries(n, "unrolled", max_grad_norm=most) for n in (4, 16))
+@pytest.mark.uncached
+@pytest.mark.parametrize("most", [slow(None), 1.0])
+def test_unrolled_layers_save_their_inputs_only(most):
+    added, layers = added_by_layers("unrolled", tokens="scanned", max_grad_norm=most)
     batch_size, length = TOKENS["scanned"]
-    assert many - few <= 1.1 * (16 - 4) * batch_size * length * DIM * 4
+    assert added <= 1.1 * layers * batch_size * length * DIM * 4
 
 
-@pytest.mark.parametrize("form", ["scanned", "unrolled"])
+@pytest.mark.uncached
+@pytest.mark.parametrize("form", ["scanned", slow("unrolled")])
 def test_clipping_takes_no_more_than_the_gradients_of_the_ends(form):
     """Those of what is pulled back once for both passes, and kept from one to the other."""
-    _, params, _ = a_model(16, form)
-    without, clipping = (temporaries(16, form, max_grad_norm=most) for most in (None, 1.0))
+    layers = DEPTHS[form][1]
+    _, params, _ = a_model(layers, form, None)
+    without, clipping = (temporaries(layers, form, "lomo", max_grad_norm=most) for most in (None, 1.0))
     assert clipping - without <= tree_bytes([params["head"], params["embed"]])
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize("form", ["scanned", "unrolled"])
 def test_the_unfused_step_does_have_a_gradient_tree(form):
-    few, many = (temporaries(n, form, max_grad_norm=1.0, unfused=True) for n in (4, 16))
-    assert many - few > (16 - 4) * LAYER_WEIGHTS
+    added, layers = added_by_layers(form, max_grad_norm=1.0, unfused=True)
+    assert added > layers * LAYER_WEIGHTS

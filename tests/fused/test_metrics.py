@@ -8,6 +8,7 @@ import optax
 import pytest
 from comparison import RULES
 from language_model import batch, init_params, make_loss
+from tiers import slow
 
 from adalomo_jax import fuse
 
@@ -26,7 +27,10 @@ def run(rule, twin="fused", params=None, **options):
     return jax.jit(step if twin == "fused" else step.unfused)(params, step.init(params, TOKENS), TOKENS)
 
 
-@pytest.mark.parametrize(("options", "twin"), [("clipped", "unfused"), *((o, "fused") for o in OPTIONS)])
+@pytest.mark.parametrize(
+    ("options", "twin"),
+    [("clipped", "unfused"), *((o, "fused") if o != "plain" else slow(o, "fused") for o in OPTIONS)],
+)
 def test_the_loss_and_the_norm_of_the_gradient(options, twin):
     loss, grads = jax.jit(jax.value_and_grad(make_loss()))(init_params(3), TOKENS)
     metrics = run("lomo", twin, **OPTIONS[options]).metrics
@@ -39,7 +43,16 @@ def rms(x, axes=None):
     return np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), axis=axes))
 
 
-@pytest.mark.parametrize(("rule", "options"), [("adalomo", "plain"), *(("lomo", o) for o in OPTIONS)])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("adalomo", "plain"),
+        ("lomo", "clipped"),
+        ("lomo", "microbatches"),
+        slow("lomo", "plain"),
+        slow("lomo", "scaled"),
+    ],
+)
 def test_rms_of_updates_and_parameters_per_layer(rule, options):
     """Of updates by plain Optax on the layers apart, from gradients by `jax.grad`."""
     params, most = init_params(3), OPTIONS[options].get("max_grad_norm")

@@ -1,5 +1,6 @@
 """`microbatches`: the gradient of the whole batch, with the activations of a part and no tree of gradients."""
 
+import functools
 from typing import Any
 
 import apart
@@ -12,18 +13,19 @@ from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of
 from jax.lax import scan
 from language_model import batch, init_params, make_loss
+from tiers import slow
 
 from adalomo_jax import fuse, lomo
 
 BATCHES = [(batch(i, batch_size=8),) for i in range(3)]
 X = jnp.sin(jnp.arange(32.0)).reshape(8, 4)
-W = 0.3 * jax.random.normal(jax.random.key(0), (5, 4, 4))
+W = jnp.asarray(np.float32(0.3) * np.random.default_rng(0).standard_normal((5, 4, 4), np.float32))
 PARAMS = {"w": W, "b": jnp.linspace(0.5, 1.0, 4), "s": jnp.linspace(0.5, 1.0, 5), "u": W[:3] + 0.1}
 EXACT = lomo(1.0)  # subtracts the gradient itself
 KEEPS = optax.trace(decay=0.0)  # its state is the gradient that it was given
 
 
-@pytest.mark.parametrize(("rule", "m"), [("adalomo", 2), ("adamw", 1), ("adamw", 8)])
+@pytest.mark.parametrize(("rule", "m"), [("adalomo", 2), slow("adamw", 1), ("adamw", 8)])
 def test_equals_optax_on_the_whole_batch(rule, m):
     params, tx = init_params(3), RULES[rule]
     results = apart.run_fused(fuse(make_loss(), tx, microbatches=m), params, BATCHES)
@@ -46,7 +48,7 @@ def test_equals_the_unfused_step():
     assert relative_error(fused, unfused) < RELATIVE_ERROR
 
 
-@pytest.mark.parametrize("most", [0.5, 100.0])
+@pytest.mark.parametrize("most", [0.5, slow(100.0)])
 def test_with_clipping(most):
     """Clipped is the gradient of the whole batch, not that of each microbatch."""
     params, tx = init_params(3), RULES["lomo"]
@@ -122,7 +124,12 @@ LOSSES = [
 
 @pytest.mark.parametrize(
     ("loss_fn", "most"),
-    [(f, 1e-6) for f in LOSSES] + [(f, None) for f in (regularized, encoder_decoder, differentiable_xs)],
+    [(f, 1e-6) for f in LOSSES[:-1]]
+    + [
+        (LOSSES[-1], None),
+        slow(LOSSES[-1], 1e-6),
+        *(slow(f, None) for f in (regularized, encoder_decoder, differentiable_xs)),
+    ],
     ids=lambda x: x.__name__.replace("_", " ") if callable(x) else str(x),
 )
 def test_equals_the_mean_over_microbatches_of_jax_grad(loss_fn, most):
@@ -194,6 +201,7 @@ LAYER_INPUT = 2 * LENGTH * DIM * 4  # bytes, of a microbatch of two sequences
 LAYER_WEIGHTS = 4 * (DIM + DIM * DIM + 2 * DIM * HIDDEN)
 
 
+@functools.cache
 def temporaries(layers, m, *, unfused=False, unrolled=False, **options):
     params = init_params(layers, dim=DIM, hidden=HIDDEN)
     tokens = batch(batch_size=2 * (m or 1), length=LENGTH)
@@ -204,21 +212,28 @@ def temporaries(layers, m, *, unfused=False, unrolled=False, **options):
     return memory_of(jitted.lower(params, step.init(params, tokens), tokens).compile()).temp_size_in_bytes
 
 
-@pytest.mark.parametrize("most", [None, 1.0])
-@pytest.mark.parametrize("unrolled", [False, True])
+DEPTHS = {False: (4, 16), True: (2, 8)}
+"""By whether the layers are unrolled, which takes long to compile."""
+
+
+@pytest.mark.uncached
+@pytest.mark.parametrize(("unrolled", "most"), [(False, 1.0), (True, None), slow(False, None), slow(True, 1.0)])
 def test_no_gradient_tree(unrolled, most):
     """Over the same microbatch alone, and over fewer layers, temporaries grow by what layers save, and by no more."""
-    few, many = (temporaries(n, 4, unrolled=unrolled, max_grad_norm=most) for n in (4, 16))
-    assert many - few <= 1.1 * 4 * 12 * LAYER_INPUT < 12 * LAYER_WEIGHTS
-    alone = temporaries(16, None, unrolled=unrolled, max_grad_norm=most)
+    shallow, deep = DEPTHS[unrolled]
+    few, many = (temporaries(n, 4, unrolled=unrolled, max_grad_norm=most) for n in (shallow, deep))
+    assert many - few <= 1.1 * 4 * (deep - shallow) * LAYER_INPUT < (deep - shallow) * LAYER_WEIGHTS
+    alone = temporaries(deep, None, unrolled=unrolled, max_grad_norm=most)
     one_layer_and_ends = 2 * LAYER_WEIGHTS + 2 * 2 * 4 * 32 * DIM
-    assert many - alone <= 1.1 * 3 * 16 * LAYER_INPUT + one_layer_and_ends < 12 * LAYER_WEIGHTS
+    assert many - alone <= 1.1 * 3 * deep * LAYER_INPUT + one_layer_and_ends < (deep - shallow) * LAYER_WEIGHTS
 
 
+@pytest.mark.uncached
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_the_unfused_step_does_have_a_gradient_tree(unrolled):
-    few, many = (temporaries(n, 4, unfused=True, unrolled=unrolled) for n in (4, 16))
-    assert many - few > 12 * LAYER_WEIGHTS
+    shallow, deep = DEPTHS[unrolled]
+    few, many = (temporaries(n, 4, unfused=True, unrolled=unrolled) for n in (shallow, deep))
+    assert many - few > (deep - shallow) * LAYER_WEIGHTS
 
 
 ERRORS = {

@@ -12,6 +12,7 @@ from comparison import RELATIVE_ERROR, RULES, copied, relative_error, run_both
 from compiled import compile_steps, tree_bytes
 from found_model import Sizes
 from models_as_found import MODELS
+from tiers import always
 
 from adalomo_jax import adalomo, fuse
 
@@ -38,8 +39,7 @@ WITH_STACKS = [name for name in MODELS if name not in WITHOUT_STACKS]
 
 
 def each_of(names):
-    of_tier = lambda name: name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
-    return pytest.mark.parametrize("name", list(map(of_tier, names)))
+    return pytest.mark.parametrize("name", always(names, ALWAYS))
 
 
 @functools.cache

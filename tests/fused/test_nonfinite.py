@@ -7,17 +7,22 @@ import numpy as np
 import optax
 import pytest
 from language_model import batch, init_params, make_loss
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
 RULES = {"adalomo": adalomo(1e-2), "adamw": optax.adamw(1e-3)}
 TWINS = pytest.mark.parametrize("twin", ["fused", "unfused"])
+RULES_AND_TWINS = pytest.mark.parametrize(
+    ("rule", "twin"),
+    [("adalomo", "fused"), ("adamw", "unfused"), slow("adamw", "fused"), slow("adalomo", "unfused")],
+)
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 NAN = float("nan")
 
 
 def small_params():
-    w = 0.3 * jax.random.normal(jax.random.key(0), (4, 4, 4))
+    w = jnp.asarray(np.float32(0.3) * np.random.default_rng(0).standard_normal((4, 4, 4), np.float32))
     return {"head": jnp.ones((4, 1)), "layers": {"root": jnp.ones((4, 4)), "w": w}}
 
 
@@ -53,8 +58,11 @@ def assert_nothing_is_written(result, params, state):
     assert result.metrics["skipped"]
 
 
-@TWINS
-@pytest.mark.parametrize(("rule", "most"), [("adalomo", None), ("adamw", 1.0)])
+@pytest.mark.parametrize(
+    ("rule", "most", "twin"),
+    [("adalomo", None, "unfused"), ("adamw", 1.0, "fused")]
+    + [slow("adalomo", None, "fused"), slow("adamw", 1.0, "unfused")],
+)
 def test_a_loss_that_is_not_finite_leaves_all_as_it_is(rule, most, twin):
     tokens = batch()
     run, params, state = start(make_loss(), rule, init_params(4), twin, tokens, max_grad_norm=most)
@@ -67,8 +75,7 @@ def test_a_loss_that_is_not_finite_leaves_all_as_it_is(rule, most, twin):
     assert not run(params, state, tokens).metrics["skipped"]
 
 
-@TWINS
-@pytest.mark.parametrize("rule", RULES)
+@RULES_AND_TWINS
 def test_nan_in_the_data(rule, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X)
     result = run(params, state, X.at[1, 2].set(NAN))
@@ -78,8 +85,7 @@ def test_nan_in_the_data(rule, twin):
     assert again.state.skipped == 1 and again.state.count == state.count + 1
 
 
-@TWINS
-@pytest.mark.parametrize("rule", RULES)
+@RULES_AND_TWINS
 def test_a_tensor_whose_gradient_is_not_finite_is_not_written_while_others_are(rule, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X)
     params["layers"]["root"] = params["layers"]["root"].at[2].set(0.0)
@@ -99,8 +105,7 @@ def test_a_tensor_whose_gradient_is_not_finite_is_not_written_while_others_are(r
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))
 
 
-@TWINS
-@pytest.mark.parametrize("rule", RULES)
+@RULES_AND_TWINS
 def test_with_a_norm_such_a_layer_stops_the_whole_step(rule, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X, max_grad_norm=1.0)
     params["layers"]["root"] = params["layers"]["root"].at[2].set(0.0)
@@ -109,8 +114,7 @@ def test_with_a_norm_such_a_layer_stops_the_whole_step(rule, twin):
     assert_nothing_is_written(result, params, state)
 
 
-@TWINS
-@pytest.mark.parametrize("rule", RULES)
+@RULES_AND_TWINS
 @pytest.mark.parametrize("most", [None, 1.0])
 def test_skip_nonfinite_false_writes_whatever_comes(rule, most, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X, max_grad_norm=most, skip_nonfinite=False)

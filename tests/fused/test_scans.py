@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from comparison import RELATIVE_ERROR, relative_error, run_both
 from jax.lax import scan
@@ -9,7 +10,7 @@ from jax.lax import scan
 from adalomo_jax import adalomo, fuse
 
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
-W = 0.3 * jax.random.normal(jax.random.key(0), (5, 4, 4))
+W = jnp.asarray(np.float32(0.3) * np.random.default_rng(0).standard_normal((5, 4, 4), np.float32))
 BIAS, SCALES = jnp.linspace(0.5, 1.0, 4), jnp.linspace(0.5, 1.0, 5)
 
 

@@ -13,6 +13,7 @@ from compiled import memory_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded_model import DIM, HIDDEN, SPREADS, batch, init_params, make_loss, put
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse, lomo
 
@@ -37,6 +38,7 @@ def on_one_device(rule, **options):
     return jax.tree.map(np.asarray, (result.params, result.state.inner)), losses, float(result.metrics["grad_norm"])
 
 
+@functools.cache
 def on_mesh(spread, axis_type, rule, **options):
     mesh = SPREADS[spread].mesh(AXIS_TYPES[axis_type])
     place = lambda args: put(args, (P("fsdp"), P("fsdp")), mesh)
@@ -45,10 +47,21 @@ def on_mesh(spread, axis_type, rule, **options):
         return run(fuse(make_loss(axis_type == "explicit"), RULES[rule], **options), params, place)
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES)
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("rule", ["adalomo", "lomo"])
-def test_numbers_are_those_of_one_device(rule, spread, axis_type):
+PAIRS = [
+    ("data", "explicit", "lomo"),
+    ("fsdp", "automatic", "adalomo"),
+    ("tensor", "automatic", "lomo"),
+    ("fsdp and tensor", "explicit", "adalomo"),
+    slow("data", "automatic", "adalomo"),
+    slow("fsdp", "explicit", "lomo"),
+    slow("tensor", "explicit", "adalomo"),
+    slow("fsdp and tensor", "automatic", "lomo"),
+]
+"""Any two of a spread, a kind of mesh axes and a rule occur together."""
+
+
+@pytest.mark.parametrize(("spread", "axis_type", "rule"), PAIRS)
+def test_numbers_are_those_of_one_device(spread, axis_type, rule):
     (params, inner), losses, norm = on_one_device(rule, **OPTIONS)
     result, losses_on_mesh = on_mesh(spread, axis_type, rule, **OPTIONS)
     assert relative_error(result.params, params) < 1e-5
@@ -69,7 +82,7 @@ def test_the_comparison_sees_a_step_too_few():
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_parameters_and_state_stay_spread(axis_type):
     spread = SPREADS["fsdp and tensor"]
-    result, _ = on_mesh("fsdp and tensor", axis_type, "adalomo")
+    result, _ = on_mesh("fsdp and tensor", axis_type, "adalomo", **OPTIONS)
     specs = jax.tree.map(lambda x: tuple(x.sharding.spec), (result.params, result.state.inner[0]))
     pad = lambda spec, x: (*spec, *(None,) * (x.ndim - len(spec)))
     expected = jax.tree.map(lambda x, spec: pad(spec, x), result.params, spread.specs)
@@ -91,7 +104,8 @@ def trim(spec):
     return spec
 
 
-@pytest.mark.parametrize("rule", ["adalomo", "adamw"])
+@pytest.mark.uncached
+@pytest.mark.parametrize("rule", ["adalomo", slow("adamw")])
 def test_arguments_are_donated_where_they_lie(rule):
     compiled, params, state = compile_on_mesh("fsdp and tensor", RULES[rule])
     bytes_a_device = sum(
@@ -118,6 +132,7 @@ def all_reduced_shapes(compiled):
     return [tuple(map(int, dims.split(","))) for types in found for dims in re.findall(r"\[([\d,]+)\]", types)]
 
 
+@pytest.mark.uncached
 def test_gradients_of_matrices_are_never_whole():
     """Under FSDP each is summed only where it is kept."""
     compiled, *_ = compile_on_mesh("fsdp", RULES["adalomo"])

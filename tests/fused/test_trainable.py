@@ -1,5 +1,7 @@
 """`trainable`: what is frozen costs no gradient, no state and no write."""
 
+import functools
+
 import chex
 import flops
 import jax
@@ -11,6 +13,7 @@ from apart import run_fused, train
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of, tree_bytes
 from language_model import batch, init_params, layer, make_loss
+from tiers import always, slow
 
 from adalomo_jax import fuse, lomo
 
@@ -43,7 +46,7 @@ def frozen_by_optax(tx, chosen):
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", always(CHOICES, ["a tree", "a predicate", "the embedding"]))
 def test_equals_optax_with_the_rest_set_to_zero(choice):
     params = init_params(3)
     trainable = CHOICES[choice](params)
@@ -75,7 +78,7 @@ def test_what_is_frozen_costs_no_gradient(choice):
     assert count(step) == expected < count(all_trained)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", always(CHOICES, ["a prefix", "a predicate", "no stack"]))
 def test_what_is_frozen_has_no_state_and_is_not_written(choice):
     params, tokens = init_params(3, dim=48, hidden=80), batch()
     trainable = CHOICES[choice](params)
@@ -105,7 +108,8 @@ def lora_loss(params, tokens):
 
 def lora_params(layers=4, rank=2, **sizes):
     params = init_params(layers, dtype=jnp.bfloat16, **sizes)
-    thin = lambda i, *shape: 0.1 * jax.random.normal(jax.random.key(i), (layers, *shape))
+    normal = lambda i, shape: np.random.default_rng(i).standard_normal(shape, np.float32)
+    thin = lambda i, *shape: jnp.asarray(np.float32(0.1) * normal(i, (layers, *shape)))
     shapes = {name: params["layers0"][name].shape[1:] for name in ("mix", "up", "down")}
     down = {name: thin(i, shape[0], rank) for i, (name, shape) in enumerate(shapes.items())}
     up = {name: thin(9 + i, rank, shape[1]) for i, (name, shape) in enumerate(shapes.items())}
@@ -126,12 +130,14 @@ def test_adapters_beside_a_frozen_stack_in_bfloat16():
 LORA_LENGTH, LORA_DIM = 16, 64
 
 
+@functools.cache
 def lora_memory(layers, loss_fn=lora_loss):
     params, tokens = lora_params(layers, dim=LORA_DIM, hidden=128), batch(length=LORA_LENGTH)
     step = fuse(loss_fn, RULES["adamw"], trainable=lambda path: path.startswith("adapters"))
     return memory_of(step.jit.lower(params, step.init(params, tokens), tokens).compile()), params
 
 
+@pytest.mark.uncached
 def test_a_frozen_stack_is_neither_copied_nor_cast():
     """Temporaries grow by the saved layer inputs, far less than by the stack in either dtype."""
     (few, _), (many, params) = lora_memory(4), lora_memory(16)
@@ -141,6 +147,7 @@ def test_a_frozen_stack_is_neither_copied_nor_cast():
     assert many.alias_size_in_bytes >= tree_bytes(params)
 
 
+@pytest.mark.uncached
 def test_a_stack_that_the_loss_itself_casts_as_a_whole_is_seen():
     cast = lambda p: p | {"layers0": jax.tree.map(lambda x: x.astype(jnp.float32)[::-1], p["layers0"])}
     (few, params4), (many, params16) = (lora_memory(n, lambda p, t: lora_loss(cast(p), t)) for n in (4, 16))
@@ -157,8 +164,11 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", PATHS)
-@pytest.mark.parametrize("trainable", [None, lambda path: path != "norm"])
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [("multi_transform", lambda path: path != "norm"), ("masked", None), slow("multi_transform", None)]
+    + [slow("masked", lambda path: path != "norm")],
+)
 def test_transformations_by_path_are_as_in_plain_optax(name, trainable):
     """Labels by the names in a path, which are the same for a layer apart and for its stack."""
 

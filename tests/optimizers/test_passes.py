@@ -20,6 +20,7 @@ LEAST = {"reads_of_gradient": 3, "reads_of_weights": 2, "writes": 1}
 INSTALLED = {"tpu-v5e": "libtpu", "tpu-v6e": "libtpu", "h100": "jax_cuda13_plugin", "rtx-4090": "jax_cuda13_plugin"}
 
 
+@pytest.mark.uncached
 def test_bytes_moved_on_a_cpu_are_the_least():
     found = passes.passes_of("cpu", jnp.float32)
     assert found.bytes_accessed is not None and LEAST_BYTES <= found.bytes_accessed <= 1.15 * LEAST_BYTES
@@ -27,6 +28,7 @@ def test_bytes_moved_on_a_cpu_are_the_least():
     assert found._asdict() | LEAST == found._asdict()
 
 
+@pytest.mark.uncached
 def test_two_sums_over_rows_would_move_more_on_a_cpu(monkeypatch):
     monkeypatch.setattr(moments, "sums_as_one", moments.sums_as_two)
     found = passes.passes_of("cpu", jnp.float32)
