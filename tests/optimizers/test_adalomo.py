@@ -13,6 +13,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Adalomo
+from tiers import slow
 from tolerances import assert_apart, assert_close
 
 from adalomo_jax.optimizers import adalomo, per_layer, scale_by_adalomo, scale_by_param_rms
@@ -146,10 +147,10 @@ def test_each_layer_of_a_stack_is_a_tensor_of_its_own(mask: Any):
         for name, axis in STACK_AXES.items()
     }
     params = [tree(100 * k, 4.0**k) for k in range(layers)]
-    grads = [[tree(100 * k + 10 * t, 3.0**k) for k in range(layers)] for t in (1, 2, 3)]
+    grads = [[tree(100 * k + 10 * t, 3.0**k) for k in range(layers)] for t in (1, 2)]
     rules = {name: Adalomo(weight_decay=0.5 * (mask is None or len(TREE[name]) > 1)) for name in TREE}
-    apart = [referenced(params[k], [g[k] for g in grads], [LR] * 3, rules) for k in range(layers)]
-    expected = [stacked([trajectory[t] for trajectory in apart]) for t in range(3)]
+    apart = [referenced(params[k], [g[k] for g in grads], [LR] * 2, rules) for k in range(layers)]
+    expected = [stacked([trajectory[t] for trajectory in apart]) for t in range(2)]
     options: Any = {"weight_decay": 0.5, "weight_decay_mask": mask}
     run = lambda tx: ours(tx, stacked(params), [stacked(g) for g in grads])
     assert_close(run(adalomo(LR, **options, layer_axes=STACK_AXES)), expected)
@@ -160,7 +161,7 @@ def test_each_layer_of_a_stack_is_a_tensor_of_its_own(mask: Any):
 
 def test_scale_by_adalomo_is_the_rule_without_the_parameters():
     params, g = tree(0), tree(10)
-    updates, _ = scale_by_adalomo().update(g, scale_by_adalomo().init(params))
+    updates, _ = jax.jit(scale_by_adalomo().update)(g, scale_by_adalomo().init(params))
     expected = referenced(params, [g], [1.0], {name: Adalomo(min_param_rms=0.0) for name in TREE})[0]
     sizes = {name: reference.root_mean_square(p) for name, p in params.items()}
     assert_close(updates, {name: (params[name] - expected[name]) / sizes[name] for name in TREE})
@@ -169,17 +170,19 @@ def test_scale_by_adalomo_is_the_rule_without_the_parameters():
 def test_scale_by_adalomo_takes_layers_apart():
     g = np.stack([gaussian((4, 5), 0), gaussian((4, 5), 1, 100.0)])
     one, stacked = scale_by_adalomo(), scale_by_adalomo(layer_axes=0)
-    apart: Any = [one.update(g_i, one.init(g_i))[0] for g_i in g]
+    update, update_stacked = jax.jit(one.update), jax.jit(stacked.update)
+    apart: Any = [update(g_i, one.init(g_i))[0] for g_i in g]
     expected = np.stack(apart)
-    assert_close(stacked.update(g, stacked.init(g))[0], expected)
-    assert_apart(one.update(g, one.init(g))[0], expected)
+    assert_close(update_stacked(g, stacked.init(g))[0], expected)
+    assert_apart(update(g, one.init(g))[0], expected)
 
 
 def test_scale_by_param_rms_equals_optax():
     params, g = tree(0), tree(10)
     params["bias"], params["scalar"] = params["bias"] * 0, np.asarray(params["scalar"])
     theirs, ours = optax.scale_by_param_block_rms(1e-3), scale_by_param_rms(1e-3)
-    assert_close(ours.update(g, ours.init(params), params)[0], theirs.update(g, theirs.init(params), params)[0])
+    update, update_theirs = jax.jit(ours.update), jax.jit(theirs.update)
+    assert_close(update(g, ours.init(params), params)[0], update_theirs(g, theirs.init(params), params)[0])
 
 
 @functools.cache
@@ -187,8 +190,12 @@ def compiled_update(stacked: bool) -> Any:
     return jax.jit(adalomo(LR, weight_decay=0.5, layer_axes=STACK_AXES if stacked else None).update)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axes", [None, STACK_AXES], ids=["apart", "stacked"])
+@pytest.mark.parametrize(
+    ("dtype", "axes"),
+    [("float16", None), ("bfloat16", STACK_AXES), ("float64", None), ("float32", STACK_AXES)]
+    + [slow("float16", STACK_AXES), slow("bfloat16", None), slow("float64", STACK_AXES), slow("float32", None)],
+    ids=lambda x: x if isinstance(x, str) else "apart" if x is None else "stacked",
+)
 def test_moments_are_float32_and_the_update_is_rounded_once(dtype: str, axes: Any):
     with jax.enable_x64(dtype == "float64"):
         tx = adalomo(LR, weight_decay=0.5, layer_axes=axes)
@@ -206,7 +213,7 @@ def test_moments_are_float32_and_the_update_is_rounded_once(dtype: str, axes: An
 def test_zero_gradients_move_nothing_and_zero_weights_can_move():
     params, g = {"w": jnp.zeros((3, 4)), "b": jnp.zeros(3)}, {"w": jnp.ones((3, 4)), "b": jnp.zeros(3)}
     tx = adalomo(LR)
-    updates, _ = tx.update(g, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(g, tx.init(params), params)
     assert_close(updates, {"w": np.full((3, 4), -LR * 1e-3), "b": np.zeros(3)})
 
 
@@ -240,7 +247,7 @@ def test_missing_parameters_are_refused(options: dict[str, Any]):
 def test_a_row_without_gradients_does_not_spoil_the_others(scale: float):
     """As of an embedding whose token is not in the batch: its statistics are 1e-30, the others' up to 1e24."""
     p, g = jnp.ones((4, 3)), scale * jnp.ones((4, 3)).at[1].set(0.0)
-    updates = np.asarray(adalomo(1e-2).update(g, adalomo(1e-2).init(p), p)[0])
+    updates = np.asarray(jax.jit(adalomo(1e-2).update)(g, adalomo(1e-2).init(p), p)[0])
     assert np.all(updates[1] == 0.0)
     np.testing.assert_allclose(updates[[0, 2, 3]], -1e-2 * np.ones((3, 3)), rtol=1e-6)
 
@@ -248,5 +255,5 @@ def test_a_row_without_gradients_does_not_spoil_the_others(scale: float):
 def test_zero_gradients_are_finite_whatever_eps_has_been_rounded_to():
     p = jnp.ones((2, 3), jnp.float16)
     tx = optax.inject_hyperparams(adalomo)(learning_rate=1e-2)
-    updates = np.asarray(tx.update(jnp.zeros_like(p), tx.init(p), p)[0])
+    updates = np.asarray(jax.jit(tx.update)(jnp.zeros_like(p), tx.init(p), p)[0])
     assert np.all(updates == 0.0)

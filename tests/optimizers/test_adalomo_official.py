@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from official import CASES, CONSTANTS, LAYERS, companion, load, run, stack, unstack, worst_error
+from tiers import slow
 from tolerances import RELATIVE, assert_close
 
 from adalomo_jax.optimizers import adalomo
@@ -15,8 +16,11 @@ from adalomo_jax.optimizers import adalomo
 TOLERANCE = RELATIVE["float32"]
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [*((name, True) for name in CASES), ("weight_decay", False)]
+    + [slow(name, False) for name in CASES if name != "weight_decay"],
+)
 def test_equals_the_official_code(name: str, jit: bool):
     case = load(name)
     assert worst_error(run(case, jit=jit), case) <= TOLERANCE
@@ -27,9 +31,12 @@ def test_the_constants_of_these_runs_are_the_defaults():
     assert {name: defaults[name].default for name in CONSTANTS} == CONSTANTS
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "axis", "jit"),
+    [(name, i % 2, True) for i, name in enumerate(CASES)]
+    + [slow(name, 1 - i % 2, True) for i, name in enumerate(CASES)]
+    + [slow(name, axis, False) for name in CASES for axis in (0, 1)],
+)
 def test_a_layer_of_a_stack_equals_the_official_code(name: str, axis: int, jit: bool):
     case, position = load(name), CASES.index(name) % LAYERS
     layers = [companion(case, k) for k in range(1, LAYERS)]

@@ -47,7 +47,7 @@ VARIANTS: list[tuple[dict[str, Any], Callable[[str], dict[str, float]]]] = [
 ]
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["jit", "eager"])
 @pytest.mark.parametrize("options, options_of", VARIANTS, ids=["-".join(o) or "default" for o, _ in VARIANTS])
 def test_equals_the_papers_equation(options: dict[str, Any], options_of: Callable[[str], dict[str, float]], jit: bool):
     tx = lomo(lambda step: 0.1 * (step + 1), **options)

@@ -8,12 +8,15 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from tiers import slow
 from tolerances import assert_apart, assert_close
 
 from adalomo_jax.optimizers import moments
 from adalomo_jax.optimizers.moments import FactoredMoment
 
 SUMS = (moments.sums_as_one, moments.sums_as_two, moments.sums_as_pair)
+normalized_update = jax.jit(moments.normalized_update)
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 1, 3, 5), (3, 3, 2, 2)]
 
 
@@ -38,11 +41,11 @@ def test_accumulates_the_papers_moments(shape: tuple[int, ...]):
     ours, papers, theta = zero_moment(shape), reference.init(np.zeros(shape)), np.ones(shape)
     for t in (1, 2, 3):
         g = gaussian(shape, t)
-        _, ours = moments.normalized_update(ours, g, moments.new_share_at(t, 0.8))
+        _, ours = normalized_update(ours, g, moments.new_share_at(t, 0.8))
         _, papers = reference.adalomo_step(theta, g, papers, t, 0.0)
         assert_close(tuple(ours) if len(shape) > 1 else ours, reference.means(papers, shape))
     for without_decay in [gaussian(shape, 3)]:
-        _, last = moments.normalized_update(zero_moment(shape), without_decay, jnp.float32(1.0))
+        _, last = normalized_update(zero_moment(shape), without_decay, jnp.float32(1.0))
         assert_apart(tuple(last) if len(shape) > 1 else last, reference.means(papers, shape))
 
 
@@ -50,8 +53,8 @@ def test_accumulates_the_papers_moments(shape: tuple[int, ...]):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_divides_by_the_root_of_v_and_normalizes(shape: tuple[int, ...], threshold: float):
     g = gaussian(shape)
-    _, old = moments.normalized_update(zero_moment(shape), gaussian(shape, 1), jnp.float32(1.0))
-    u, moment = moments.normalized_update(old, g, jnp.float32(0.3), threshold=threshold)
+    _, old = normalized_update(zero_moment(shape), gaussian(shape, 1), jnp.float32(1.0))
+    u, moment = normalized_update(old, g, jnp.float32(0.3), threshold=threshold)
     raw = np.asarray(g, np.float64) / np.sqrt(variance(moment))
     expected = raw / max(1.0, reference.root_mean_square(raw) / threshold)
     assert_close(u, expected)
@@ -61,7 +64,7 @@ def test_divides_by_the_root_of_v_and_normalizes(shape: tuple[int, ...], thresho
 
 def test_rows_and_columns_without_gradients_stay_finite():
     g = gaussian((6, 5)).at[2].set(0.0).at[:, 3].set(0.0) * 1e12
-    u, moment = moments.normalized_update(zero_moment((6, 5)), g, jnp.float32(1.0))
+    u, moment = normalized_update(zero_moment((6, 5)), g, jnp.float32(1.0))
     v = variance(moment)
     raw = np.divide(np.asarray(g, np.float64), np.sqrt(v), where=v > 0, out=np.zeros((6, 5)))
     assert_close(u, raw / max(1.0, reference.root_mean_square(raw)))
@@ -77,8 +80,11 @@ def test_sums_over_rows_are_the_same_for_each_backend(shape: tuple[int, ...]):
         assert_close(sums(g, factor), tuple(expected))
 
 
-@pytest.mark.parametrize("mode", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-@pytest.mark.parametrize("spec", [("x", None), (None, "x")])
+@pytest.mark.parametrize(
+    ("mode", "spec"),
+    [(AxisType.Auto, ("x", None)), (AxisType.Explicit, (None, "x")), slow(AxisType.Auto, (None, "x"))]
+    + [slow(AxisType.Explicit, ("x", None))],
+)
 def test_sums_over_rows_may_be_spread_over_devices_on_each_backend(spec, mode):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(mode,))
     g, factor = gaussian((8, 12)), gaussian((8,), 1)
