@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flops
 import jax
 import optax
 from found_model import Model
@@ -38,6 +39,8 @@ class Compiled(NamedTuple):
     """Before the first step, for where the arguments are placed."""
     fused: Any
     unfused: Any
+    flops: tuple[int, int]
+    """Of the products in each."""
 
     @property
     def memory(self) -> Memory:
@@ -61,10 +64,10 @@ def compile_steps(
     args = model.batch(0)
     state = jax.jit(step.init)(model.params, *args)
     args = place((model.params, state, *args))
-    fused, unfused = (
-        jitted.lower(*args).compile() for jitted in (step.jit, jax.jit(step.unfused, donate_argnums=(0, 1)))
-    )
-    return Compiled(model, state, fused, unfused)
+    traced = [jitted.trace(*args) for jitted in (step.jit.jitted, jax.jit(step.unfused, donate_argnums=(0, 1)))]
+    fused, unfused = (program.lower().compile() for program in traced)
+    fused_flops, unfused_flops = (flops.of_jaxpr(program.jaxpr.jaxpr) for program in traced)
+    return Compiled(model, state, fused, unfused, (fused_flops, unfused_flops))
 
 
 def tree_bytes(tree):

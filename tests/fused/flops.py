@@ -8,10 +8,11 @@ from jax.extend import core
 
 def count(fn, *args):
     """FLOPs of all products and convolutions of ``fn(*args)``, each as often as its scans run it."""
-    return _of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr):
+def of_jaxpr(jaxpr):
+    """FLOPs of all products and convolutions of a jaxpr."""
     return sum(map(_of_equation, jaxpr.eqns))
 
 
@@ -25,4 +26,4 @@ def _of_equation(eqn):
         kernel = eqn.invars[1].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_features]
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-    return times * sum(_of_jaxpr(getattr(inner, "jaxpr", inner)) for inner in core.jaxprs_in_params(eqn.params))
+    return times * sum(of_jaxpr(getattr(inner, "jaxpr", inner)) for inner in core.jaxprs_in_params(eqn.params))
