@@ -14,6 +14,7 @@ from adalomo_jax import adalomo, fuse, lomo
 from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
 
 BATCHES = [(batch(i),) for i in range(3)]
+TWINS = pytest.mark.parametrize("twin", ["fused", "unfused"])
 X = jnp.linspace(0.5, 1.0, 8, dtype=jnp.float16).reshape(2, 4)
 
 
