@@ -153,6 +153,10 @@ def _argument(path: Any) -> str:
     return f"argument {position.idx + 1} of loss_fn{jax.tree_util.keystr(tuple(rest))}"
 
 
+_RAW_KEYS = ((2,), (4,))
+"""The shapes of PRNG keys without a type: threefry's, and those of rbg."""
+
+
 def check_batch(options: Options, args: Sequence[Any]) -> None:
     """Refuses a batch that the number of microbatches does not divide."""
     if options.microbatches is None:
@@ -171,9 +175,13 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
         )
     for position in positions:
         for path, x in _leaves(args[position]):
-            shape = jnp.shape(x)
+            shape, name = jnp.shape(x), f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
+            if options.batch_argnums is None and jnp.result_type(x) == jnp.uint32 and shape in _RAW_KEYS:
+                raise ValueError(
+                    f"microbatches={options.microbatches} would cut {name} in parts, a uint32{list(shape)}, which looks "
+                    "like a raw PRNG key. Name the arguments to slice with batch_argnums."
+                )
             if not shape or shape[0] % options.microbatches:
-                name = f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
                 raise ValueError(
                     f"microbatches={options.microbatches} must divide the first axis of what is sliced, but {name} has "
                     f"the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
