@@ -178,8 +178,8 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
             shape, name = jnp.shape(x), f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
             if options.batch_argnums is None and jnp.result_type(x) == jnp.uint32 and shape in _RAW_KEYS:
                 raise ValueError(
-                    f"microbatches={options.microbatches} would cut {name} in parts, a uint32{list(shape)}, which looks "
-                    "like a raw PRNG key. Name the arguments to slice with batch_argnums."
+                    f"microbatches={options.microbatches} would cut {name} in parts, a uint32{list(shape)}, which "
+                    "looks like a raw PRNG key. Name the arguments to slice with batch_argnums."
                 )
             if not shape or shape[0] % options.microbatches:
                 raise ValueError(

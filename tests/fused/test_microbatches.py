@@ -242,7 +242,11 @@ ERRORS = {
         r"microbatches=3 must divide .* argument 1 of loss_fn\['x'\] has the shape \(8, 4\)",
     ),
     "a scalar": ({"microbatches": 2}, r"argument 2 of loss_fn has the shape \(\)\. Name the arguments to slice with"),
-    "no such argument": ({"microbatches": 2, "batch_argnums": 3}, "arguments 3 of loss_fn, but it was called with 2"),
+    "no such argument": ({"microbatches": 2, "batch_argnums": 3}, "argument 3 of loss_fn, .* but it was called with 2"),
+    "a raw key": (
+        {"microbatches": 2},
+        r"would cut argument 2 of loss_fn in parts, a uint32\[2\], .* with batch_argnums",
+    ),
 }
 
 
@@ -250,26 +254,31 @@ ERRORS = {
 def test_refuses_before_compiling(case):
     options: Any
     options, message = ERRORS[case]
-    step = fuse(lambda p, batch, scale: scale * jnp.sum(batch["x"] @ p["w"][0]), EXACT, **options)
+    step = fuse(lambda p, batch, other: jnp.sum(other) * jnp.sum(batch["x"] @ p["w"][0]), EXACT, **options)
+    args = {"x": X}, jax.random.PRNGKey(0) if case == "a raw key" else jnp.float32(1.0)
     with pytest.raises(ValueError, match=message):
-        step.init(PARAMS, {"x": X}, jnp.float32(1.0))
+        step.init(PARAMS, *args)
     with pytest.raises(ValueError, match=message):
-        step.plan(PARAMS, {"x": X}, jnp.float32(1.0))
+        step.plan(PARAMS, *args)
 
 
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
 def test_gradients_of_weights_that_are_cast_before_use_are_summed_in_float32(narrow):
-    """What comes out is the sum of what each microbatch's plain gradient is, to float32's digits."""
-    params = {"w": W, "head": W[0], "tied": W[1]}
+    """What comes out is the sum of what each microbatch's plain gradient is, to float32's digits.
+
+    The weights are sums of few powers of two, so no product in the model is rounded, in whatever order XLA adds.
+    """
+    params = jax.tree.map(lambda w: jnp.round(4 * w) / 4, {"w": 2 * W[:2], "head": 2 * W[0], "tied": 2 * W[1]})
+    x = jnp.round(2 * X) / 2 * 2.0 ** -(jnp.arange(8)[:, None] // 2 * 3)  # sums that need more digits than each part
 
     def loss(p, x):
         p = jax.tree.map(lambda w: w.astype(narrow), p)
-        h, _ = scan(lambda h, w: (h + jnp.tanh(h @ w), None), x.astype(narrow) @ p["tied"], p["w"])
-        return jnp.mean((h @ p["head"] @ p["tied"]).astype(jnp.float32) ** 2)
+        h, _ = scan(lambda h, w: (h @ w, None), x.astype(narrow) @ p["tied"], p["w"])
+        return jnp.mean((h @ p["head"] @ p["tied"]).astype(jnp.float32))
 
     gradient, step = jax.jit(jax.grad(loss)), fuse(loss, KEEPS, microbatches=4)
-    of_each = [jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(params, x)) for x in jnp.split(X, 4)]
-    found = jax.jit(step)(params, step.init(params, X), X).state.inner.trace
+    of_each = [jax.tree.map(lambda g: np.asarray(g, np.float64), gradient(params, part)) for part in jnp.split(x, 4)]
+    found = jax.jit(step)(params, step.init(params, x), x).state.inner.trace
     for name, gradients in {name: [g[name] for g in of_each] for name in params}.items():
         np.testing.assert_allclose(found[name], sum(gradients) / 4, rtol=2e-6, atol=1e-7, err_msg=name)
 

@@ -96,7 +96,8 @@ def test_a_tensor_whose_gradient_is_not_finite_is_not_written_while_others_are(r
     is_root = lambda path: "root" in jax.tree_util.keystr(path)
     roots = 0
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(result[:2]), jax.tree.leaves((params, state))):
-        if new.ndim and "head" not in jax.tree_util.keystr(path):
+        is_used = new.shape[1:] != (1,)  # AdaLomo keeps such zeros in the place of what it has no use for
+        if new.ndim and is_used and "head" not in jax.tree_util.keystr(path):
             changed = [bool(np.any(new[i] != old[i])) for i in range(4)]
             assert changed == [True, True, not is_root(path), True]
             roots += is_root(path)
