@@ -15,7 +15,7 @@ from hypothesis import settings
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this process is one of pytest-xdist's, which has the environment of the run that started it."""
 
-FLAGS = {
+FLAGS: dict[str, object] = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_backend_optimization_level": 0,
     "--xla_cpu_parallel_codegen_split_count": 1,

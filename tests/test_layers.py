@@ -22,7 +22,19 @@ LAYERS = [
 MODULES = {
     "optimizers": ["arguments", "moments", "precision", "rounding", "layer_axes", "per_layer", "adalomo", "lomo"],
     "fused": [
-        *("loss_scale", "options", "offload", "buffers", "jaxpr", "terms", "sharding", "chain", "homes", "readers"),
+        *(
+            "loss_scale",
+            "options",
+            "offload",
+            "buffers",
+            "jaxpr",
+            "dependence",
+            "terms",
+            "sharding",
+            "chain",
+            "homes",
+            "readers",
+        ),
         *("leafwise", "plan", "stages", "cotangents"),
         *("checks", "tracing", "state", "stacks", "segment", "updater", "scan", "backward"),
         *("unfused", "result", "step", "origins"),

@@ -200,9 +200,7 @@ def _reorders_effects(program: Program, scan: Equation, moved: Collection[int], 
     return False
 
 
-def _run(
-    program: Program, scan: Equation, reading: _Reading, moved: Collection[int], values: dict[int, Any]
-) -> list[Any]:
+def _run(program: Program, scan: Equation, reading: _Reading, moved: set[int], values: dict[int, Any]) -> list[Any]:
     """The program's outputs, given its inputs and constants."""
     waiting = _waiting(program, scan, moved, reading)
     done = {id(scan), *map(id, waiting)}

@@ -3,15 +3,12 @@
 from collections.abc import Collection, Sequence
 
 from adalomo_jax.fused.chain import Chain
+from adalomo_jax.fused.dependence import active_in_scan, active_values, batched_in_scan, batched_values
 from adalomo_jax.fused.homes import find_homes
 from adalomo_jax.fused.jaxpr import (
     Equation,
     Program,
     Scan,
-    active_in_scan,
-    active_values,
-    batched_in_scan,
-    batched_values,
     is_checkpoint,
     scan_of,
 )

@@ -111,7 +111,7 @@ def add_next(updates):
 
 def clips_the_stack():
     """A norm of one leaf, but a leaf of many layers."""
-    rules = {"x": optax.clip_by_global_norm(1.0), "y": optax.sgd(1.0)}
+    rules: Any = {"x": optax.clip_by_global_norm(1.0), "y": optax.sgd(1.0)}
     return optax.multi_transform(rules, {"a": "y", "layers": "x"})
 
 
