@@ -118,13 +118,14 @@ class FusedOptimizer(nnx.Pytree):
         return nnx.as_pure(self.opt_state).count
 
     @nnx.update_context(_TAG)
-    def step(self, model: Any, *batch: Any) -> StepResult:
+    def step(self, model: Any, *batch: Any, **extra_args: Any) -> StepResult:
         """Updates model, arguments and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
 
-        In the result ``params`` and ``state`` are None: they are in the model and in the optimizer.
+        In the result ``params`` and ``state`` are None: they are in the model and in the optimizer. What is given by
+        name goes to ``tx.update``.
         """
         params, args = _split(model, batch, self.wrt)
-        result = self._fused.jit(params, nnx.as_pure(self.opt_state), *args)
+        result = self._fused.jit(params, nnx.as_pure(self.opt_state), *args, **extra_args)
         left, aux = result.aux
         _merge(_over(_of_one_batch(left) if self._microbatched else left, args[-1]), result.params, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
@@ -137,10 +138,10 @@ class FusedOptimizer(nnx.Pytree):
         return self._fused.plan(params, *args)
 
     @nnx.update_context(_TAG)
-    def lower(self, model: Any, *batch: Any) -> Any:
+    def lower(self, model: Any, *batch: Any, **extra_args: Any) -> Any:
         """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says what it needs."""
         params, args = _split(model, batch, self.wrt)
-        return self._fused.jit.lower(params, nnx.as_pure(self.opt_state), *args)
+        return self._fused.jit.lower(params, nnx.as_pure(self.opt_state), *args, **extra_args)
 
 
 class _Others(NamedTuple):

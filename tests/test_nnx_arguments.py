@@ -275,3 +275,32 @@ def test_refuses_a_loss_that_makes_or_removes_parameters(is_made):
     path = "linear/extra" if is_made else "linear/bias"
     with pytest.raises(ValueError, match=f"it {'makes' if is_made else 'removes'} '{path}'"):
         FusedOptimizer(Warms(), TX, changing, X)
+
+
+def test_one_array_in_two_parameters_is_refused():
+    """Updated in place, it would be updated twice. One Variable under two names is one parameter."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(a=nnx.Linear(4, 4, use_bias=False, rngs=rngs), b=nnx.Linear(4, 4, use_bias=False, rngs=rngs))
+    model.b.kernel = nnx.Param(model.a.kernel[...])
+    loss_fn = lambda model, x: jnp.mean(model.b(model.a(x)) ** 2)
+    x = jnp.ones((2, 4))
+    optimizer = FusedOptimizer(model, optax.sgd(0.1), loss_fn, x)
+    with pytest.raises(ValueError, match=r"params\['a'\].* and params\['b'\].* are one array"):
+        optimizer.step(model, x)
+    model.b.kernel = model.a.kernel
+    gradient = nnx.grad(loss_fn)(model, x)["a"]["kernel"][...]
+    before = jnp.copy(model.a.kernel[...])
+    FusedOptimizer(model, optax.sgd(0.1), loss_fn, x).step(model, x)
+    np.testing.assert_allclose(model.b.kernel[...], before - 0.1 * gradient, rtol=1e-6)
+
+
+def test_what_a_step_is_given_by_name_goes_to_update():
+    def scaled(updates, state, params=None, *, rate=0.0, **extra_args):
+        return jax.tree.map(lambda g: -rate * g, updates), state
+
+    model, x = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+    loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+    gradient, before = nnx.grad(loss_fn)(model, x)["kernel"][...], jnp.copy(model.kernel[...])
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
+    FusedOptimizer(model, tx, loss_fn, x).step(model, x, rate=0.5)
+    np.testing.assert_allclose(model.kernel[...], before - 0.5 * gradient, rtol=1e-6)
