@@ -136,8 +136,10 @@ def is_layered(scan: Scan, stack: Stack) -> bool | None:
     if not stack.trained:
         return False
     across_layers = not set(stack.before).isdisjoint(("flip", "cumsum"))
-    if stack.beside or scan.again or across_layers or (stack.shape == "group" and scan.group != "none"):
+    if scan.again or across_layers or (stack.shape == "group" and scan.group != "none"):
         return False if scan.length > 1 else None
+    if stack.beside:  # what reads one layer at a time is computed by the scan
+        return None
     if scan.around in ("checkpoint", "policy") and any(s.before or s.shape != "none" or s.axis for s in scan.stacks):
         return None
     if not set(stack.before).isdisjoint(NOT_LAYERWISE) or stack.shape == "first layers":

@@ -136,7 +136,7 @@ def scanned(w, x, **options):
 W, X = 0.1 * jnp.ones((3, 4, 4)), jnp.ones((2, 4))
 MISPLACED = {
     "two scans": (lambda p, x: jnp.sum(scanned(p["a"], scanned(p["a"], x))), "'a' (2 scans read it)"),
-    "also read beside": (lambda p, x: jnp.sum(scanned(p["a"], x)) + jnp.sum(p["a"]), "a scan reads it, but so does"),
+    "also read beside": (lambda p, x: jnp.sum(scanned(p["a"], x)) + jnp.max(p["a"]), "a scan reads it, but so does"),
     "cut before": (
         lambda p, x: jnp.sum(scanned(p["a"][::-1], x)),
         "'a' (a scan runs over it only after rev)",

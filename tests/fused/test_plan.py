@@ -35,7 +35,7 @@ LEAF_LOSSES = {
     ),
     "unread": (lambda p: jnp.float32(0.0) * 2.0, None, "the loss does not read it"),
     "two scans": (lambda p: scan_sum(p["w"]) + scan_sum(p["w"]), None, "2 scans read it"),
-    "also read beside": (lambda p: scan_sum(p["w"]) + jnp.sum(p["w"]), None, "a scan reads it, but so does reduce_sum"),
+    "also read beside": (lambda p: scan_sum(p["w"]) + jnp.max(p["w"]), None, "a scan reads it, but so does reduce_max"),
     "constant of a scan": (
         lambda p: jnp.sum(jax.lax.scan(lambda c, x: (c + jnp.sum(p["w"]) * x, None), 0.0, jnp.ones(4))[0]),
         None,
