@@ -83,6 +83,7 @@ def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_equals_fuse_and_its_unfused_twin():
     state, batch_stats, result = run(*start(), 4)
     step = fuse(loss_fn, TRANSFORMATIONS["adalomo"], has_aux=True)

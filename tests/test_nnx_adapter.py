@@ -99,6 +99,7 @@ def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_equals_fuse_and_its_unfused_twin():
     model, optimizer = start()
     graphdef, *states = nnx.split(model, nnx.Param, ...)

@@ -12,7 +12,7 @@ import pytest
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of, tree_bytes
 from language_model import REMATS, batch, init_params, layer, make_loss
-from tiers import slow
+from tiers import always, slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -31,7 +31,8 @@ def norms_without_clipping(params):
 
 
 @pytest.mark.parametrize(
-    ("rule", "most"), [("adamw", LOW), ("adalomo", BETWEEN), ("lomo", HIGH), slow("lomo", LOW), slow("lomo", BETWEEN)]
+    ("rule", "most"),
+    [("lomo", LOW), ("adalomo", BETWEEN), slow("adamw", LOW), slow("lomo", BETWEEN), slow("lomo", HIGH)],
 )
 def test_equals_optax_on_the_layers_apart(rule, most):
     params, tx = init_params(3), RULES[rule]
@@ -47,7 +48,7 @@ def test_the_thresholds_clip_always_sometimes_and_never():
     assert LOW < min(norms) < BETWEEN < max(norms) < HIGH
 
 
-@pytest.mark.parametrize("most", [LOW, BETWEEN, HIGH])
+@pytest.mark.parametrize("most", [LOW, BETWEEN, slow(HIGH)])
 def test_the_comparison_sees_whether_it_was_clipped(most):
     """Where it clips, and only there, another threshold is another result."""
     params, tx = init_params(3), optax.sgd(0.1)
@@ -59,8 +60,9 @@ def test_the_comparison_sees_whether_it_was_clipped(most):
     assert error == 0.0 if most == HIGH else error > 10 * RELATIVE_ERROR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "remat"), [("adalomo", "remat"), slow("adamw", "no remat"), slow("sgd with momentum", "dots saved")]
+    ("rule", "remat"), [("adalomo", "remat"), ("adamw", "no remat"), ("sgd with momentum", "dots saved")]
 )
 def test_equals_the_unfused_step(rule, remat):
     params = init_params([3, 2], tied=True)
@@ -105,7 +107,7 @@ def added_flops(loss_fn, params, *args, **options):
     return counts[1] - counts[0]
 
 
-@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("remat", always(REMATS, ["no remat", "remat"]))
 def test_costs_one_backward_pass_over_the_saved_forward_pass(remat):
     """The head is pulled back right after its forward pass, for both passes at once."""
     params, tokens = init_params(4), batch()
@@ -150,7 +152,7 @@ def added_by_layers(form, *args, **options):
 
 
 @pytest.mark.uncached
-@pytest.mark.parametrize(("rule", "most"), [("lomo", 1.0), ("adamw", None), slow("lomo", None), slow("adamw", 1.0)])
+@pytest.mark.parametrize(("rule", "most"), [("lomo", 1.0), slow("adamw", None), slow("lomo", None), slow("adamw", 1.0)])
 def test_no_gradient_tree_where_layers_are_scanned(rule, most):
     added, layers = added_by_layers("scanned", rule, max_grad_norm=most)
     batch_size, length = TOKENS["scanned"]
@@ -166,7 +168,7 @@ def test_no_gradient_tree_where_layers_are_unrolled(most):
 
 
 @pytest.mark.uncached
-@pytest.mark.parametrize("most", [slow(None), 1.0])
+@pytest.mark.parametrize("most", [slow(None), slow(1.0)])
 def test_unrolled_layers_save_their_inputs_only(most):
     added, layers = added_by_layers("unrolled", tokens="scanned", max_grad_norm=most)
     batch_size, length = TOKENS["scanned"]

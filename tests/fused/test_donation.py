@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -33,8 +34,10 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("mesh", [None, 2])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("state", "mesh"),
+    [*((state, None) for state in STATES), ("the parameters", 2), slow("zeros twice", 2), slow("cocob", 2)],
+)
 def test_a_state_that_shares_memory_gets_its_own(state, mesh):
     now, tx = params(), STATES[state]
     if mesh:

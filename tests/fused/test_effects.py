@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify, io_callback
 from jax.lax import scan
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse, lomo
 
@@ -50,7 +51,10 @@ def calls_of(fn, calls, *args):
     return list(calls)
 
 
-@pytest.mark.parametrize(("options", "ordered"), [*((options, True) for options in OPTIONS), (OPTIONS[-1], False)])
+@pytest.mark.parametrize(
+    ("options", "ordered"),
+    [(OPTIONS[0], True), (OPTIONS[-1], True), (OPTIONS[-1], False), slow(OPTIONS[1], True), slow(OPTIONS[2], True)],
+)
 def test_callbacks_are_those_of_the_loss(options, ordered):
     calls = []
     loss = telling(calls, ordered=ordered)

@@ -6,6 +6,7 @@ import optax
 import pytest
 from comparison import relative_error
 from jax import lax
+from tiers import always, slow
 
 from adalomo_jax import fuse
 
@@ -31,8 +32,15 @@ def loss_fn(params, x):
     return jnp.mean(lax.scan(jax.checkpoint(layer), x, (params["w"], keys))[0] ** 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatches": 2, "max_grad_norm": 0.5}], ids=["plain", "two passes"])
-@pytest.mark.parametrize("keys", KEYS)
+PLAIN, TWO_PASSES = {}, {"microbatches": 2, "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [("one", PLAIN), ("one a layer", TWO_PASSES), ("two a layer", PLAIN)]
+    + [slow("one", TWO_PASSES), slow("one a layer", PLAIN), slow("two a layer", TWO_PASSES)],
+    ids=lambda x: x if isinstance(x, str) else "two passes" if x else "plain",
+)
 def test_equals_optax_with_the_keys_apart(keys, options):
     key, params = KEYS[keys], {"w": W, "key": KEYS[keys]}
     step = fuse(loss_fn, TX, **options)
@@ -48,7 +56,7 @@ def test_equals_optax_with_the_keys_apart(keys, options):
     assert jnp.array_equal(jax.random.key_data(now["key"]), jax.random.key_data(key))
 
 
-@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("keys", always(KEYS, ["one a layer"]))
 def test_the_unfused_step_and_a_donating_one_take_them_too(keys):
     params = {"w": W + 0.0, "key": jax.random.clone(KEYS[keys])}
     step = fuse(loss_fn, TX)

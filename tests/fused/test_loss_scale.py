@@ -8,6 +8,7 @@ import optax
 import pytest
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from language_model import batch, init_params, make_loss
+from small_model import small_loss, small_params
 from tiers import slow
 
 from adalomo_jax import adalomo, fuse, lomo
@@ -24,9 +25,9 @@ X = jnp.linspace(0.5, 1.0, 8, dtype=jnp.float16).reshape(2, 4)
     ids=str,
 )
 def test_a_power_of_two_changes_nothing_in_float32(rule, options):
-    params, results = init_params(3), []
+    params, results = small_params(3), []
     for scale in (None, 1024.0):
-        step = fuse(make_loss(), RULES[rule], loss_scale=scale, **options)
+        step = fuse(small_loss, RULES[rule], loss_scale=scale, **options)
         results.append(jax.jit(step)(params, step.init(params, *BATCHES[0]), *BATCHES[0]))
     plain, scaled = results
     assert relative_error(scaled, plain) < 1e-6
@@ -85,8 +86,8 @@ def test_weights_move_where_they_would_not():
     ids=lambda x: x if isinstance(x, str) else "static" if isinstance(x, float) else "dynamic",
 )
 def test_state_and_parameters_keep_their_dtypes(rule, scale):
-    params = init_params(2, dtype=jnp.float16)
-    step = fuse(make_loss(), RULES[rule], loss_scale=scale)
+    params = small_params(2, dtype=jnp.float16)
+    step = fuse(small_loss, RULES[rule], loss_scale=scale)
     state = step.init(params, *BATCHES[0])
     for run in (step, step.unfused):
         result = jax.eval_shape(run, params, state, *BATCHES[0])
@@ -99,7 +100,7 @@ def test_state_and_parameters_keep_their_dtypes(rule, scale):
 @pytest.mark.parametrize("most", [slow(None), 0.5])
 def test_equals_the_unfused_step(most):
     options = {"loss_scale": DynamicLossScale(growth_interval=2), "max_grad_norm": most}
-    fused, unfused = run_both(make_loss(), RULES["adamw"], init_params(3), BATCHES, **options)
+    fused, unfused = run_both(small_loss, RULES["adamw"], small_params(3), BATCHES, **options)
     assert relative_error(fused, unfused) < RELATIVE_ERROR
     assert float(fused.state.loss_scale.scale) == 2.0**16
 
@@ -110,7 +111,9 @@ def large_gradients(params, x):
     return jnp.sum(y @ params["head"] * jnp.float16(16.0)).astype(jnp.float32)
 
 
-@pytest.mark.parametrize(("most", "twin"), [(None, "fused"), (1.0, "fused"), (1.0, "unfused"), slow(None, "unfused")])
+@pytest.mark.parametrize(
+    ("most", "twin"), [(None, "fused"), (1.0, "unfused"), slow(1.0, "fused"), slow(None, "unfused")]
+)
 def test_the_scale_halves_until_gradients_are_finite_and_grows_again(most, twin):
     params = half_params() | {"head": jnp.ones(4, jnp.float16)}
     scale = DynamicLossScale(2.0**14, growth_interval=2)

@@ -47,8 +47,8 @@ def rms(x, axes=None):
     ("rule", "options"),
     [
         ("adalomo", "plain"),
-        ("lomo", "clipped"),
-        ("lomo", "microbatches"),
+        slow("lomo", "clipped"),
+        slow("lomo", "microbatches"),
         slow("lomo", "plain"),
         slow("lomo", "scaled"),
     ],

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from comparison import RELATIVE_ERROR, relative_error
+from tiers import always
 
 from adalomo_jax import fuse
 
@@ -66,6 +67,12 @@ ACCEPTED: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clips each tensor": lambda: optax.chain(optax.clip_by_block_rms(0.01), optax.adaptive_grad_clip(0.1)),
     "centralize": lambda: optax.chain(optax.centralize(), optax.trace(0.9), optax.scale_by_learning_rate(LR)),
 }
+ALWAYS = [
+    *("adafactor", "adamw", "lars", "novograd", "sgd", "sm3", "contrib.galore", "contrib.muon"),
+    *("contrib.reduce_on_plateau", "contrib.schedule_free_adamw", "conditionally_mask", "MultiSteps"),
+    *("inject_hyperparams", "masked by path", "clips each tensor", "centralize"),
+]
+"""Of distinct kinds: what each keeps, what it asks for, and what of a tensor it looks at."""
 MIXES = "tx mixes leaves: the update of 'a' depends on the gradient of"
 REFUSED: dict[str, tuple[Callable[[], optax.GradientTransformation], str]] = {
     "polyak_sgd": (lambda: optax.polyak_sgd(0.1), MIXES),
@@ -145,7 +152,7 @@ def stacked_state(like, state):
     return [in_stack(path) if stack in path else state[path] for path, _ in jax.tree_util.tree_leaves_with_path(like)]
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", always(ACCEPTED, ALWAYS))
 def test_equals_plain_optax_on_the_layers_apart(name: str):
     tx = ACCEPTED[name]()
     step = fuse(loss_fn, tx)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from language_model import batch, init_params, make_loss
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.fused.loss_scale import DynamicLossScale
@@ -160,7 +161,7 @@ def test_strict_refuses_a_stack_that_has_to_be_updated_whole(case):
     fuse(both, adalomo(1e-2), strict=True, trainable=lambda path: path == "b").init(params, X)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 def test_strict_takes_an_ordinary_language_model(tied):
     """Embeddings, heads and norms are no layers."""
     fuse(make_loss(), adalomo(1e-2), strict=True).init(init_params([3, 2], tied=tied), batch())

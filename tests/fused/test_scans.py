@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from comparison import RELATIVE_ERROR, relative_error, run_both
 from jax.lax import scan
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -83,8 +84,11 @@ LOSSES = {
     "a gradient in the loss": lambda p: jnp.sum(jax.grad(lambda x: jnp.sum(scan(plain, x, p["w"])[0]))(X) ** 2),
 }
 
+SLOW = ["only ys", "keys scanned over", "a custom_jvp function", "stopped gradients", "a branch in the body"]
+"""Of these the others have something alike: ys in the loss, keys in the carry, a scan in the body."""
 
-@pytest.mark.parametrize("name", LOSSES)
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in LOSSES])
 def test_equals_the_unfused_step(name):
     params = {"w": W, "b": BIAS, "s": SCALES}
     fused, unfused = run_both(LOSSES[name], adalomo(1e-2), params, [()] * 3)

@@ -10,6 +10,7 @@ from comparison import relative_error
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from tiers import always
 
 from adalomo_jax import fuse
 
@@ -67,7 +68,7 @@ def run(step, **options):
     return trained(second.params), second.metrics["grad_norm"]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", always(OPTIONS, ["clipped", "microbatches"]))
 def test_equals_optax_on_the_whole_batch(options):
     actual = run(fuse(mean_loss, SGD, **OPTIONS[options]))
     assert relative_error(actual, by_optax(clips=options == "clipped")) < 1e-6

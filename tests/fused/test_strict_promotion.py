@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from tiers import slow
 
 from adalomo_jax import DynamicLossScale, adalomo, apply_updates, fuse, lomo
 
@@ -40,8 +41,9 @@ def params_and_batch(dtype):
     return jax.tree.map(lambda x: x.astype(dtype), (params, jnp.ones((4, 4))))
 
 
-CASES = [("bfloat16", rule, options) for rule in RULES for options in OPTIONS]
-CASES += [(dtype, "adalomo", options) for dtype in ("float16", "float32") for options in ("plain", "all")]
+CASES = [("bfloat16", "adalomo", options) for options in OPTIONS]
+CASES += [slow("bfloat16", rule, options) for rule in RULES if rule != "adalomo" for options in OPTIONS]
+CASES += [slow(dtype, "adalomo", options) for dtype in ("float16", "float32") for options in ("plain", "all")]
 
 
 @pytest.mark.parametrize("twin", ["fused", "unfused"])

@@ -139,7 +139,7 @@ def test_one_step_of_any_tensor_from_any_state(
 STACK_AXES = {"scalar": None, "bias": 0, "matrix": 1, "conv": -1}
 
 
-@pytest.mark.parametrize("mask", [None, matrices_only], ids=["decay all", "decay matrices"])
+@pytest.mark.parametrize("mask", [slow(None), matrices_only], ids=["decay all", "decay matrices"])
 def test_each_layer_of_a_stack_is_a_tensor_of_its_own(mask: Any):
     layers = 3
     stacked = lambda trees: {

@@ -18,8 +18,7 @@ TOLERANCE = RELATIVE["float32"]
 
 @pytest.mark.parametrize(
     ("name", "jit"),
-    [*((name, True) for name in CASES), ("weight_decay", False)]
-    + [slow(name, False) for name in CASES if name != "weight_decay"],
+    [*((name, True) for name in CASES), *(slow(name, False) for name in CASES)],
 )
 def test_equals_the_official_code(name: str, jit: bool):
     case = load(name)

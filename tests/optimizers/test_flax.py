@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from tiers import slow
 from tolerances import assert_apart, assert_close
 
 from adalomo_jax import adalomo, lomo, per_layer
@@ -31,8 +32,8 @@ RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "per_layer of lomo": lambda: per_layer(lomo(0.1, weight_decay=0.1), AXES),
 }
 RUN_EAGERLY = ["adalomo", "lomo", "per_layer of lomo"]
-"""Operation by operation, which is slow; all are run as one program, too."""
-each = pytest.mark.parametrize("name, jit", [*((name, True) for name in RULES), *((n, False) for n in RUN_EAGERLY)])
+"""Operation by operation, which is slow; without ``-m slow`` all are run as one program, too."""
+each = pytest.mark.parametrize("name, jit", [*((name, True) for name in RULES), *(slow(n, False) for n in RUN_EAGERLY)])
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 STEPS = 3
 
@@ -94,7 +95,9 @@ def test_an_nnx_optimizer_equals_plain_optax(name: str, jit: bool):
     assert_apart(dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))), plain(name)[-2][0])
 
 
-@pytest.mark.parametrize("name, jit", [(name, True) for name in RULES if "layer_axes" not in name] + [("lomo", False)])
+@pytest.mark.parametrize(
+    "name, jit", [(name, True) for name in RULES if "layer_axes" not in name] + [slow("lomo", False)]
+)
 def test_an_nnx_model_and_optimizer_equals_plain_optax(name: str, jit: bool):
     both = nnx.ModelAndOptimizer(Model(), RULES[name](), wrt=nnx.Param)
 
