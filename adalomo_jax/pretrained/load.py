@@ -60,11 +60,13 @@ def load_params(
     """
     check_tensors(config, source)
     by_path = dict(_leaves(shardings)) if shardings is not None else {}
+    tensors: dict[tuple[str, ...], list[Tensor]] = {}
+    for tensor in tensors_of(config):
+        tensors.setdefault(tensor.path, []).append(tensor)
     params: dict[str, Any] = {}
     for path, shape in _leaves(param_shapes(config, dtype)):
-        tensors = [tensor for tensor in tensors_of(config) if tensor.path == path]
         sharding = by_path.get(path) or SingleDeviceSharding(jax.local_devices()[0])
-        _put(params, path, _load_leaf(source, tensors, shape, sharding))
+        _put(params, path, _load_leaf(source, tensors[path], shape, sharding))
     return params
 
 
