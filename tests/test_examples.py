@@ -6,15 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import slow
 
 HANGS = 300
 """Seconds that no example takes on a machine that is busy with other tests."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SET_UP = {path for path in EXAMPLES if path.stem in ("fit_on_one_chip", "sharded_finetune")}
 """These set JAX up before it starts, and so run in a process of their own."""
+QUICK = {path for path in EXAMPLES if path.stem == "optax_quickstart"}
+"""The others compile whole models, for half a minute each: they run in the slow tier."""
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path if path in QUICK else slow(path) for path in EXAMPLES], ids=lambda path: path.stem
+)
 def test_example_runs(path, monkeypatch):
     if path in SET_UP:
         subprocess.run([sys.executable, path], check=True, capture_output=True, timeout=HANGS)

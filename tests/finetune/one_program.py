@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
+import tiny
 
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.finetune.program import build_program
@@ -58,3 +60,9 @@ def draw_nothing(patch):
     for name in ("plot_losses", "plot_run"):
         patch.setattr(run_module, name, lambda path, *_: path.touch())
     patch.setattr(run_module, "sample", lambda *_: "no sample")
+
+
+def start_undrawn(args, log):
+    """The command in a process of its own, as `tiny.start`."""
+    draw_nothing(pytest.MonkeyPatch())
+    tiny.start(args, log)

@@ -9,6 +9,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import SingleDeviceSharding
+from tiers import slow
 
 import adalomo_jax.finetune.checkpoints as checkpoints
 from adalomo_jax.finetune.checkpoints import Origin, best_step, open_saver, read_record, restore
@@ -203,18 +204,11 @@ def test_a_full_disk_loses_no_older_checkpoint(tmp_path):
 
 
 MESH = {"fsdp": 4, "tensor": 2}
-PAIRS = [("adalomo", MESH), ("adamw", None)]
-FURTHER = [
-    ("adalomo", None),
-    ("adamw", MESH),
-    *((name, mesh) for name in ("lomo", "adafactor") for mesh in (None, MESH)),
-]
+PAIRS = [(name, mesh) for name in ("adalomo", "adamw", "lomo", "adafactor") for mesh in (None, MESH)]
 
 
 @pytest.mark.uncached
-@pytest.mark.parametrize(
-    ("optimizer", "mesh"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in FURTHER)]
-)
+@pytest.mark.parametrize(("optimizer", "mesh"), [pair if pair == ("adalomo", MESH) else slow(*pair) for pair in PAIRS])
 def test_restored_arrays_lie_where_they_belong_and_are_donated(optimizer, mesh, tmp_path):
     mesh = mesh and make_mesh(mesh)
     config = FinetuneConfig(optimizer=optimizer, batch_size=8, seq_len=16)

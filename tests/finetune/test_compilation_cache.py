@@ -38,6 +38,7 @@ def kept(folder):
     return {path.name.split("-")[0] for path in folder.rglob("*-cache")}
 
 
+@pytest.mark.slow
 def test_the_second_run_finds_the_step_that_the_first_has_compiled(no_setting, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", tiny.TINY)
     draw_nothing(monkeypatch)

@@ -140,6 +140,7 @@ def trained(small, folder, rate):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"]
 
 
+@pytest.mark.slow
 def test_its_suggestion_trains_better_than_a_low_rate(small, tested, tmp_path):
     found, low = (trained(small, tmp_path / str(rate), rate) for rate in (suggested(tested), 1e-4))
     assert found < low - 1

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from one_program import draw_nothing
+from one_program import draw_nothing, keeping_programs
 from safetensors.numpy import load_file, save_file
+from tiers import slow
 
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import main
@@ -29,6 +30,14 @@ from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    """What runs compile alike is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "build_program", keeping_programs())
+        yield
 
 
 @pytest.fixture
@@ -143,8 +152,8 @@ def test_the_summary_is_what_the_metrics_say(finished):
     "options",
     [
         {"optimizer": "lomo", "schedule": "linear", "dtype": "bfloat16"},
-        {"optimizer": "adamw", "schedule": "constant", "fused": False, "update_rms": False},
-        pytest.param({"optimizer": "adafactor", "schedule": "linear", "update_rms": False}, marks=pytest.mark.slow),
+        slow({"optimizer": "adamw", "schedule": "constant", "fused": False, "update_rms": False}),
+        slow({"optimizer": "adafactor", "schedule": "linear", "update_rms": False}),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -189,6 +198,7 @@ def test_fused_and_unfused_train_alike(finished, corpus, tmp_path):
     np.testing.assert_allclose(losses, other, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_another_seed_trains_otherwise(finished, corpus, tmp_path):
     main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL, "--seed", "1"])

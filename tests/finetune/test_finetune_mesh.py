@@ -106,10 +106,11 @@ def end_together(running, folder, on_one_device):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
-    """Two of them do so in the next test, too."""
+    """Two of them do so in the next test, too: in the slow tier, since each compiles the step for itself."""
     end_together(launch(processes, corpus, tmp_path / "run"), tmp_path / "run", on_one_device)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, on_one_device):
     folder, no_other_save = tmp_path / "run", ["--checkpoint-every", str(2 * STEPS)]
     running = launch(2, corpus, folder, *no_other_save)

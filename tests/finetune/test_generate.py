@@ -1,6 +1,7 @@
 """The command generate: what it prints, from which checkpoints, and how it refuses."""
 
 import dataclasses
+import shutil
 from typing import Any, cast
 
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from one_program import draw_nothing
 
 import adalomo_jax.finetune.generate as generate_module
 from adalomo_jax.cli import main
+from adalomo_jax.finetune.checkpoints import Origin, open_saver
 from adalomo_jax.finetune.generate import Loaded, pieces
 from adalomo_jax.models import PRESETS, Llama, generate, llama_of
 from adalomo_jax.pretrained import ByteTokenizer
@@ -70,24 +71,13 @@ def test_its_options_reach_the_sampler(folder, small, params, capsys):
     assert drawn != expected(small, params, 12, key=jax.random.key(5), temperature=2.0) + "\n"
 
 
-def test_a_checkpoint_within_a_run_is_restored(small, tmp_path, capsys, monkeypatch):
-    draw_nothing(monkeypatch)
-    text, run = tmp_path / "text.txt", tmp_path / "run"
-    text.write_text("a line of a text that repeats itself\n" * 40)
-    options = [
-        "--steps",
-        "2",
-        "--batch-size",
-        "1",
-        "--seq-len",
-        "16",
-        "--learning-rate",
-        "0.3",
-        "--checkpoint-every",
-        "1",
-    ]
-    main(["finetune", "--data", str(text), "--output", str(run), *options])
-    capsys.readouterr()
+def test_a_checkpoint_within_a_run_is_restored(small, folder, params, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    origin = Origin({"dtype": "float32"}, {"name": "tiny", **dataclasses.asdict(small.config)}, "0")
+    with open_saver(run / "checkpoints", origin, keep=2, after=0) as saver:
+        saver.save(1, jax.tree.map(lambda w: -w, params), {"count": jnp.int32(1)}, {}, None)
+        saver.save(2, params, {"count": jnp.int32(2)}, {}, None)
     texts = {}
     for name in (run, run / "checkpoints" / "2", run / "checkpoints" / "1"):
         main(["generate", "--model", str(name), "--prompt", PROMPT, "--length", "9", "--seed", "3"])

@@ -5,8 +5,9 @@ import multiprocessing
 import random
 import time
 
+import one_program
 import pytest
-import tiny
+from tiers import slow
 
 OPTIONS = ["--batch-size=2", "--seq-len=16", "--evaluate-every=10", "--checkpoint-every=1"]
 
@@ -16,11 +17,11 @@ def launch(tmp_path):
     """Starts the command in a process that has all imports done: they take longer than the run."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adalomo_jax.finetune.run", "tiny"])
+    context.set_forkserver_preload(["adalomo_jax.finetune.run", "one_program"])
 
     def launched(folder, *options):
         args = ["finetune", "--data", str(tmp_path / "text.txt"), *OPTIONS, "--output", str(folder), *options]
-        process = context.Process(target=tiny.start, args=(args, tmp_path / "log"))
+        process = context.Process(target=one_program.start_undrawn, args=(args, tmp_path / "log"))
         process.start()
         return process
 
@@ -42,26 +43,33 @@ def rows(folder):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 20), pytest.param(20, 50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(kills, steps, tmp_path, launch):
-    """Each third kill hits a run that starts, one that writes a checkpoint, and one that trains."""
+STARTS, WRITES, TRAINS = range(3)
+"""What a run does that a kill hits."""
+
+
+@pytest.mark.parametrize(
+    ("hit", "steps"),
+    [([WRITES], 8), slow([STARTS, WRITES, TRAINS], 20), slow(([STARTS, WRITES, TRAINS] * 7)[:20], 50)],
+    ids=["1", "3", "20"],
+)
+def test_killed_at_random_moments(hit, steps, tmp_path, launch):
     whole, folder, chance = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     of_steps = f"--steps={steps}"
     launch(whole, of_steps).join()
     assert (whole / "model.safetensors").exists(), (tmp_path / "log").read_text()
     while_writing, reached = 0, []
-    for kill in range(kills):
+    for kill in hit:
         before, give_up = steps_in(folder), time.monotonic() + 300
         process = launch(folder, of_steps, "--resume")
-        if kill % 3 == 0:  # while it starts, reads, compiles
+        if kill == STARTS:  # reads, compiles
             time.sleep(chance.uniform(0, 2))
-        else:  # while it trains, and each other time in the middle of writing
+        else:
             while time.monotonic() < give_up:
                 assert process.exitcode is None, (tmp_path / "log").read_text()
-                if steps_in(folder) - before and (kill % 3 == 2 or writing(folder)):
+                if steps_in(folder) - before and (kill == TRAINS or writing(folder)):
                     break
                 time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.01 if kill % 3 == 1 else 0.3))
+            time.sleep(chance.uniform(0, 0.01 if kill == WRITES else 0.3))
         process.kill()
         process.join()
         # A run that has saved has removed what an earlier one left half written.
@@ -69,6 +77,7 @@ def test_killed_at_random_moments(kills, steps, tmp_path, launch):
         reached.append(max(steps_in(folder), default=0))
         assert not (folder / "model.safetensors").exists(), "the run is too short for so many kills"
     launch(folder, of_steps, "--resume").join()
-    assert while_writing >= 3 * (kills // 20) and len(set(reached)) >= 2 + 3 * (kills // 20), (while_writing, reached)
+    many = len(hit) // 20
+    assert while_writing >= 3 * many and len(set(reached)) >= min(len(hit), 2 + 3 * many), (while_writing, reached)
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert rows(folder) == rows(whole)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from one_program import share_programs
 from safetensors.numpy import load_file
+from tiers import slow
 
 import adalomo_jax.finetune.program as program_module
 import adalomo_jax.finetune.run as run_module
@@ -271,7 +272,9 @@ def test_a_resumed_run_makes_no_weights_of_its_own(killed, finished, command, mo
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [([], ["--no-fused"]), (["--no-fused"], [])], ids=lambda options: " ".join(options) or "fused"
+    ("first", "then"),
+    [([], ["--no-fused"]), slow(["--no-fused"], [])],
+    ids=lambda options: " ".join(options) or "fused",
 )
 def test_a_checkpoint_moves_between_steps(first, then, command, finished, tmp_path):
     if first:

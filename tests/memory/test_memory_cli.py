@@ -10,6 +10,7 @@ import sys
 from typing import get_args, get_type_hints
 
 import pytest
+from tiers import slow
 
 import adalomo_jax.finetune.fit as fit
 from adalomo_jax.cli import main
@@ -64,7 +65,7 @@ def made_up(config, model, target, step):
     )
 
 
-@pytest.mark.parametrize("how", [["--estimate"], pytest.param([], marks=pytest.mark.slow)], ids=" ".join)
+@pytest.mark.parametrize("how", [["--estimate"], slow([])], ids=" ".join)
 def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
     """Compiled, in the fast tier, are the rows of the tests below, one at a time."""
     rows = json_rows(capsys, "--compare", *how)
@@ -76,6 +77,7 @@ def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
         "lomo, fused",
     ]
     assert all(sorted(row) == sorted(KEYS) for row in rows)
+    assert {row["estimated"] for row in rows} == {bool(how)}
     assert all(row["fits"] and row["peak_bytes"] >= row["params_bytes"] > 0 for row in rows)
     by_name = {row["name"]: row for row in rows}
     params = by_name["lomo, fused"]["params_bytes"]
@@ -134,10 +136,12 @@ def test_an_estimate_says_so_and_needs_no_compiler(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     (row,) = json_rows(capsys, "--device", "tpu-v5e", "--estimate")
     assert row["estimated"] and row["limit_bytes"] == TARGETS["tpu-v5e"].limit_bytes
+    monkeypatch.setattr(fit, "usage_of", made_up)
     main(["memory", *SMALL, "--device", "tpu-v5e", "--estimate"])
     assert "estimate, not compiled: tiny, 1 x 16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_mesh_of_this_machines_devices(capsys):
     (one,) = json_rows(capsys, "--batch-size", "4", "--estimate")
     (row,) = json_rows(capsys, "--batch-size", "4", "--chips", "8", "--shard", "fsdp=4,tensor=2")
@@ -146,7 +150,7 @@ def test_a_mesh_of_this_machines_devices(capsys):
     assert row["limit_bytes"] == one["limit_bytes"] // 8
 
 
-@pytest.mark.parametrize("offload", ["params", "activations"])
+@pytest.mark.parametrize("offload", ["params", slow("activations")])
 def test_offloaded(capsys, offload):
     (all_on_chip,), (row,) = (json_rows(capsys, *more) for more in (["--estimate"], ["--offload", offload]))
     norms_and_ends = 2 * (5 * 16 + 2 * 256 * 16)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow
 
 from adalomo_jax.models import batch_sharding, make_mesh
 from adalomo_jax.models.attention import BLOCK, causal_attention, kind_for, splash_takes
@@ -31,9 +32,8 @@ def values_and_gradients(attention, inputs):
 plain = partial(jax.nn.dot_product_attention, is_causal=True)
 
 
-LENGTHS = {"blocks": (1, 2 * BLOCK, 3 * BLOCK - 7), "tiles": (1, 64, 8 * 100 + 51)}
-FURTHER_LENGTHS = {"blocks": (BLOCK, BLOCK + 1), "tiles": (63, 65, 8 * 64, 8 * 64 + 1)}
-slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
+LENGTHS = {"blocks": (1, 2 * BLOCK - 7), "tiles": (1, 64, 8 * 100 + 51)}
+FURTHER_LENGTHS = {"blocks": (BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK - 7), "tiles": (63, 65, 8 * 64, 8 * 64 + 1)}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,8 @@ def test_equals_plain_attention(kind, length):
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_the_comparison_sees_a_key_of_the_future(kind):
     q, k, v, _ = make_inputs(BLOCK + 1)
-    actual, expected = causal_attention(q, k, v, kind), jax.nn.dot_product_attention(q, k, v)
+    attention = jax.jit(causal_attention, static_argnames="kind")
+    actual, expected = attention(q, k, v, kind=kind), jax.nn.dot_product_attention(q, k, v)
     assert np.max(np.abs(actual - expected)) > 1e-2
 
 
@@ -95,7 +96,7 @@ def windowed(q, k, v, window):
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize("window", [slow(1), 5, BLOCK, slow(BLOCK + 50)])
+@pytest.mark.parametrize("window", [slow(1), slow(5), BLOCK, slow(BLOCK + 50)])
 def test_a_window_hides_what_lies_further_back(window, kind):
     inputs = make_inputs(BLOCK + 100)
     actual = values_and_gradients(partial(causal_attention, kind=kind, window=window), inputs)
@@ -137,7 +138,7 @@ def test_in_bfloat16_no_further_from_the_truth_than_plain_attention(kind):
         assert error < 1.5 * most
 
 
-@pytest.mark.parametrize("kv_heads", [3, 4])
+@pytest.mark.parametrize("kv_heads", [3, slow(4)])
 def test_tiles_on_a_mesh_that_need_not_divide_the_heads(kv_heads):
     sharding = batch_sharding(make_mesh({"fsdp": 2, "tensor": 4}))
     inputs = make_inputs(100, heads=2 * kv_heads, kv_heads=kv_heads)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import slow
 
 from adalomo_jax.models import PRESETS, Llama, LlamaConfig, llama_of, next_token_loss
 
@@ -165,7 +166,7 @@ def test_a_later_token_changes_no_earlier_logits():
     assert difference[9:].min() > 0
 
 
-@pytest.mark.parametrize("remat", [False, jax.checkpoint_policies.dots_saveable], ids=["none", "policy"])
+@pytest.mark.parametrize("remat", [slow(False), jax.checkpoint_policies.dots_saveable], ids=["none", "policy"])
 def test_remat_changes_no_gradient(remat):
     def gradients(remat):
         graphdef, params = make(remat=remat)
@@ -214,7 +215,7 @@ def test_a_sequence_beyond_the_positions_is_refused():
         nnx.merge(graphdef, params)(jnp.zeros((1, 33), jnp.int32))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(jnp.float32), jnp.bfloat16])
 def test_a_model_of_given_parameters_computes_in_their_type(dtype):
     config = dataclasses.replace(PRESETS["tiny"], hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
     model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()

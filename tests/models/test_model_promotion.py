@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.models import PRESETS, Llama, RopeScaling, generate, next_token_loss
@@ -55,7 +56,7 @@ def test_a_training_step_traces(dtype, config, attention):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "drawn", "nucleus"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
 def test_generation_traces(dtype, sampler):
     graphdef, params = abstract(BIASED, jnp.dtype(dtype))
     sample = lambda params, tokens, key: generate(nnx.merge(graphdef, params), tokens, 4, key=key, **sampler)

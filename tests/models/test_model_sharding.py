@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiers import slow
 
 from adalomo_jax.models import PRESETS, Llama, batch_sharding, make_mesh, next_token_loss, param_shardings
 
@@ -42,12 +43,12 @@ def test_what_the_mesh_does_not_divide_is_not_cut():
     assert tuple(param_shardings(params, mesh)["lm_head"]["kernel"].spec) == ("fsdp", None)
 
 
-FURTHER = [{"data": 8}, {"fsdp": 8}]
+FURTHER = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}]
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, *(pytest.param(s, marks=pytest.mark.slow) for s in FURTHER)],
+    [{"fsdp": 4, "tensor": 2}, *map(slow, FURTHER)],
 )
 def test_loss_and_gradients_are_those_of_one_device(sizes):
     mesh = make_mesh(sizes)

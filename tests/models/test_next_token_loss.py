@@ -47,7 +47,7 @@ def value_and_gradient(loss, config, *args, **options):
 @pytest.mark.parametrize(
     ("chunk_size", "mask", "tied"),
     [
-        pytest.param(7, None, False, id="padded"),
+        pytest.param(7, None, False, id="padded", marks=pytest.mark.slow),
         pytest.param(7, MASK, False, id="padded, masked"),
         pytest.param(1, MASK.astype(bool), True, id="single positions, masked, tied"),
         pytest.param(256, None, True, id="one chunk, tied"),
@@ -119,8 +119,8 @@ def test_impossible_arguments_are_refused(length, chunk_size, message):
         next_token_loss(nnx.merge(graphdef, params), jnp.zeros((1, length), jnp.int32), chunk_size=chunk_size)
 
 
-BOUNDS = (0, 5, 6, 17, T)
-SEGMENTS = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), jnp.diff(jnp.array(BOUNDS)), total_repeat_length=T), (3, T))
+BOUNDS = (0, 5, 6, T)
+SEGMENTS = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 4), jnp.diff(jnp.array(BOUNDS)), total_repeat_length=T), (3, T))
 
 
 def loss_of_documents_apart(model, tokens, mask):
@@ -147,6 +147,7 @@ def test_the_losses_of_parts_add_up_to_the_mean_of_the_batch():
     graphdef, params = make()
     model = nnx.merge(graphdef, params)
     rows = [slice(i, i + 1) for i in range(3)]
-    parts = [next_token_loss(model, TOKENS[row], MASK[row], SEGMENTS[row], count=count) for row in rows]
-    np.testing.assert_allclose(sum(parts), next_token_loss(model, TOKENS, MASK, SEGMENTS), rtol=1e-5)
+    loss = jax.jit(next_token_loss)
+    parts = [loss(model, TOKENS[row], MASK[row], SEGMENTS[row], count=count) for row in rows]
+    np.testing.assert_allclose(sum(parts), loss(model, TOKENS, MASK, SEGMENTS), rtol=1e-5)
     assert count_targets(jnp.zeros((1, 4), bool)) == 1

@@ -64,6 +64,7 @@ def test_it_trains_and_leaves_the_same_folder(folder, finished):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_it_goes_on_to_the_same_bits(command, finished, tmp_path):
     """With what is drawn in a step, too: the rounding of bfloat16 weights."""
     run, options = finished

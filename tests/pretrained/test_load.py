@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from small_models import FAMILIES, LLAMA, QWEN2, random_params, tensors_in
+from tiers import slow
 
 from adalomo_jax.models import PRESETS, make_mesh, param_shardings
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
@@ -42,8 +43,13 @@ def bits(tree):
     return jax.tree.map(lambda x: np.asarray(x).tobytes(), tree)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *zip(FAMILIES, ("float32", "bfloat16", "float32", "bfloat16"), strict=True),
+        *(slow(*pair) for pair in zip(FAMILIES, ("bfloat16", "float32", "bfloat16", "float32"), strict=True)),
+    ],
+)
 def test_what_is_written_is_read_back_to_the_bit(tmp_path, family, dtype):
     config, params = FAMILIES[family], random_params(FAMILIES[family], dtype)
     found = write(tmp_path, config, params, dtype)
@@ -82,7 +88,7 @@ def test_a_checkpoint_of_others_comes_out_as_it_came_in(tmp_path):
     assert sorted(path.name for path in ours.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "data": 2}])
+@pytest.mark.parametrize("sizes", [slow({"fsdp": 8}), {"fsdp": 2, "tensor": 2, "data": 2}])
 def test_each_device_gets_its_part(tmp_path, sizes):
     params, mesh = random_params(QWEN2), make_mesh(sizes)
     found = write(tmp_path, QWEN2, params)
@@ -208,6 +214,7 @@ print(peaks[0] - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_in_memory_are_the_weights_and_one_tensor(tmp_path):
     config = dataclasses.replace(PRESETS["tiny"], vocab_size=16384, hidden_size=512, intermediate_size=2048)
