@@ -53,7 +53,8 @@ def fold_readers(program: Program, leaves: Sequence[int], trained: Sequence[bool
       trained: of each whether it is; the others need no gradient, wherever they are read.
     """
     lost = _misplaced(program, leaves, trained)
-    for scan in [equation for equation in program.equations if lost and equation.name == "scan"]:
+    scans = [equation for equation in program.equations if equation.name == "scan" and scan_of(equation).length > 0]
+    for scan in scans if lost else []:
         folded = _fold_into(program, scan, leaves, {leaves[i] for i in lost})
         if folded is not None and len(_misplaced(folded, folded.inputs[: len(leaves)], trained)) < len(lost):
             return fold_readers(folded, folded.inputs[: len(leaves)], trained)
