@@ -74,6 +74,7 @@ def test_it_goes_on_to_the_same_bits(command, finished, tmp_path):
     assert (again / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_it_answers(finished, capsys):
     run, _ = finished
     capsys.readouterr()
