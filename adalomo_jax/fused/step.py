@@ -143,7 +143,7 @@ class FusedStep:
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
         """The call, traced."""
         check_not_deleted(params, "params")
-        return trace_call(self.loss_fn, self.tx, self.options, self._proven, params, args)
+        return trace_call(self.loss_fn, self.tx, self.options, params, args)
 
     def _trace_step(
         self,
@@ -158,12 +158,7 @@ class FusedStep:
         check_extra_args(extra_args)
         check_by_position(self.loss_fn, args, extra_args)
         params = jax.tree.map(move, params)
-        return trace_call(self.loss_fn, self.tx, self.options, self._proven, params, args, state.signature, extra_args)
-
-    @cached_property
-    def _proven(self) -> set[Any]:
-        """For which parameters ``tx`` is known to treat leaves separately: the proof is a trace of its own."""
-        return set()
+        return trace_call(self.loss_fn, self.tx, self.options, params, args, state.signature, extra_args)
 
     def _d_loss(self, state: FusedState) -> jax.Array:
         """The cotangent of each microbatch's loss."""

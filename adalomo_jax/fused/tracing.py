@@ -1,6 +1,7 @@
 """A call of the loss, traced and planned, and the optimizer lifted to the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,6 @@ def trace_call(
     loss_fn: Callable[..., Any],
     tx: optax.GradientTransformationExtraArgs,
     options: Options,
-    proven: set[Any],
     params: Any,
     args: Sequence[Any],
     made_for: Signature | None = None,
@@ -71,7 +71,6 @@ def trace_call(
 
     ``made_for`` is the signature of the state that the call is given: it knows how arrays are spread that may be traced
     now. ``extra_args`` are those of ``tx.update`` beside the loss, as ``value``; None where they are not known yet.
-    In ``proven`` are the cases, of this ``tx``, in which it is known to treat leaves separately; this one is added.
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
@@ -108,16 +107,17 @@ def trace_call(
     tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, dtype) for leaf, dtype in zip(plan.leaves, dtypes))
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
     extra = {"value": program.avals[program.outputs[0]], **(extra_args or {})}
-    _prove_leafwise(optimizer, paths, jax.tree.map(_type, extra), options, extra_args is not None, proven)
+    _prove_leafwise(optimizer, paths, jax.tree.map(_type, extra), options, extra_args is not None)
     return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)
 
 
 def _prove_leafwise(
-    optimizer: PerLayer, paths: Sequence[str], extra_args: Any, options: Options, complete: bool, proven: set[Any]
+    optimizer: PerLayer, paths: Sequence[str], extra_args: Any, options: Options, complete: bool
 ) -> None:
     """Refuses a ``tx`` that mixes leaves, unless that is proven. Before a step there may be more extra arguments."""
     types, structure = jax.tree.flatten(extra_args)
-    case = (optimizer.treedef, optimizer.tensors, optimizer.groups, tuple(types), structure)
+    case = (optimizer.treedef, optimizer.tensors, optimizer.groups, options.offloads_params, tuple(types), structure)
+    proven = _proven_cases(optimizer.tx)
     if case in proven:
         return
     try:
@@ -126,6 +126,12 @@ def _prove_leafwise(
     except ExtraArgumentMissing:
         if complete:
             raise
+
+
+@lru_cache(maxsize=16)
+def _proven_cases(tx: optax.GradientTransformationExtraArgs) -> set[Any]:
+    """The cases in which a transformation is known to treat leaves separately: proofs are traces, not made twice."""
+    return set()
 
 
 def _type(x: Any) -> jax.ShapeDtypeStruct:

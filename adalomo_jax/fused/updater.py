@@ -13,7 +13,7 @@ from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stacks import Part, UpdateLayer, known_together, layer_at, start, update
-from adalomo_jax.optimizers.moments import rms, sums_over_rows
+from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.precision import promoted
 from adalomo_jax.optimizers.rounding import apply_update
@@ -96,12 +96,11 @@ class Updater:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
         if self.proceed is None:
             return written, new_own, statistics
-        if self.clip is not None:  # the norm of the whole gradient is finite, or nothing is written
-            finite = [jnp.array(True) for _ in squares]
-        else:
-            # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
-            known = known_together([x.scaled if beyond else x.plain for x, beyond in zip(squares, keeps_none)])
-            finite = list(map(jnp.isfinite, known))
+        # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
+        scaled = [beyond and self.clip is None for beyond in keeps_none]
+        known = known_together([x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)])
+        # To clip, the norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
+        finite = [jnp.isfinite(x) if self.clip is None else x >= 0 for x in known]
         ok = {i: self.proceed & x for i, x in zip(group.leaves, finite)}
         all_ok = self.proceed & jnp.all(jnp.stack(finite))
         own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
@@ -225,12 +224,11 @@ def _squares(gradient: Any, *, beyond: bool) -> Squares:
     """Of one tensor; with those that are beyond float32, in the same pass, where asked for."""
     if not beyond:
         return Squares(_sum_of_squares(gradient), jnp.array(jnp.inf, jnp.float32))
-    gradient = gradient.astype(jnp.float32)
-    if gradient.ndim < 2:
-        return Squares(jnp.sum(jnp.square(gradient)), jnp.sum(jnp.square(gradient * _BEYOND)))
-    of_rows = jax.eval_shape(partial(jnp.sum, axis=-1), gradient)  # on an explicit mesh it knows how rows are spread
-    plain, scaled = sums_over_rows(gradient, jnp.full_like(of_rows, _BEYOND))
-    return Squares(jnp.sum(plain), jnp.sum(scaled))
+    gradient, zero = gradient.astype(jnp.float32), jnp.zeros([], jnp.float32)
+    add = lambda old, new: (old[0] + new[0], old[1] + new[1])
+    # One reduction of pairs: of two, XLA's compiler for CPUs would write what the second one is made of.
+    terms = jnp.square(gradient), jnp.square(gradient * _BEYOND)
+    return Squares(*lax.reduce(terms, (zero, zero), add, tuple(range(gradient.ndim))))
 
 
 def _sum_of_squares(gradient: Any) -> jax.Array:

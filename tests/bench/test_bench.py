@@ -166,6 +166,7 @@ def test_the_command_measures_and_draws_times_by_depth(tmp_path, capsys):
     check_depths(tmp_path / "out", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_json_and_a_picture(tmp_path, capsys):
     folder = tmp_path / "out"
     args = ["bench", *TINY, "--layers=1", f"--output={folder}"]

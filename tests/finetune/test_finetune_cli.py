@@ -151,7 +151,7 @@ def test_the_summary_is_what_the_metrics_say(finished):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optimizer": "lomo", "schedule": "linear", "dtype": "bfloat16"},
+        slow({"optimizer": "lomo", "schedule": "linear", "dtype": "bfloat16"}),
         slow({"optimizer": "adamw", "schedule": "constant", "fused": False, "update_rms": False}),
         slow({"optimizer": "adafactor", "schedule": "linear", "update_rms": False}),
     ],

@@ -82,3 +82,23 @@ def test_state_that_tx_gives_back_as_it_was_is_not_written():
     written = str(jax.make_jaxpr(step)(params, state, x)).count("f32[3,1] = dynamic_update_slice")
     assert sum(leaf.shape == (3, 1) for leaf in jax.tree.leaves(state)) == 3 and written == 0
     assert "f32[3,4] = dynamic_update_slice" in str(jax.make_jaxpr(step)(params, state, x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_tx_is_given_float32_gradients_of_what_is_rounded_stochastically(dtype):
+    """So a step that the weights' dtype does not hold is not lost before it is rounded."""
+    given = []
+
+    def update(updates, state, params=None):
+        given.extend(g.dtype for g in jax.tree.leaves(updates))
+        return updates, state
+
+    params = {"layers": jnp.ones((2, 3, 3), dtype), "head": jnp.ones(3, dtype)}
+    loss = lambda p, x: jnp.sum(jax.lax.scan(lambda h, w: (h @ w, None), x, p["layers"])[0] * p["head"])
+    x, tx = jnp.ones((2, 3), dtype), optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    for is_rounded, rounding in ((True, None), (False, False)):
+        step = fuse(loss, tx, stochastic_rounding=rounding)
+        state = step.init(params, x)
+        given.clear()
+        jax.eval_shape(step, params, state, x)
+        assert given.count(jnp.float32) == (2 if is_rounded else 0)

@@ -229,7 +229,7 @@ def test_parameters_that_the_loss_does_not_read_decay():
     assert float(jnp.max(fused.params["unread"])) < 1.0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", slow("float64")])
 def test_with_64_bit_types(dtype):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: p.astype(dtype), small_params())

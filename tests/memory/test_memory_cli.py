@@ -10,7 +10,6 @@ import sys
 from typing import get_args, get_type_hints
 
 import pytest
-from tiers import slow
 
 import adalomo_jax.finetune.fit as fit
 from adalomo_jax.cli import main
@@ -65,7 +64,8 @@ def made_up(config, model, target, step):
     )
 
 
-@pytest.mark.parametrize("how", [["--estimate"], slow([])], ids=" ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--estimate"], []], ids=" ".join)
 def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
     """Compiled, in the fast tier, are the rows of the tests below, one at a time."""
     rows = json_rows(capsys, "--compare", *how)
@@ -150,7 +150,8 @@ def test_a_mesh_of_this_machines_devices(capsys):
     assert row["limit_bytes"] == one["limit_bytes"] // 8
 
 
-@pytest.mark.parametrize("offload", ["params", slow("activations")])
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["params", "activations"])
 def test_offloaded(capsys, offload):
     (all_on_chip,), (row,) = (json_rows(capsys, *more) for more in (["--estimate"], ["--offload", offload]))
     norms_and_ends = 2 * (5 * 16 + 2 * 256 * 16)

@@ -104,6 +104,7 @@ def test_a_window_hides_what_lies_further_back(window, kind):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-5, atol=2e-5), actual, expected)
 
 
+@pytest.mark.slow
 def test_the_kernel_for_tpus_has_documents_and_windows():
     inputs = make_inputs(256, width=128)
     bounds, segments_BT = packed(256)
