@@ -9,18 +9,17 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from hypothesis import settings
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this process is one of pytest-xdist's, which has the environment of the run that started it."""
 
-FLAGS: dict[str, object] = {
-    "--xla_force_host_platform_device_count": 8,
-    "--xla_backend_optimization_level": 0,
-    "--xla_cpu_parallel_codegen_split_count": 1,
-}
-if version("jaxlib").startswith("0.10."):  # later ones have no others, and end at a flag that they do not know
+FLAGS: dict[str, object] = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+# Other versions of XLA end at a flag that they do not know: later ones, and that in libtpu, which reads them, too.
+if version("jaxlib").startswith("0.10.") and find_spec("libtpu") is None:
+    FLAGS["--xla_cpu_parallel_codegen_split_count"] = 1
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"  # which take two thirds of the time to compile
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):

@@ -16,7 +16,7 @@ def small_loss(params, tokens, *, aux=False, unroll=1):
     return (loss, {"outputs": x, "mean": jnp.mean(x)}) if aux else loss
 
 
-def small_params(layers=4, **sizes):
+def small_params(layers: int | list[int] = 4, **sizes):
     """Those of the language model that it reads."""
     params = init_params(layers, **sizes)
     stacks = {name: stack for name, stack in params.items() if name.startswith("layers")}
