@@ -51,7 +51,7 @@ def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int
     return Chain(
         axes={v: axes[v] for v in leaves if v in values},
         equations=tuple(equations),
-        of_one_layer=tuple(of_one_layer(program, e, axes) for e in equations),
+        of_one_layer=tuple(of_one_layer(e, axes) for e in equations),
     )
 
 
@@ -107,7 +107,7 @@ def axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | Non
     return None
 
 
-def of_one_layer(program: Program, equation: Equation, axes: Mapping[int, int]) -> Equation:
+def of_one_layer(equation: Equation, axes: Mapping[int, int]) -> Equation:
     """The operation on one layer whose layer axis is kept."""
     made = equation.outputs[0]
     one = lambda sizes: tuple(1 if a == axes[made] else n for a, n in enumerate(sizes))

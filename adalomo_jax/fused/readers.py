@@ -164,7 +164,7 @@ def _of_one_layer(reading: _Reading, equation: Equation, axis: int | None) -> Eq
     if axis is None:
         return equation
     if axis != _FLAT:
-        return of_one_layer(reading.program, equation, {equation.outputs[0]: axis})
+        return of_one_layer(equation, {equation.outputs[0]: axis})
     size = (reading.program.avals[equation.outputs[0]].size // reading.layers,)
     sizes = {"reshape": {"new_sizes": size}, "broadcast_in_dim": {"shape": size}}
     return equation.with_params(**sizes.get(equation.name, {}))

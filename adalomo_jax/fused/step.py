@@ -120,7 +120,7 @@ class FusedStep:
             ran = backward.begin_after(ran, norm)
         updater = self._decide(updater, result, norm, extra_args)
         done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
-        return self._finish(traced, state, result, done, updater, norm)
+        return self._finish(traced, state, result, done, norm)
 
     @cached_property
     def jit(self) -> Donating:
@@ -138,7 +138,7 @@ class FusedStep:
         updater = self._decide(updater, result, norm, extra_args)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
-        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), updater, norm)
+        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), norm)
 
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
         """The call, traced."""
@@ -238,7 +238,6 @@ class FusedStep:
         state: FusedState,
         result: tuple[jax.Array, Any],
         done: backward.Pass,
-        updater: Updater,
         norm: jax.Array | None,
     ) -> StepResult:
         """The result, with the state's counters and the metrics."""

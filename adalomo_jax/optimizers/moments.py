@@ -96,7 +96,7 @@ def normalized_update(
         return clip_rms(g * lax.rsqrt(v), threshold), v
     m = g.shape[-2]
     r = accumulate(moment.row, jnp.mean(squared(g), axis=-1) + eps, new_share)
-    squares, squares_by_row = sums_over_rows(g, lax.rsqrt(r))
+    squares, squares_by_row = _sums_over_rows(g, lax.rsqrt(r))
     c = accumulate(moment.col, squares / m + eps, new_share)
     # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
     root_of_mean = jnp.sqrt(jnp.mean(r, axis=-1, keepdims=True))
@@ -111,7 +111,7 @@ def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
     return u / jnp.maximum(1.0, rms(u) / threshold)
 
 
-def sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``sum_i g_ij**2`` and ``sum_i (row_factor_i g_ij)**2``, ``[..., n]``, in one pass over ``g``."""
     return lax.platform_dependent(g, row_factor, cpu=sums_as_one, tpu=sums_as_two, default=sums_as_pair)
 
