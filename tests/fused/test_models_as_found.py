@@ -21,8 +21,14 @@ WIDE_AND_DEEP = Sizes(layers=24, dim=64, batch=1, length=8)
 """A layer is 4% of its stack, and activations are small beside it."""
 ALWAYS = [
     "linen axis 1 cast",
+    "linen dropout",
+    "linen batch norm",
     "nnx scan",
+    "nnx list",
+    "haiku",
     "equinox",
+    "experts top 1",
+    "encoder-decoder",
     "read by two scans",
 ]
 """Those that share the least with each other; the others are as slow, and find the same."""

@@ -10,6 +10,7 @@ import sys
 from typing import get_args, get_type_hints
 
 import pytest
+from tiers import slow
 
 import adalomo_jax.finetune.fit as fit
 from adalomo_jax.cli import main
@@ -64,8 +65,7 @@ def made_up(config, model, target, step):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [["--estimate"], []], ids=" ".join)
+@pytest.mark.parametrize("how", [["--estimate"], slow([])], ids=" ".join)
 def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
     """Compiled, in the fast tier, are the rows of the tests below, one at a time."""
     rows = json_rows(capsys, "--compare", *how)
