@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from adalomo_jax.fused import DynamicLossScale as DynamicLossScale
     from adalomo_jax.fused import FusedState as FusedState
     from adalomo_jax.fused import FusedStep as FusedStep
+    from adalomo_jax.fused import InStack as InStack
     from adalomo_jax.fused import Plan as Plan
     from adalomo_jax.fused import StepResult as StepResult
     from adalomo_jax.fused import fuse as fuse
 
-_FUSED = ("DynamicLossScale", "FusedState", "FusedStep", "Plan", "StepResult", "fuse")
+_FUSED = ("DynamicLossScale", "FusedState", "FusedStep", "InStack", "Plan", "StepResult", "fuse")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from adalomo_jax.fused.loss_scale import LossScaleState as LossScaleState
 from adalomo_jax.fused.plan import LeafPlan as LeafPlan
 from adalomo_jax.fused.plan import Plan as Plan
 from adalomo_jax.fused.result import StepResult as StepResult
+from adalomo_jax.fused.stacked import InStack as InStack
 from adalomo_jax.fused.state import FusedState as FusedState
 from adalomo_jax.fused.step import FusedStep as FusedStep
 from adalomo_jax.fused.step import fuse as fuse

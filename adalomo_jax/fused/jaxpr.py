@@ -6,7 +6,7 @@ parameters) are replaced by what they call, and equations whose results nobody r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,13 @@ class Equation(NamedTuple):
     def params(self) -> dict[str, Any]:
         """The primitive's parameters."""
         return self.source.params
+
+    @property
+    def context(self) -> str:
+        """What was set around it: the precision of products, a mesh, where it computes."""
+        context = self.source.ctx
+        names = [name for name in getattr(type(context), "__slots__", None) or vars(context) if name[0] != "_"]
+        return str([(name, getattr(context, name, None)) for name in sorted(names) if name != "manager"])
 
     @property
     def has_effects(self) -> bool:
@@ -138,6 +145,20 @@ def retrace(program: Program, run: Callable[[dict[int, Any]], list[Any]], num_le
     return program_of(closed, num_leaves)
 
 
+def with_opened(program: Program, opened: Container[Equation]) -> Program:
+    """The program with some of its checkpoints replaced by what they run."""
+    builder, same = _Builder(), dict[int, int]()
+    builder.avals, builder.constants = list(program.avals), dict(program.constants)
+    for equation in program.equations:
+        inputs = tuple(same.get(v, v) for v in equation.inputs)
+        if equation in opened:
+            same |= zip(equation.outputs, builder.inline(_called(equation.source), inputs, frozenset()), strict=True)
+        else:
+            builder.equations.append(equation._replace(inputs=inputs))
+    outputs = tuple(same.get(v, v) for v in program.outputs)
+    return Program(program.inputs, outputs, tuple(builder.equations), builder.constants, builder.avals)
+
+
 def evaluate(equations: Iterable[Equation], values: dict[int, Any]) -> None:
     """Runs equations on ``values``, and adds their results to it."""
     for equation in equations:
@@ -175,6 +196,30 @@ def called_as_it_is(equation: Equation) -> Any:
     called = _called(equation.source)
     is_such = is_checkpoint(equation) or equation.name in _CUSTOM
     return called if is_such and len(_open(called).invars) == len(equation.inputs) else None
+
+
+def has_own_derivative(equation: Equation) -> bool:
+    """Whether the equation is a ``jax.custom_jvp`` or a ``jax.custom_vjp``."""
+    return equation.name in _CUSTOM
+
+
+def pullback_of(equation: Equation) -> Program:
+    """What an equation's derivative computes, of its operands and then of its results' cotangents."""
+    type_of: Any = lambda var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    operands, results = list(map(type_of, equation.source.invars)), list(map(type_of, equation.source.outvars))
+    active, kept = ([k for k, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)] for xs in (operands, results))
+    numbers = range(len(operands) + len(results))
+    numbered = equation._replace(inputs=tuple(numbers[: len(operands)]), outputs=tuple(numbers[len(operands) :]))
+
+    def pull(operands: list[Any], d_results: list[Any]) -> Any:
+        def run(xs: list[Any]) -> list[Any]:
+            values = dict(enumerate(operands)) | dict(zip(active, xs))
+            evaluate([numbered], values)
+            return [values[numbered.outputs[k]] for k in kept]
+
+        return jax.vjp(run, [operands[k] for k in active])[1](d_results)
+
+    return trace(pull, operands, [results[k] for k in kept])[0]
 
 
 def is_jaxpr(value: Any) -> bool:

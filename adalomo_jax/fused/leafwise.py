@@ -58,6 +58,29 @@ def check_leafwise(
         _check(twin, [group for group in twin.groups if group.layers is not None], names, extra_args, is_twin=True)
 
 
+def rules_of_leaves(optimizer: PerLayer, extra_args: Mapping[str, Any]) -> dict[int, Any]:
+    """Of each trained leaf what ``tx`` does with it among all; equal for leaves that it treats alike.
+
+    Raises:
+      ExtraArgumentMissing: where ``tx.update`` needs more arguments.
+    """
+    terms, trained = Terms(), Group(tuple(sorted(i for group in optimizer.groups for i in group.leaves)), None)
+    if not trained.leaves:
+        return {}
+    asked, _ = _ask(terms, optimizer, trained, extra_args)
+    own: dict[int, list[Any]] = {i: [] for i in trained.leaves}
+    for path, owner in zip(asked.state, optimizer.owners_of(list(asked.state))):
+        if owner is not None and path not in optimizer.shared_paths:
+            own[owner].append(path)
+    rules = {}
+    for i, paths in own.items():
+        names = {("gradient", i): "gradient", ("parameter", i): "parameter"}
+        names |= {("state", path): k for k, path in enumerate(paths)}
+        of_leaf = [asked.updates[i], *(x for path in paths for x in (asked.init[path], asked.state[path]))]
+        rules[i] = tuple(terms.renamed(term, names) for term in of_leaf)
+    return rules
+
+
 class _Asked(NamedTuple):
     """What ``tx`` does with some leaves, in terms of their gradients and tensors and of the state before."""
 

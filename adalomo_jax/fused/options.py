@@ -113,6 +113,7 @@ OPTIONS = {
     "strict": _FLAG,
     "stochastic_rounding": Range(_or_none(is_bool), "True, False or None"),
     "seed": Range(lambda x: _is_whole(x) and bool(0 <= x < 2**32), "a whole number from 0 to 2**32 - 1"),
+    "roll": _FLAG,
     "offload": Range(
         _or_none(lambda x: _all_of(lambda kind: isinstance(kind, str) and kind in ("params", "activations"), x)),
         "'params', 'activations', or a tuple of both",
@@ -153,6 +154,7 @@ class Options:
     stochastic_rounding: bool | None
     seed: int
     offload: str | tuple[str, ...] | None
+    roll: bool
 
     def __post_init__(self):
         for name, allowed in OPTIONS.items():

@@ -102,6 +102,8 @@ class LeafPlan:
     """Whether a scan runs over its layers, and yet it has to be updated whole."""
     sharding: Sharding = field(default=None, repr=False)
     """How it is spread over an automatic mesh."""
+    layer_paths: tuple[str, ...] = ()
+    """Of layers of a list that were stacked the path that each had."""
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

@@ -68,5 +68,10 @@ def check_call(params: Any, state: Any, args: Sequence[Any]) -> None:
 
 
 def by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
-    """Of the leaves of groups, by their paths."""
-    return {plan.leaves[i].path: x for group, xs in of_groups.items() for i, x in zip(group.leaves, xs, strict=True)}
+    """Of the leaves of groups, by their paths; of layers that a list had, each by its own."""
+    found: dict[str, jax.Array] = {}
+    for group, xs in of_groups.items():
+        for i, x in zip(group.leaves, xs, strict=True):
+            leaf = plan.leaves[i]
+            found |= zip(leaf.layer_paths, x) if leaf.layer_paths else {leaf.path: x}
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from adalomo_jax.fused.chain import Chain
 from adalomo_jax.fused.dependence import active_in_scan, active_values, batched_in_scan, batched_values
-from adalomo_jax.fused.homes import find_homes
+from adalomo_jax.fused.homes import Home, find_homes
 from adalomo_jax.fused.jaxpr import (
     Equation,
     Program,
@@ -22,6 +22,7 @@ def make_plan(
     trained: Sequence[bool],
     batched_inputs: Collection[int] = (),
     shardings: Sequence[Sharding] = (),
+    layer_paths: Sequence[tuple[str, ...]] = (),
 ) -> Plan:
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
 
@@ -31,8 +32,9 @@ def make_plan(
       trained: of each parameter whether it is.
       batched_inputs: the inputs that differ between microbatches; none where there are no microbatches.
       shardings: of each parameter, where they are known.
+      layer_paths: of each parameter the paths of its layers, where layers of a list were stacked.
     """
-    shardings = shardings or [None] * len(paths)
+    shardings, layer_paths = shardings or [None] * len(paths), layer_paths or [()] * len(paths)
     values = program.inputs[: len(paths)]
     active = frozenset(active_values(program, [v for v, is_trained in zip(values, trained) if is_trained]))
     homes, chains = find_homes(program, values)
@@ -64,12 +66,21 @@ def make_plan(
                 axis=home.axis if in_scan else None,
                 stage=min(read_by, default=0),
                 read_by=read_by,
-                reason=home.reason if trained[i] else "it is not trained",
-                misplaced=home.misplaced and trained[i],
+                reason=_reason(home, trained[i], bool(layer_paths[i])),
+                misplaced=trained[i] and (home.misplaced or bool(layer_paths[i] and home.axis is None)),
                 sharding=shardings[i],
+                layer_paths=layer_paths[i],
             )
         )
     return Plan(tuple(leaves), program, stages, active, batched or frozenset())
+
+
+def _reason(home: Home, is_trained: bool, is_of_list: bool) -> str:
+    if not is_trained:
+        return "it is not trained"
+    if is_of_list:
+        return home.reason if home.axis is None else f"{home.reason}, which a list had"
+    return home.reason
 
 
 def _stages(

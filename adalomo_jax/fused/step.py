@@ -20,12 +20,15 @@ from adalomo_jax.fused.checks import (
     leaves_on_host,
     warn_of_whole,
 )
+from adalomo_jax.fused.convert import state_of_layers, state_of_stacks
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options, check_loss_and_tx
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.result import Donating, StepResult, by_path, check_call
-from adalomo_jax.fused.sharding import constrain, of_own_state
+from adalomo_jax.fused.rolling import find_stacks
+from adalomo_jax.fused.sharding import constrain, of_own_state, sharding_of
+from adalomo_jax.fused.stacked import is_stacked, layers_of, stack_layers, unstack_layers
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.fused.tracing import Traced, trace_call
 from adalomo_jax.fused.unfused import all_gradients
@@ -57,8 +60,15 @@ class FusedStep:
         """
         return make_abstract_state(self._trace(params, args), self.options.loss_scale)
 
-    def place(self, params: Any, *args: Any) -> Any:
-        """The parameters, each in the memory that ``offload`` says, and spread over devices as they are.
+    def place(self, params: Any, *args: Any, **extra_args: Any) -> Any:
+        """The parameters as a step wants them: layers of a list stacked, each in the memory that ``offload`` says.
+
+        Where layers repeat in the loss, because a loop in Python runs over a list of them, the leaf of the first layer
+        becomes the stack of all, and an :class:`InStack` stands in the place of each other one. The step scans over
+        such a stack, in the memory, and with the time to compile, of a model that was written so. The loss still gets
+        its own tree, and `unplace` gives it back; masks, ``trainable`` and metrics go by its paths. A layer that is
+        trained otherwise, that ``tx`` treats otherwise, or that is read elsewhere, too, stays by itself. Arrays are
+        copied, a stack at a time; those that were given stay. Arguments by name are those of ``tx.update``.
 
         With ``offload="params"`` those that `Plan.stacks_of_matrices` names go to the host's memory (the memory kind
         ``"pinned_host"``), all others to the devices'; arrays that are there already are returned as they are. Of a
@@ -79,11 +89,54 @@ class FusedStep:
           >>> result = step.jit(params, step.init(params, x), x)
           >>> print(result.params.sharding.memory_kind)
           pinned_host
+
+          Layers in a list:
+
+          >>> layer = jax.checkpoint(lambda x, w: x + jnp.tanh(x @ w))
+          >>> def loss_fn(params, x):
+          ...     for w in params["layers"]:
+          ...         x = layer(x, w)
+          ...     return jnp.mean(x)
+          >>> step = fuse(loss_fn, adalomo(1e-2))
+          >>> params = step.place({"layers": [jnp.full((4, 4), 0.1) for _ in range(12)]}, x)
+          >>> print(step.plan(params, x))
+          parameter  shape   dtype    updated                 because
+          layers/0   12x4x4  float32  scan 0, layer by layer  a scan runs over its 12 layers, which a list had
+          >>> params["layers"][2]
+          InStack(stack="['layers'][0]", layer=2)
+          >>> len(step.unplace(params)["layers"]), step.unplace(params)["layers"][2].shape
+          (12, (4, 4))
         """
+        check_not_deleted(params, "params")
+        if self.options.roll and not is_stacked(params):
+            params = stack_layers(params, find_stacks(self.loss_fn, self.tx, self.options, params, args, extra_args))
         plan = self.plan(params, *args)
         on_host = leaves_on_host(plan, self.options)
         leaves, treedef = jax.tree.flatten(params)
         return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
+
+    def unplace(self, params: Any) -> Any:
+        """The tree of parameters that `place` was given, bit by bit: its leaves are slices of stacks, on the device."""
+        return unstack_layers(jax.tree.map(fetch, params))
+
+    def place_state(self, state: FusedState, params: Any, *args: Any) -> FusedState:
+        """The state for placed parameters, given one for those that are not: of a checkpoint without stacks.
+
+        Args:
+          state: for parameters that are not placed.
+          params: as `place` returns them, or ``jax.ShapeDtypeStruct``s of those.
+          *args: the other arguments of the loss.
+        """
+        return state_of_stacks(state, *self._with_and_without_stacks(params, args), layers_of(params))
+
+    def unplace_state(self, state: FusedState, params: Any, *args: Any) -> FusedState:
+        """The state for parameters that are not placed, given that for placed ones; arguments as of `place_state`."""
+        return state_of_layers(state, *self._with_and_without_stacks(params, args), layers_of(params))
+
+    def _with_and_without_stacks(self, params: Any, args: Sequence[Any]) -> tuple[Traced, Traced]:
+        """A call with unplaced parameters, and one with placed ones."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), params)
+        return self._trace(unstack_layers(shapes), args), self._trace(params, args)
 
     def plan(self, params: Any, *args: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
@@ -287,6 +340,7 @@ def fuse(
     stochastic_rounding: bool | None = None,
     seed: int = 0,
     offload: Literal["params", "activations"] | tuple[str, ...] | None = None,
+    roll: bool = True,
 ) -> FusedStep:
     """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
 
@@ -338,9 +392,12 @@ def fuse(
         matrices: the layer axis is not among the last two); put them there with ``params = step.place(params, *args)``
         before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
         what each layer of a scan saves for the way back. Or both, as a tuple.
+      roll: whether ``step.place`` stacks the layers of lists that a loop in Python runs over, so that the step can scan
+        over them. False leaves them as they are: then each is updated as a whole.
 
     Returns:
-      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``.
+      A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``,
+      ``unplace``.
 
     Raises:
       ValueError: for options out of their range, or that contradict each other; and while tracing, for a loss that is
@@ -389,5 +446,6 @@ def fuse(
         stochastic_rounding=stochastic_rounding,
         seed=seed,
         offload=offload,
+        roll=roll,
     )
     return FusedStep(loss_fn, optax.with_extra_args_support(tx), options)

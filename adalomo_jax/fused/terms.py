@@ -5,7 +5,7 @@ once and have one number: where two values have the same number, they are the sa
 that a value does not depend on is in its term, within branches and loops neither.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,20 @@ class Terms:
     def inputs_of(self, term: int) -> set[Any]:
         """The names of the inputs that a term depends on."""
         return {name for kind, name in self._leaves_of(term) if kind == "input"}
+
+    def renamed(self, term: int, names: Mapping[Any, Hashable]) -> int:
+        """The term with other inputs, of which each is named by that of an input."""
+        done = {self.input(old): self.input(("renamed", new)) for old, new in names.items()}
+        left = [term]
+        while left:
+            operation, parts = self._terms[left[-1]]
+            missing = [part for part in parts if part not in done]
+            if left[-1] not in done and not missing:
+                done[left[-1]] = self._number(operation, [done[part] for part in parts])
+            left += missing or ()
+            if not missing:
+                left.pop()
+        return done[term]
 
     def outputs(self, program: Program, inputs: Sequence[int], depth: int = 0) -> list[int]:
         """The terms of a program's outputs, given those of its inputs; ``depth`` counts the loops around it."""

@@ -30,7 +30,9 @@ from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.readers import fold_readers
+from adalomo_jax.fused.reroll import reroll
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
+from adalomo_jax.fused.stacked import layer_paths, unstack_layers
 from adalomo_jax.fused.stages import make_plan
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
@@ -88,11 +90,12 @@ def trace_call(
     of_one = [jax.eval_shape(lambda x: x[0], x) if is_sliced else x for x, is_sliced in zip(flat, sliced)]
 
     def on_leaves(leaves: list[Any], *args: Any) -> Any:
-        result = loss_fn(treedef.unflatten(leaves), *args)
+        result = loss_fn(unstack_layers(treedef.unflatten(leaves)), *args)
         check_returned(result)
         return result
 
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
+    program = reroll(program, program.inputs[: len(leaves)])
     program = fold_readers(program, program.inputs[: len(leaves)], trained)
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
     check_program(program, paths, trained)
@@ -100,7 +103,7 @@ def trace_call(
         check_signature(made_for, signature)
     of_args = program.inputs[len(leaves) :]
     batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]
-    plan = make_plan(program, paths, trained, batched, known.shardings)
+    plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params))
     if options.strict:
         check_strict(plan)
     dtypes = [program.avals[v].dtype for v in program.inputs]  # those of typed PRNG keys have no name to go by

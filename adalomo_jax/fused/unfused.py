@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from adalomo_jax.fused.stacked import unstack_layers
 from adalomo_jax.fused.tracing import Traced
 from adalomo_jax.optimizers.precision import add, promoted
 
@@ -25,7 +26,7 @@ def all_gradients(
 
         def run(trained: dict[int, Any]) -> tuple[Any, list[Any]]:
             leaves = [trained.get(i, x) for i, x in enumerate(traced.leaves)]
-            results = jax.tree.leaves(loss_fn(traced.treedef.unflatten(leaves), *args))
+            results = jax.tree.leaves(loss_fn(unstack_layers(traced.treedef.unflatten(leaves)), *args))
             return results[0], results
 
         loss, pullback, results = jax.vjp(run, trained, has_aux=True)

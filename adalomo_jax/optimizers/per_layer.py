@@ -204,7 +204,11 @@ class PerLayer:
 
     def owners(self, group: Group) -> list[int | None]:
         """Of each leaf of a group's own state the parameter that it is kept for; None where it is for several."""
-        return [self._owners[path] for path in self._own_paths(group)]
+        return self.owners_of(self._own_paths(group))
+
+    def owners_of(self, paths: Sequence[Any]) -> list[int | None]:
+        """Of leaves of the state, by their paths, the parameter that each is kept for; None where it is for several."""
+        return [self._owners[path] for path in paths]
 
     @cached_property
     def _owners(self) -> dict[Any, int | None]:

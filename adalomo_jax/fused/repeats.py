@@ -1,0 +1,392 @@
+"""Equations that repeat, layer after layer, as a loop in Python over a list of layers leaves them in a program.
+
+Found by structure: a run of equations, of which each is like the one that stands a period before it. What a layer reads
+it makes itself, or it is what the layer before made at the same place (carried), or it was there before the run: the
+same for each layer, or for each another. Parameters that are others for each layer are what such a run is looked for.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adalomo_jax.fused.jaxpr import Equation, Program, called_by, is_checkpoint, with_opened
+from adalomo_jax.fused.order import Ordered, in_order
+from adalomo_jax.fused.signatures import Signatures
+
+_CUTS = 8
+"""So many places to cut a period are tried: those at which the least is handed from a layer to the next."""
+
+
+class Parameter(NamedTuple):
+    """A value that may be one layer's share of a stack: a parameter, or one layer of a parameter that is a stack."""
+
+    kind: Hashable
+    """Equal for those that one stack can hold."""
+    nbytes: int
+
+
+class Carried(NamedTuple):
+    """A value that each layer receives of the one before."""
+
+    initial: int
+    """What the first layer receives."""
+    received: int
+    """Its number in the layer."""
+    made: int
+    """The number in the layer of what the next one receives."""
+
+
+class Scanned(NamedTuple):
+    """Values that are others for each layer."""
+
+    values: tuple[int, ...]
+    """In the order of the layers."""
+    received: int
+    """Their number in the layer."""
+    is_parameter: bool
+
+
+class Read(NamedTuple):
+    """What a layer makes and something after the run reads."""
+
+    value: int
+    layer: int
+    made: int
+    """Its number in the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat:
+    """A run of equations that is one layer, repeated."""
+
+    start: int
+    """The position of its first equation."""
+    period: int
+    """How many equations a layer has."""
+    layers: int
+    layer: tuple[Equation, ...]
+    """The first layer's equations; what they receive has numbers of its own."""
+    carried: tuple[Carried, ...]
+    scanned: tuple[Scanned, ...]
+    read: tuple[Read, ...]
+
+    @property
+    def stop(self) -> int:
+        """The position after its last equation."""
+        return self.start + self.period * self.layers
+
+
+@dataclass
+class _Run:
+    """A run as it is found: of each input of a layer's equations, in their order, where it comes from."""
+
+    start: int
+    period: int
+    layers: int
+    roles: list[tuple[Any, ...]]
+    values: list[list[int]]
+    """Of each input, of each layer the value."""
+
+
+class Found(NamedTuple):
+    """A program, and what repeats in it."""
+
+    program: Program
+    """That in which it was looked for, but for a checkpoint around a loop, which is opened."""
+    ordered: Ordered
+    repeats: list[Repeat]
+
+
+def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable]) -> Found:
+    """The program's equations in an order in which layers are contiguous, and the runs among them that repeat.
+
+    Args:
+      program: a loss.
+      leaves: its parameters.
+      kinds: of each; equal for those that one stack may hold, None where none may. Picks of a parameter always may.
+    """
+    signatures = Signatures()
+    ordered = in_order(program, leaves, signatures)
+    kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
+    of_picks = {v: ("layer of", pick.source) for v, pick in ordered.picks.items() if pick.source in leaves}
+    nbytes = lambda v: program.avals[v].size * getattr(program.avals[v].dtype, "itemsize", 1)
+    parameters = {v: Parameter((kind, str(program.avals[v])), nbytes(v)) for v, kind in (kind_of | of_picks).items()}
+    finder = _Finder(program, ordered, frozenset(leaves), parameters, signatures)
+    repeats = [finder.repeat(run) for run in finder.search(0, len(ordered.equations))]
+    loops = [e for e in _outside(ordered, repeats) if is_checkpoint(e) and _is_loop(e, parameters)]
+    return find_repeats(with_opened(program, loops), leaves, kinds) if loops else Found(program, ordered, repeats)
+
+
+def _outside(ordered: Ordered, repeats: Sequence[Repeat]) -> list[Equation]:
+    inside = {k for repeat in repeats for k in range(repeat.start, repeat.stop)}
+    return [equation for k, equation in enumerate(ordered.equations) if k not in inside]
+
+
+def _is_loop(checkpoint: Equation, parameters: Mapping[int, Parameter]) -> bool:
+    """Whether layers repeat in it."""
+    kinds = [parameters[v].kind if v in parameters else None for v in checkpoint.inputs]
+    known = [kind for kind in kinds if kind is not None]
+    if len(set(known)) == len(known):
+        return False
+    within = called_by(checkpoint)
+    return bool(find_repeats(within, within.inputs, kinds).repeats)
+
+
+@dataclass
+class _Finder:
+    program: Program
+    ordered: Ordered
+    leaves: frozenset[int]
+    parameters: Mapping[int, Parameter]
+    signatures: Signatures
+
+    def __post_init__(self):
+        equations = self.ordered.equations
+        self.codes = np.array([self.signatures.of(self.program, e) for e in equations], dtype=np.int64)
+        self.maker = {v: (k, o) for k, e in enumerate(equations) for o, v in enumerate(e.outputs)}
+        self.readers: dict[int, list[int]] = defaultdict(list)
+        for k, equation in enumerate(equations):
+            for v in equation.inputs:
+                self.readers[v].append(k)
+        for equation in self.ordered.first:
+            for v in equation.inputs:
+                self.readers[v].append(-1)
+        for v in self.program.outputs:
+            self.readers[v].append(len(equations))
+
+    def search(self, begin: int, end: int) -> list[_Run]:
+        """The runs within a part of the program: the best one, and those before and after it."""
+        best, least = None, self._unrolled_bytes(begin, end)
+        for period in self._periods(begin, end):
+            for run in self._runs(period, begin, end):
+                cost = self._bytes_with(run, begin, end)
+                if cost < least:
+                    best, least = run, cost
+        if best is None:
+            return []
+        return self.search(begin, best.start) + [best] + self.search(best.start + best.period * best.layers, end)
+
+    def _read_first(self, begin: int, end: int) -> dict[int, int]:
+        """The parameters that are read within a part of the program only, and where first."""
+        return {
+            v: min(self.readers[v])
+            for v in self.parameters
+            if self.readers.get(v) and begin <= min(self.readers[v]) and max(self.readers[v]) < end
+        }
+
+    def _unrolled_bytes(self, begin: int, end: int) -> int:
+        return sum(self.parameters[v].nbytes for v in self._read_first(begin, end))
+
+    def _bytes_with(self, run: _Run, begin: int, end: int) -> int:
+        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies."""
+        inside = {v for role, values in zip(run.roles, run.values) if self._is_parameter(role, values) for v in values}
+        one_layer = {values[0] for role, values in zip(run.roles, run.values) if self._is_parameter(role, values)}
+        outside = [v for v in self._read_first(begin, end) if v not in inside]
+        size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
+        carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
+        size += sum(self._nbytes(v) for v, _ in carried)
+        stacked = {tuple(values) for role, values in zip(run.roles, run.values) if role[0] == "scanned"}
+        return size + sum(self._nbytes(v) for vs in stacked for v in vs if v not in self.parameters)
+
+    def _is_parameter(self, role: tuple[Any, ...], values: Sequence[int]) -> bool:
+        return role[0] == "scanned" and values[0] in self.parameters
+
+    def _nbytes(self, v: int) -> int:
+        aval = self.program.avals[v]
+        return aval.size * getattr(aval.dtype, "itemsize", 1)
+
+    def _periods(self, begin: int, end: int) -> list[int]:
+        """The distances between the first readers of parameters of one kind."""
+        of_kind = defaultdict(list)
+        for v, first in self._read_first(begin, end).items():
+            of_kind[self.parameters[v].kind].append(first)
+        periods = set()
+        for firsts in of_kind.values():
+            firsts = sorted(set(firsts))
+            periods.update(b - a for i, a in enumerate(firsts) for b in firsts[i + 1 : i + 17])
+        return sorted(p for p in periods if 0 < 2 * p <= end - begin)
+
+    def _runs(self, period: int, begin: int, end: int) -> Iterator[_Run]:
+        codes = self.codes[begin:end]
+        alike = np.concatenate([[False], codes[period:] == codes[:-period], [False]])
+        edges = np.flatnonzero(alike[1:] != alike[:-1])
+        for first, last in zip(edges[::2], edges[1::2]):
+            if last - first >= period:
+                yield from self._runs_within(period, begin + int(first), begin + int(last) + period)
+
+    def _runs_within(self, period: int, begin: int, end: int) -> Iterator[_Run]:
+        """Of a part in which each equation is like the one a period later."""
+        handed = self._bytes_handed(begin, end)
+        last = min(begin + period, end - 2 * period + 1)
+        cuts = sorted(range(begin, last), key=lambda cut: (handed[cut + period - begin], cut))
+        for start in cuts[:_CUTS]:
+            at = start
+            while at + 2 * period <= end:
+                run = self._extend(at, period, end)
+                if run is not None and self._is_chain(run):
+                    yield run
+                at += period * (run.layers if run is not None else 1)
+
+    def _is_chain(self, run: _Run) -> bool:
+        """Whether each layer has parameters of its own, and hands something on: two products of one value do not."""
+        hands_on = any(role[0] == "carried" for role in run.roles)
+        return hands_on and any(map(self._is_parameter, run.roles, run.values))
+
+    def _bytes_handed(self, begin: int, end: int) -> np.ndarray:
+        """What is made before and read after each place."""
+        change = np.zeros(end - begin + 1, np.int64)
+        for k in range(begin, end):
+            for v in self.ordered.equations[k].outputs:
+                last = min(max(self.readers[v], default=k), end)
+                if last > k:
+                    change[k + 1 - begin] += self._nbytes(v)
+                    if last < end:
+                        change[last + 1 - begin] -= self._nbytes(v)
+        return np.cumsum(change)
+
+    def _extend(self, start: int, period: int, end: int) -> _Run | None:
+        """The longest run from here; None where the second layer is not like the first."""
+        roles, values = self._first_two(start, period)
+        if roles is None:
+            return None
+        layers = 2
+        while start + (layers + 1) * period <= end and self._goes_on(start, period, layers, roles, values):
+            layers += 1
+        run = _Run(start, period, layers, roles, values)
+        return run if self._covers_stacks(run) else None
+
+    def _first_two(self, start: int, period: int) -> tuple[Any, Any]:
+        roles, values = [], []
+        for k in range(start, start + period):
+            pairs = zip(self.ordered.equations[k].inputs, self.ordered.equations[k + period].inputs)
+            for v, w in pairs:
+                source, following = self._source(v, start, period, 0), self._source(w, start, period, 1)
+                role = self._role(v, w, source, following, start, period)
+                if role is None:
+                    return None, None
+                roles.append(role)
+                values.append([v, w])
+        return roles, values
+
+    def _source(self, v: int, start: int, period: int, layer: int) -> tuple[Any, ...]:
+        """Where a layer's value comes from."""
+        made_at, output = self.maker.get(v, (-1, 0))
+        begin = start + layer * period
+        if made_at >= begin:
+            return ("made", made_at - begin, output)
+        if layer and made_at >= begin - period:
+            return ("carried", made_at - begin + period, output)
+        return ("older",) if made_at >= start else ("there",)
+
+    def _role(
+        self, v: int, w: int, source: tuple[Any, ...], following: tuple[Any, ...], start: int, period: int
+    ) -> tuple[Any, ...] | None:
+        """Of an input whose values in the first two layers are these."""
+        if source[0] == "made":
+            return source if following == source else None
+        if following[0] == "carried":
+            made = self.ordered.equations[start + following[1]].outputs[following[2]]
+            alike = str(self.program.avals[v].strip_weak_type()) == str(self.program.avals[made].strip_weak_type())
+            return following if alike and v not in self.parameters else None
+        if following[0] != "there":
+            return None
+        if self._same(v, w):
+            return ("constant",)
+        alike = self._may_be_scanned(v, start, period) and self._may_be_scanned(w, start + period, period)
+        return ("scanned",) if alike and self._follows(v, w, 1) else None
+
+    def _goes_on(
+        self, start: int, period: int, layer: int, roles: Sequence[tuple[Any, ...]], values: list[list[int]]
+    ) -> bool:
+        begin, found = start + layer * period, []
+        inputs = (v for k in range(begin, begin + period) for v in self.ordered.equations[k].inputs)
+        for v, role, before in zip(inputs, roles, values, strict=True):
+            source = self._source(v, start, period, layer)
+            if role[0] in ("made", "carried"):
+                fits = source == role
+            elif source[0] != "there":
+                fits = False
+            elif role[0] == "constant":
+                fits = self._same(v, before[0])
+            else:
+                fits = self._may_be_scanned(v, begin, period) and self._follows(before[0], v, layer)
+                fits = fits and not (v in self.parameters and v in before)
+            if not fits:
+                return False
+            found.append(v)
+        for v, before in zip(found, values):
+            before.append(v)
+        return True
+
+    def _same(self, v: int, w: int) -> bool:
+        """Whether two values that are there before a run are equal."""
+        if self.ordered.same.get(v, v) == self.ordered.same.get(w, w):
+            return True
+        constants = self.program.constants
+        if v not in constants or w not in constants:
+            return False
+        return self.signatures.constant(self.program, v) == self.signatures.constant(self.program, w)
+
+    def _may_be_scanned(self, v: int, begin: int, period: int) -> bool:
+        """Whether a layer may read this value as its own: a parameter only if nothing else reads it."""
+        if v in self.parameters:
+            return all(begin <= k < begin + period for k in self.readers[v])
+        return v not in self.leaves and v not in self.ordered.of_leaves
+
+    def _follows(self, v: int, w: int, layer: int) -> bool:
+        """Whether one stack can hold two values, so many layers apart."""
+        if (v in self.parameters) != (w in self.parameters):
+            return False
+        if v not in self.parameters:
+            return str(self.program.avals[v].strip_weak_type()) == str(self.program.avals[w].strip_weak_type())
+        picks = [self.ordered.picks.get(x) for x in (v, w)]
+        if self.parameters[v].kind != self.parameters[w].kind or (picks[0] is None) != (picks[1] is None):
+            return False
+        return picks[0] is None or picks[1] == picks[0]._replace(index=picks[0].index + layer)
+
+    def _covers_stacks(self, run: _Run) -> bool:
+        """Whether a stack that is there already is scanned over as a whole."""
+        picks = [self.ordered.picks.get(vs[0]) for r, vs in zip(run.roles, run.values) if self._is_parameter(r, vs)]
+        whole = lambda pick: pick.index == 0 and self.program.avals[pick.source].shape[pick.axis] == run.layers
+        return all(pick is None or whole(pick) for pick in picks)
+
+    def repeat(self, run: _Run) -> Repeat:
+        """With numbers for what a layer receives."""
+        numbers: dict[Any, int] = {}
+        number = lambda key: numbers.setdefault(key, len(self.program.avals) + len(numbers))
+        carried, scanned, inputs = {}, {}, []
+        equations = self.ordered.equations
+        for role, values in zip(run.roles, run.values):
+            if role[0] == "carried":
+                key = (values[0], role)
+                carried[key] = Carried(values[0], number(key), equations[run.start + role[1]].outputs[role[2]])
+                inputs.append(carried[key].received)
+            elif role[0] == "scanned":
+                key = tuple(values)
+                scanned[key] = Scanned(key, number(key), values[0] in self.parameters)
+                inputs.append(scanned[key].received)
+            else:
+                inputs.append(values[0])
+        layer, rest = [], iter(inputs)
+        for equation in equations[run.start : run.start + run.period]:
+            layer.append(equation._replace(inputs=tuple(next(rest) for _ in equation.inputs)))
+        return Repeat(
+            start=run.start,
+            period=run.period,
+            layers=run.layers,
+            layer=tuple(layer),
+            carried=tuple(carried.values()),
+            scanned=tuple(scanned.values()),
+            read=tuple(self._read_after(run)),
+        )
+
+    def _read_after(self, run: _Run) -> Iterator[Read]:
+        stop = run.start + run.period * run.layers
+        for k in range(run.start, stop):
+            layer, offset = divmod(k - run.start, run.period)
+            for output, v in enumerate(self.ordered.equations[k].outputs):
+                if any(reader >= stop for reader in self.readers.get(v, ())):
+                    yield Read(v, layer, self.ordered.equations[run.start + offset].outputs[output])

@@ -1,0 +1,315 @@
+"""Losses of models whose layers are in Python lists, as people write them; and of such as only look like it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DIM, LENGTH, BATCH = 8, 5, 2
+
+
+class ListModel(NamedTuple):
+    """A loss, its parameters, and what one expects to be stacked."""
+
+    loss_fn: Any
+    """``loss_fn(params, x, key)``."""
+    params: Any
+    stacks: dict[str, int]
+    """Of the paths of stacks, which are those of their first layers, the numbers of layers. Empty where none is due."""
+
+
+def matrix(seed, *shape):
+    """Normally distributed, for inputs of width ``shape[-2]``."""
+    x = np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+    return jnp.asarray(x, jnp.float32)
+
+
+def data(i):
+    """Inputs and a key."""
+    x = np.random.default_rng(50 + i).normal(size=(BATCH, LENGTH, DIM))
+    return jnp.asarray(x, jnp.float32), jax.random.key(i)
+
+
+def block(seed):
+    """The parameters of a layer."""
+    return {"up": matrix(seed, DIM, 2 * DIM), "down": 0.3 * matrix(seed + 100, 2 * DIM, DIM), "scale": jnp.ones(DIM)}
+
+
+def apply(p, x, activation=jax.nn.relu):
+    """A residual feed-forward layer behind a norm."""
+    normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6) * p["scale"]
+    return x + activation(normed @ p["up"]) @ p["down"]
+
+
+def model(layers, loss, stacks, **others):
+    """A list of layers, an input matrix and a head."""
+    params = {"layers": [block(i) for i in range(layers)], "into": matrix(200, DIM, DIM), "head": matrix(201, DIM, DIM)}
+    return ListModel(loss, params | others, stacks)
+
+
+def of_layer(path, n):
+    """All leaves of a layer."""
+    return {f"{path}/{name}": n for name in ("down", "scale", "up")}
+
+
+def error(y):
+    """A mean square."""
+    return jnp.mean(jnp.square(y.astype(jnp.float32) - 1))
+
+
+def plain(remat=None):
+    """With ``jax.checkpoint`` around each layer, around a part of it, around the loop, or without."""
+    one = jax.checkpoint(apply) if remat == "layer" else apply
+    if remat == "part":
+        one = lambda p, x: x + jax.checkpoint(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"])(p, x * p["scale"])
+
+    def body(layers, x):
+        for p in layers:
+            x = one(p, x)
+        return x
+
+    run = jax.checkpoint(body) if remat == "loop" else body
+    loss = lambda params, x, key: error(run(params["layers"], x @ params["into"]) @ params["head"])
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def cast():
+    """The whole tree cast before the loop."""
+
+    def loss(params, x, key):
+        params, x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, x))
+        x = x @ params["into"]
+        for p in params["layers"]:
+            x = jax.checkpoint(apply)(p, x)
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def dropout(split):
+    """A key for each layer: split at first, or folded in."""
+
+    def loss(params, x, key):
+        x, keys = x @ params["into"], jax.random.split(key, 4)
+        for i, p in enumerate(params["layers"]):
+            of_layer = keys[i] if split else jax.random.fold_in(key, i)
+            x = jax.checkpoint(lambda p, x, key: apply(p, x) * jax.random.bernoulli(key, 0.7, x.shape))(p, x, of_layer)
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def key_carried():
+    """A key that each layer splits, and hands on."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p in params["layers"]:
+            key, own = jax.random.split(key)
+            x = apply(p, x) * jax.random.bernoulli(own, 0.7, x.shape)
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def scaled_by_depth():
+    """A number that is another for each layer."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            x = jax.checkpoint(apply)(p, x) * (1 - 0.1 * i)
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def all_outputs():
+    """What each layer makes is read after the loop, and a penalty of each."""
+
+    def loss(params, x, key):
+        x, outputs, penalty = x @ params["into"], [], 0.0
+        for p in params["layers"]:
+            x = apply(p, x)
+            outputs.append(x)
+            penalty += jnp.mean(jnp.square(jax.nn.softmax(x)))
+        return error(x @ params["head"]) + penalty + sum(error(y) * i for i, y in enumerate(outputs))
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def mask_and_position():
+    """A mask that is made once, a table that each layer makes again, and the inputs again in each layer."""
+
+    def loss(params, x, key):
+        mask = jnp.where(jnp.tril(jnp.ones((LENGTH, LENGTH))) > 0, 0.0, -1e9)
+        x0 = x = x @ params["into"]
+        for p in params["layers"]:
+            angles = jnp.arange(LENGTH)[:, None] / 10 ** (jnp.arange(DIM) / DIM)
+            q = apply(p, x) * jnp.cos(angles)
+            x = x + jax.nn.softmax(q @ q.swapaxes(-1, -2) + mask) @ q + 0.1 * x0
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def local_and_global(layers):
+    """Every third layer sees all, others what is near; what is left over stays as it is."""
+
+    def loss(params, x, key):
+        far = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            is_seen = (far >= 0) if i % 3 == 2 else (far >= 0) & (far < 2)
+            q = apply(p, x, jnp.tanh if i % 3 == 2 else jax.nn.relu)
+            x = x + jax.nn.softmax(jnp.where(is_seen, q @ q.swapaxes(-1, -2), -1e9)) @ q
+        return error(x @ params["head"])
+
+    stacks = {f"layers/{i}/{name}": layers // 3 for i in range(3) for name in ("down", "scale", "up")}
+    return model(layers, loss, stacks)
+
+
+def other_ends():
+    """The first layer and the last are of another kind."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            x = apply(p, x, jnp.sin if i in (0, 5) else jax.nn.relu)
+        return error(x @ params["head"])
+
+    return model(6, loss, of_layer("layers/1", 4))
+
+
+def interrupted():
+    """Another kind of layer in the middle."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            x = apply(p, x, jnp.sin if i == 3 else jax.nn.relu)
+        return error(x @ params["head"])
+
+    return model(7, loss, of_layer("layers/0", 3) | of_layer("layers/4", 3))
+
+
+def encoder_and_decoder():
+    """Two lists; each layer of the second reads what the first has made."""
+
+    def loss(params, x, key):
+        source = x @ params["into"]
+        for p in params["layers"]:
+            source = apply(p, source)
+        x = jnp.flip(x, 1)
+        for p in params["decoder"]:
+            x = apply(p, x)
+            x = x + jax.nn.softmax(x @ source.swapaxes(-1, -2)) @ source @ p["read"]
+        return error(x @ params["head"])
+
+    decoder = [block(10 + i) | {"read": matrix(20 + i, DIM, DIM)} for i in range(3)]
+    stacks = of_layer("layers/0", 4) | of_layer("decoder/0", 3) | {"decoder/0/read": 3}
+    return model(4, loss, stacks, decoder=decoder)
+
+
+def adapters():
+    """Frozen layers with a trained product of two narrow matrices."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p, a in zip(params["layers"], params["adapters"]):
+            x = apply(p, x) + x @ a["a"] @ a["b"]
+        return error(x @ params["head"])
+
+    pairs = [{"a": matrix(30 + i, DIM, 2), "b": 0.1 * matrix(40 + i, 2, DIM)} for i in range(4)]
+    return model(4, loss, of_layer("layers/0", 4) | {"adapters/0/a": 4, "adapters/0/b": 4}, adapters=pairs)
+
+
+def shared():
+    """A matrix that all layers read, beside their own."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p in params["layers"]:
+            x = apply(p, x) + 0.1 * jnp.tanh(x @ params["shared"].T)
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4), shared=matrix(60, DIM, DIM))
+
+
+def tied():
+    """The third layer's matrix is the head's, too: it stays by itself."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p in params["layers"]:
+            x = apply(p, x)
+        return error(x @ params["layers"][2]["up"])
+
+    return model(6, loss, of_layer("layers/0", 2) | of_layer("layers/3", 3))
+
+
+def reads_the_one_before_last():
+    """Each layer reads what the last two have made: two layers are one of the loop, and one is left over."""
+
+    def loss(params, x, key):
+        x = before = x @ params["into"]
+        for p in params["layers"]:
+            x, before = apply(p, x) + 0.1 * before, x
+        return error(x @ params["head"])
+
+    return model(5, loss, of_layer("layers/0", 2) | of_layer("layers/1", 2))
+
+
+def other_derivative():
+    """Layers that compute the same, with derivatives of their own, of which one is another."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            activation = jax.custom_vjp(jnp.tanh)
+            factor = 3.0 if i == 2 else 1.0
+            activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d, factor=factor: (factor * d / jnp.cosh(x) ** 2,))
+            x = apply(p, x, activation)
+        return error(x @ params["head"])
+
+    return model(5, loss, of_layer("layers/0", 2) | of_layer("layers/3", 2))
+
+
+def two_shapes():
+    """Wide layers and narrow ones by turns."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p in params["layers"]:
+            x = apply(p, x)
+        return error(x @ params["head"])
+
+    found = model(6, loss, {f"layers/{i}/{name}": 3 for i in range(2) for name in ("down", "scale", "up")})
+    for i in (1, 3, 5):
+        found.params["layers"][i]["up"] = matrix(70 + i, DIM, DIM)
+        found.params["layers"][i]["down"] = matrix(80 + i, DIM, DIM)
+    return found
+
+
+MODELS = {
+    **{f"plain, remat {remat}": lambda remat=remat: plain(remat) for remat in (None, "layer", "part", "loop")},
+    "cast": cast,
+    "keys split": lambda: dropout(True),
+    "keys folded": lambda: dropout(False),
+    "key carried": key_carried,
+    "scaled by depth": scaled_by_depth,
+    "all outputs": all_outputs,
+    "mask and position": mask_and_position,
+    "local and global": lambda: local_and_global(6),
+    "local and global, one over": lambda: local_and_global(7),
+    "other ends": other_ends,
+    "interrupted": interrupted,
+    "encoder and decoder": encoder_and_decoder,
+    "adapters": adapters,
+    "shared": shared,
+    "tied": tied,
+    "the one before last": reads_the_one_before_last,
+    "other derivative": other_derivative,
+    "two shapes": two_shapes,
+}

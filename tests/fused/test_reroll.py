@@ -1,0 +1,193 @@
+"""Layers in Python lists: stacked between the steps, scanned over within them, and the caller's tree in all else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import RULES, copied, relative_error
+from lists_of_layers import DIM, MODELS, apply, data, error, matrix, of_layer
+from tiers import always, slow
+
+from adalomo_jax import adalomo, fuse
+
+STEPS = 5
+
+
+def by_optax(loss_fn, tx, params, trainable=lambda path: True):
+    """The parameters after some steps of plain Optax, on the tree as it is."""
+    tx, path_of = optax.with_extra_args_support(tx), lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: trainable(path_of(path)), params)
+    tx = optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), jax.tree.map(lambda x: not x, mask)))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, *args):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *args)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(STEPS):
+        params, state = step(params, state, *data(i))
+    return params
+
+
+def by_fuse(step, params):
+    """The parameters after some steps, as the caller has them, and the plan."""
+    placed = step.place(params, *data(0))
+    plan, state, placed = step.plan(placed, *data(0)), step.init(placed, *data(0)), copied(placed)
+    for i in range(STEPS):
+        placed, state, *_ = step.jit(placed, state, *data(i))
+    return step.unplace(placed), plan
+
+
+def by_plan(step, params):
+    """The plan of placed parameters."""
+    return step.plan(step.place(params, *data(0)), *data(0))
+
+
+def stacks_in(plan):
+    return {leaf.path: len(leaf.layer_paths) for leaf in plan.leaves if leaf.layer_paths}
+
+
+ALWAYS = ["plain, remat layer", "plain, remat loop", "key carried", "all outputs", "local and global, one over"]
+ALWAYS += ["adapters", "tied", "other derivative"]
+
+
+@pytest.mark.parametrize("name", always(MODELS, ALWAYS))
+def test_equals_optax_on_the_list(name):
+    found = MODELS[name]()
+    frozen = "layers" if name == "adapters" else "none"
+    trainable = lambda path: not path.startswith(frozen)
+    step = fuse(found.loss_fn, adalomo(1e-2), trainable=trainable)
+    rolled, plan = by_fuse(step, found.params)
+    assert stacks_in(plan) == found.stacks
+    assert all(leaf.layers == len(leaf.layer_paths) for leaf in plan.leaves if leaf.layer_paths and leaf.trained)
+    expected = by_optax(found.loss_fn, adalomo(1e-2), found.params, trainable)
+    assert relative_error(rolled, expected) < (0.02 if name == "cast" else 1e-5)
+    assert relative_error(expected, found.params) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["adamw", slow("adalomo")])
+def test_a_state_is_converted_both_ways(rule):
+    found = MODELS["other ends"]()
+    step, tx = fuse(found.loss_fn, RULES[rule], loss_scale=1.0), RULES[rule]
+    params, state = copied(found.params), step.init(found.params, *data(0))
+    params, state, *_ = step.jit(params, state, *data(0))
+    placed = step.place(params, *data(0))
+    of_stacks = step.place_state(state, placed, *data(0))
+    assert jax.tree.structure(of_stacks) == jax.tree.structure(step.abstract_state(placed, *data(0)))
+    jax.tree.map(np.testing.assert_array_equal, step.unplace_state(of_stacks, placed, *data(0)), state)
+    on = step.jit(copied(placed), copied(of_stacks), *data(1))
+    off = step.jit(copied(params), copied(state), *data(1))
+    assert relative_error(step.unplace(on.params), off.params) < 1e-6
+    assert relative_error(step.unplace_state(on.state, placed, *data(0)).inner, off.state.inner) < 1e-5
+    assert tx is not None
+
+
+@pytest.mark.parametrize("policy", ["equal", "another"])
+def test_policies_made_for_each_layer(policy):
+    """They are compared by what they are made of, not by identity."""
+    names = {"equal": ["a"] * 4, "another": ["a", "a", "b", "b"]}[policy]
+    policies = [
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(name)
+        )
+        for name in names
+    ]
+
+    def loss(params, x, key):
+        for p, policy in zip(params["layers"], policies):
+            x = jax.checkpoint(apply, policy=policy)(p, x)
+        return error(x @ params["head"])
+
+    params = MODELS["plain, remat layer"]().params
+    plan = by_plan(fuse(loss, adalomo(1e-2)), params)
+    assert stacks_in(plan) == (
+        of_layer("layers/0", 4) if policy == "equal" else of_layer("layers/0", 2) | of_layer("layers/2", 2)
+    )
+
+
+def test_a_layer_that_is_not_trained_stays_by_itself():
+    found = MODELS["plain, remat layer"]()
+    trainable = lambda path: not path.startswith("layers/2/up")
+    rolled, plan = by_fuse(fuse(found.loss_fn, adalomo(1e-2), trainable=trainable), found.params)
+    assert stacks_in(plan) == of_layer("layers/0", 2)
+    expected = by_optax(found.loss_fn, adalomo(1e-2), found.params, trainable)
+    assert relative_error(rolled, expected) < 1e-5
+    np.testing.assert_array_equal(rolled["layers"][2]["up"], found.params["layers"][2]["up"])
+
+
+@pytest.mark.parametrize("how", ["labels", "mask"])
+def test_a_layer_that_tx_treats_otherwise_stays_by_itself(how):
+    found = MODELS["plain, remat layer"]()
+    is_other = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: "[1]" in jax.tree_util.keystr(path), tree)
+    if how == "labels":
+        labels = lambda tree: jax.tree.map(lambda other: "slow" if other else "fast", is_other(tree))
+        tx = optax.multi_transform({"slow": optax.sgd(1e-3), "fast": optax.adamw(1e-2)}, labels)
+    else:
+        tx = optax.chain(
+            optax.scale_by_adam(), optax.masked(optax.scale(0.1), is_other(found.params)), optax.scale(-1e-2)
+        )
+    rolled, plan = by_fuse(fuse(found.loss_fn, tx), found.params)
+    assert stacks_in(plan) == of_layer("layers/2", 2)
+    assert relative_error(rolled, by_optax(found.loss_fn, tx, found.params)) < 1e-5
+
+
+OPTIONS = {
+    "clipped": dict(max_grad_norm=0.1),
+    "microbatches": dict(microbatches=2, batch_argnums=1),
+    "microbatches, clipped": dict(microbatches=2, batch_argnums=1, max_grad_norm=0.1),
+    "scaled": dict(loss_scale=2.0**10),
+}
+
+
+@pytest.mark.parametrize("option", always(OPTIONS, ["microbatches, clipped"]))
+@pytest.mark.parametrize("name", ["plain, remat layer", slow("encoder and decoder")])
+def test_equals_the_unfused_step_on_the_list(name, option):
+    """Options, each against plain gradients of the list, all at once."""
+    found = MODELS[name]()
+    step = fuse(found.loss_fn, adalomo(1e-2), rms_metrics=True, **OPTIONS[option])
+    placed = copied(step.place(found.params, *data(0)))
+    state, of_list = step.init(placed, *data(0)), step.init(found.params, *data(0))
+    params = copied(found.params)
+    for i in range(STEPS):
+        expected = jax.jit(step.unfused)(params, of_list, *data(i))
+        actual = step.jit(placed, state, *data(i))
+        params, of_list, placed, state = *expected[:2], *actual[:2]
+    assert relative_error(step.unplace(actual.params), expected.params) < 1e-5
+    assert relative_error(actual.metrics, expected.metrics) < 1e-4
+    assert relative_error(actual.loss, expected.loss) < 1e-5
+
+
+def test_place_gives_back_what_it_was_given():
+    """Bit by bit, also in bfloat16; and again placed it is the same, as is a tree without lists."""
+    found = MODELS["interrupted"]()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), found.params)
+    step = fuse(found.loss_fn, adalomo(1e-2))
+    placed = step.place(params, *data(0))
+    assert "InStack(stack=\"['layers'][0]['up']\", layer=2)" in str(placed["layers"][2])
+    jax.tree.map(np.testing.assert_array_equal, step.unplace(placed), params)
+    assert jax.tree.structure(step.place(placed, *data(0))) == jax.tree.structure(placed)
+    unrolled = fuse(found.loss_fn, adalomo(1e-2), roll=False).place(params, *data(0))
+    assert jax.tree.structure(unrolled) == jax.tree.structure(params)
+
+
+def test_stochastic_rounding_is_that_of_a_scan():
+    """The same keys, so the same bits as of a loss that scans over the stacks."""
+    layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+
+    def of_list(params, x):
+        for w in params["layers"]:
+            x, _ = layer(x, w)
+        return error(x)
+
+    of_stack = lambda params, x: error(jax.lax.scan(layer, x, params["layers"])[0])
+    layers = [matrix(i, DIM, DIM).astype(jnp.bfloat16) for i in range(4)]
+    x = data(0)[0].astype(jnp.bfloat16)
+    listed, scanned = fuse(of_list, adalomo(1e-2)), fuse(of_stack, adalomo(1e-2))
+    p, q = listed.place({"layers": layers}, x), {"layers": jnp.stack(layers)}
+    s, t = listed.init(p, x), scanned.init(q, x)
+    for _ in range(3):
+        (p, s, *_), (q, t, *_) = listed.jit(p, s, x), scanned.jit(q, t, x)
+    np.testing.assert_array_equal(p["layers"][0], q["layers"])
