@@ -113,12 +113,12 @@ OPTIONS = {
     "strict": _FLAG,
     "stochastic_rounding": Range(_or_none(is_bool), "True, False or None"),
     "seed": Range(lambda x: _is_whole(x) and bool(0 <= x < 2**32), "a whole number from 0 to 2**32 - 1"),
-    "roll": _FLAG,
     "offload": Range(
         _or_none(lambda x: _all_of(lambda kind: isinstance(kind, str) and kind in ("params", "activations"), x)),
         "'params', 'activations', or a tuple of both",
         "It names what is kept in host memory; None keeps all on the device.",
     ),
+    "roll": _FLAG,
 }
 """By name what each option may be."""
 
