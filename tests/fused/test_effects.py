@@ -69,6 +69,22 @@ def test_callbacks_are_those_of_the_loss(options, ordered):
             assert all(call in rest for call in calls_of_one), "not in the order of the loss"
 
 
+def test_what_is_the_same_in_each_layer_is_told_of_in_each():
+    """As in the loss itself: its gradient by JAX tells once."""
+    calls = []
+
+    def loss(params, x):
+        def layer(h, w):
+            jax.debug.callback(lambda b: calls.append(float(b)), params["b"].mean())
+            return h + jnp.tanh(h @ w), None
+
+        return jnp.mean(scan(layer, x, params["w"])[0])
+
+    due = calls_of(loss, calls, PARAMS, X)
+    step = fuse(loss, lomo(0.1), trainable=lambda path: path == "w")
+    assert due == [0.75] * 3 and calls_of(step, calls, PARAMS, step.init(PARAMS, X), X) == due
+
+
 def test_results_of_callbacks_count():
     """Those of weights, too, differ between microbatches: the callback is called for each."""
     calls = []

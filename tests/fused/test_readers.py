@@ -42,6 +42,7 @@ BY_LAYER = {
     "a norm of each layer": lambda p, x: model(p, x) + jnp.sum(norms(p["w"]) * jnp.arange(3.0)),
     "the largest of norms": lambda p, x: model(p, x) + jnp.max(jax.vmap(jnp.linalg.norm)(p["w"])),
     "of rows, on another axis": lambda p, x: model(p, x) + jnp.max(jnp.sum(jnp.abs(p["v"]), axis=2)),
+    "of columns, before that axis": lambda p, x: model(p, x) + jnp.max(jnp.sum(jnp.abs(p["v"]), axis=0)),
     "with ones": lambda p, x: model(p, x) + jnp.mean((p["w"] / 8) ** 2 * jnp.ones((3, 8, 8))),
     "after a cast": cast,
 }
@@ -99,7 +100,11 @@ def test_nothing_is_said_where_nothing_is_lost():
 def test_with_clipping_microbatches_and_results_beside_the_loss():
     def loss(p, x):
         norm = optax.tree.norm(p)
-        return model(p, x) + 0.1 * norm, {"norm": norm, "of layers": norms(p["w"])}
+        is_small = jnp.abs(p["w"]) < limit  # in all layers but one
+        told = {"norm": norm, "of layers": norms(p["w"]), "all": jnp.all(is_small), "any": jnp.any(~is_small)}
+        return model(p, x) + 0.1 * norm, told
+
+    limit = float(jnp.sort(jnp.max(jnp.abs(PARAMS["w"]), axis=(1, 2)))[1]) + 1e-6
 
     step = fuse(loss, lomo(1.0), has_aux=True, strict=True, microbatches=2, max_grad_norm=0.5)
     found, result = moved(step, X)
@@ -107,6 +112,7 @@ def test_with_clipping_microbatches_and_results_beside_the_loss():
     clipped, _ = optax.clip_by_global_norm(0.5).update(gradient, optax.EmptyState())
     assert_gradients(found, clipped)
     np.testing.assert_allclose(result.aux["norm"], [optax.tree.norm(PARAMS)] * 2, rtol=1e-6)
+    assert not result.aux["all"].any() and result.aux["any"].all()
     np.testing.assert_allclose(result.aux["of layers"], [norms(PARAMS["w"])] * 2, rtol=1e-6)
 
 

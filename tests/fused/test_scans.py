@@ -33,7 +33,9 @@ def other_scanned_inputs(p):
 
 
 def constants(p):
-    return jnp.sum(scan(lambda c, w: (jnp.tanh(c @ w + p["b"]), None), X * p["b"], p["w"])[0])
+    """Read before the scan, in it and after it."""
+    y, _ = scan(lambda c, w: (jnp.tanh(c @ w + p["b"]), None), X * p["b"], p["w"])
+    return jnp.sum((y * p["b"]) ** 2)
 
 
 def integers_and_keys_in_the_carry(p):
@@ -100,6 +102,23 @@ def test_equals_the_unfused_step(name):
 def test_the_stack_is_updated_layer_by_layer(name):
     plan = fuse(LOSSES[name], adalomo(1e-2)).plan({"w": W, "b": BIAS, "s": SCALES})
     assert {leaf.path: leaf.layers for leaf in plan.leaves} == {"w": 5, "b": None, "s": None}
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_layers_on_another_axis(axis):
+    """Equal to the same layers on the first."""
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((3, 4, 4), np.float32) / 3)
+    results = []
+    for a in (0, axis):
+        step = fuse(lambda p, a=a: jnp.sum(scan(plain, X, jnp.moveaxis(p["w"], a, 0))[0] ** 2), adalomo(1e-2))
+        params = {"w": jnp.moveaxis(w, 0, a)}
+        assert step.plan(params).leaves[0].axis == a
+        state = step.init(params)
+        for _ in range(2):
+            params, state, *_ = step.jit(params, state)
+        results.append(jnp.moveaxis(params["w"], a, 0))
+    assert relative_error(results[1], results[0]) < RELATIVE_ERROR
+    assert relative_error(results[0], w) > 100 * RELATIVE_ERROR
 
 
 def test_mixed_dtypes_and_absent_leaves():
