@@ -15,7 +15,7 @@ from adalomo_jax.fused.jaxpr import Program
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context
-from adalomo_jax.fused.stacks import after, once_written
+from adalomo_jax.fused.stacks import after, in_order, once_written
 from adalomo_jax.fused.updater import Squares, Statistics, Updater, all_statistics, total
 from adalomo_jax.optimizers.per_layer import Group
 
@@ -147,6 +147,8 @@ def _pull_back(
             else:
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
+                # Else weights whose gradient a product makes in another order wait in that order for a copy at the end.
+                weights = list(map(in_order, weights))
                 written |= zip(group.leaves, weights, strict=True)
                 # Those of what is pulled back, or written, are not read again; in a list of layers they become many.
                 done_with = {*of_leaves, *(v for stage in plan.stages[index:] for v in stage.outputs)}

@@ -18,7 +18,7 @@ from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
 from adalomo_jax.fused.sharding import constrain
-from adalomo_jax.fused.stacks import Part, barrier, layer_at, start, update_parts
+from adalomo_jax.fused.stacks import Part, barrier, layer_at, read_again, start, update_parts
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -131,7 +131,8 @@ def backward(
         if parts is None:
             stacks, statistics = barrier(stacks), measure(gradients)
         else:
-            weights = [jnp.squeeze(slices[stack.value], stack.axis) for stack in stage.trained]
+            of_each = zip(stage.trained, stacks.weights, gradients, strict=True)
+            weights = [read_again(slices[s.value], x, i, s.axis, gradient) for s, x, gradient in of_each]
             read_by = (d_carry, d_consts, d_xs, gradients)
             stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, order, read_by)
         return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, statistics)

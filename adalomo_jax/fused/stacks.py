@@ -128,14 +128,31 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
     """Layer ``i`` of a stack, on the device, its axes in memory in their order.
 
     Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
-    for a copy of the whole stack before and one after it. Now it copies a layer at most. A CPU's compiler never does
-    that, and would copy the layer where it can read it from the stack.
+    for a copy of the whole stack before and one after it. Now it copies a layer at most.
     """
-    layer = fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims))
-    if layer.ndim < 2:
-        return layer
-    in_order = Layout(tuple(range(layer.ndim)))
-    return lax.platform_dependent(layer, cpu=lambda x: x, default=lambda x: with_layout_constraint(x, in_order))
+    return in_order(fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)))
+
+
+def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
+    """A layer whose gradient is known, its layer axis gone: on an accelerator read from the stack a second time.
+
+    Else the copy that products have read would wait for its update, while the way back goes on to what comes before.
+    A CPU's compiler copies no layer.
+    """
+    again = lambda layer, stack, i, gradient: fetch(lax.dynamic_index_in_dim(stack, after(i, gradient), axis))
+    first = lambda layer, stack, i, gradient: layer
+    return jnp.squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
+
+
+def in_order(x: Any) -> Any:
+    """The array itself, its axes in memory in their order, but for a CPU's compiler: that never changes it.
+
+    There it would only copy a layer that can be read from its stack.
+    """
+    if x.ndim < 2:
+        return x
+    layout = Layout(tuple(range(x.ndim)))
+    return lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: with_layout_constraint(x, layout))
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:
