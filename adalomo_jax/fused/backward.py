@@ -84,11 +84,19 @@ def forward(
 
 
 def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None) -> int:
-    """Bytes of the residuals that `forward` leaves, from shapes alone."""
+    """Bytes of what `forward` keeps for the way back, from shapes alone: residuals, and inputs that are read again."""
+    there = {*plan.program.inputs, *plan.program.constants}
 
     def residuals(leaves, args):
-        tapes = forward(plan, leaves, args, microbatches, jnp.ones([], jnp.float32)).tapes
-        return [tape.residuals if isinstance(tape, scan.Tape) else tape[0] for tape in tapes if tape is not None]
+        ran = forward(plan, leaves, args, microbatches, jnp.ones([], jnp.float32))
+        kept, read_again = [], set[int]()
+        for tape in ran.tapes:
+            if isinstance(tape, scan.Tape):
+                kept.append(tape.residuals)
+            elif tape is not None:
+                kept.append(tape[0])
+                read_again.update(source.key for source in tape[1].sources if source.kind == "input")
+        return kept, {v: ran.values[v] for v in read_again - there}
 
     shapes = jax.tree.leaves(jax.eval_shape(residuals, list(leaves), list(args)))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)

@@ -173,6 +173,7 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
             f"microbatches={options.microbatches} slices the arguments {options.batch_argnums or 'after params'} of "
             f"loss_fn, but it was called with {len(args)} after params, and no array among those to slice."
         )
+    sizes: dict[int, str] = {}
     for position in positions:
         for path, x in _leaves(args[position]):
             shape, name = jnp.shape(x), f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
@@ -186,6 +187,14 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
                     f"microbatches={options.microbatches} must divide the first axis of what is sliced, but {name} has "
                     f"the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
                 )
+            sizes.setdefault(shape[0], f"{name} has the shape {shape}")
+    if len(sizes) > 1:
+        (_, first), (_, other), *_ = sizes.items()
+        raise ValueError(
+            f"microbatches={options.microbatches} slices the first axis, which is one for all of a batch, but {first}, "
+            f"and {other}. Name the arguments to slice with batch_argnums, and pass what is no batch, such as a mask, "
+            "a table or running statistics, as an argument of its own."
+        )
 
 
 def check_extra_args(extra_args: Mapping[str, Any]) -> None:
@@ -248,7 +257,12 @@ def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool
 
 
 def check_strict(plan: Plan) -> None:
-    """Refuses a plan in which layers of a scan are not updated one by one."""
+    """Refuses a plan in which layers, of a scan or of a list, are not updated one by one."""
+    if plan.lists:
+        raise ValueError(
+            f"strict=True, but {plan.lists[0].layers} layers repeat in a list, whose gradients may all be alive at "
+            "once. Stack them with params = step.place(params, *args), or leave strict out."
+        )
     misplaced = [f"{leaf.path!r} ({leaf.reason})" for leaf in plan.leaves if leaf.misplaced]
     if misplaced:
         raise ValueError(

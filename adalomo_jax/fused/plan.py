@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from adalomo_jax.fused.jaxpr import Equation, Program, Scan
+from adalomo_jax.fused.repeats import Repeat, find_repeats
 from adalomo_jax.fused.sharding import Sharding, of_layer
 from adalomo_jax.optimizers.per_layer import Group
 
@@ -172,7 +173,21 @@ class Plan:
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+        trained = [leaf for leaf in self.leaves if leaf.trained]
+        of_all = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in trained)
+        lines.append(f"gradients alive at once: {self.gradient_bytes:,} of {of_all:,} bytes")
+        lines += [
+            f"{repeat.layers} layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
+            for repeat in self.lists
+        ]
         return "\n".join(lines)
+
+    @property
+    def lists(self) -> list[Repeat]:
+        """Layers that repeat in a list, and that `FusedStep.place` would stack."""
+        return find_repeats(
+            self.program, self.program.inputs[: len(self.leaves)], [leaf.trained for leaf in self.leaves]
+        ).repeats
 
     def _where(self, leaf: LeafPlan) -> str:
         if not leaf.trained:

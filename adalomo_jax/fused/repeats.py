@@ -250,7 +250,7 @@ class _Finder:
     def _extend(self, start: int, period: int, end: int) -> _Run | None:
         """The longest run from here; None where the second layer is not like the first."""
         roles, values = self._first_two(start, period)
-        if roles is None:
+        if roles is None or not self._are_apart(roles, values):
             return None
         layers = 2
         while start + (layers + 1) * period <= end and self._goes_on(start, period, layers, roles, values):
@@ -317,9 +317,18 @@ class _Finder:
             if not fits:
                 return False
             found.append(v)
+        if not self._are_apart(roles, [[v] for v in found], values):
+            return False
         for v, before in zip(found, values):
             before.append(v)
         return True
+
+    def _are_apart(self, roles: Sequence[tuple[Any, ...]], *of_layers: Sequence[Sequence[int]]) -> bool:
+        """Whether each parameter is a layer of one stack: what is read twice in a layer is so in each, alike."""
+        of_inputs = [[v for values in each for v in values] for each in zip(*of_layers)]
+        stacks = {tuple(vs) for role, vs in zip(roles, of_inputs) if self._is_parameter(role, vs)}
+        layers = [v for stack in stacks for v in stack]
+        return len(set(layers)) == len(layers)
 
     def _same(self, v: int, w: int) -> bool:
         """Whether two values that are there before a run are equal."""

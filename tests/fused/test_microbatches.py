@@ -251,6 +251,11 @@ ERRORS = {
         {"microbatches": 2},
         r"would cut argument 2 of loss_fn in parts, a uint32\[2\], .* with batch_argnums",
     ),
+    "a table": (
+        {"microbatches": 2},
+        r"but argument 1 of loss_fn\['x'\] has the shape \(8, 4\), and argument 2 of loss_fn has the shape \(4, 2\)\. "
+        "Name the arguments to slice with batch_argnums",
+    ),
 }
 
 
@@ -259,7 +264,8 @@ def test_refuses_before_compiling(case):
     options: Any
     options, message = ERRORS[case]
     step = fuse(lambda p, batch, other: jnp.sum(other) * jnp.sum(batch["x"] @ p["w"][0]), EXACT, **options)
-    args = {"x": X}, jax.random.PRNGKey(0) if case == "a raw key" else jnp.float32(1.0)
+    others = {"a raw key": jax.random.PRNGKey(0), "a table": jnp.ones((4, 2))}
+    args = {"x": X}, others.get(case, jnp.float32(1.0))
     with pytest.raises(ValueError, match=message):
         step.init(PARAMS, *args)
     with pytest.raises(ValueError, match=message):

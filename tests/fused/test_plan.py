@@ -72,7 +72,8 @@ def test_prints_as_a_table():
     assert table[0].split() == ["parameter", "shape", "dtype", "updated", "because"]
     assert table[1].split() == ["embed", "32x16", "float32", "whole", "no", "scan", "reads", "it"]
     assert "layers0/mix" in table[4] and "scan 0, layer by layer" in table[4]
-    assert len(table) == 1 + 7
+    assert table[8].startswith("gradients alive at once: ")
+    assert len(table) == 1 + 7 + 1
 
 
 def test_a_plan_is_a_value():

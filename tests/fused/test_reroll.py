@@ -191,3 +191,20 @@ def test_stochastic_rounding_is_that_of_a_scan():
     for _ in range(3):
         (p, s, *_), (q, t, *_) = listed.jit(p, s, x), scanned.jit(q, t, x)
     np.testing.assert_array_equal(p["layers"][0], q["layers"])
+
+
+def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
+    found = MODELS["plain, remat None"]()
+    step = fuse(found.loss_fn, adalomo(1e-2), strict=True)
+    with pytest.raises(
+        ValueError, match=r"strict=True, but 4 layers repeat in a list, .* step\.place\(params, \*args\)"
+    ):
+        step.init(found.params, *data(0))
+    plan = str(fuse(found.loss_fn, adalomo(1e-2)).plan(found.params, *data(0)))
+    all_bytes = 4 * (4 * (2 * DIM * 2 * DIM + DIM) + 2 * DIM * DIM)
+    assert plan.endswith(
+        f"gradients alive at once: {all_bytes:,} of {all_bytes:,} bytes\n"
+        "4 layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
+    )
+    one_layer = 4 * (2 * DIM * 2 * DIM + DIM)
+    assert str(by_plan(step, found.params)).endswith(f"gradients alive at once: {one_layer:,} of {all_bytes:,} bytes")

@@ -36,3 +36,15 @@ def test_a_policy_is_honoured():
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_of_microbatches_the_inputs_of_all(microbatches):
     assert saved(jax.checkpoint, microbatches=microbatches) == LAYERS * INPUT
+
+
+def test_checkpointed_layers_of_a_list_save_their_inputs():
+    """All but the first, whose input is the batch, and the last one's residuals, which are used at once."""
+
+    def loss_fn(params, x):
+        for w in params:
+            x = jax.checkpoint(lambda x, w: x + jnp.sin(jnp.tanh(x @ w)))(x, w)
+        return jnp.mean(x**2)
+
+    params = [jax.ShapeDtypeStruct((DIM, DIM), jnp.float32)] * LAYERS
+    assert fuse(loss_fn, adalomo(1e-2), roll=False).saved_bytes(params, X) == (LAYERS - 1) * INPUT
