@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from adalomo_jax.optimizers import MatrixAxes as MatrixAxes
 from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
 from adalomo_jax.optimizers import adalomo as adalomo
 from adalomo_jax.optimizers import apply_updates as apply_updates
+from adalomo_jax.optimizers import attention_axes as attention_axes
 from adalomo_jax.optimizers import lomo as lomo
 from adalomo_jax.optimizers import per_layer as per_layer
 from adalomo_jax.optimizers import scale_by_adalomo as scale_by_adalomo

@@ -20,7 +20,9 @@ LAYERS = [
 ]
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
-    "optimizers": ["arguments", "moments", "precision", "rounding", "layer_axes", "per_layer", "adalomo", "lomo"],
+    "optimizers": [
+        *("arguments", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer", "adalomo", "lomo"),
+    ],
     "fused": [
         *(
             "loss_scale",

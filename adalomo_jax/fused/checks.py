@@ -353,7 +353,10 @@ def check_state(inner: Any, expected: Any) -> None:
     for (path, leaf), want in zip(_leaves(inner), jax.tree.leaves(expected)):
         if jnp.shape(leaf) != want.shape:
             name = jax.tree_util.keystr(path)
-            raise ValueError(f"The state's {name} has the shape {jnp.shape(leaf)}, but {want.shape} is due. {way_out}")
+            raise ValueError(
+                f"The state's {name} has the shape {jnp.shape(leaf)}, but {want.shape} is due. {way_out} To go on "
+                "with it, give tx the options that it was made with, such as matrix_axes=None to adalomo."
+            )
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

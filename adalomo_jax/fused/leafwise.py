@@ -14,6 +14,7 @@ import jax
 
 from adalomo_jax.fused.jaxpr import primitives_in, trace
 from adalomo_jax.fused.terms import Terms
+from adalomo_jax.optimizers.layer_axes import LayerKey
 from adalomo_jax.optimizers.per_layer import Group, PerLayer, asking_for
 
 _WAY_OUT = (
@@ -233,23 +234,11 @@ class _Layers:
     """The last entry of the stack's path; those of its layers look like it, for functions of a path."""
 
     def tree_flatten_with_keys(self):
-        return tuple((_LayerKey(self.key, i), layer) for i, layer in enumerate(self.layers)), self.key
+        return tuple((LayerKey(self.key, i), layer) for i, layer in enumerate(self.layers)), self.key
 
     @classmethod
     def tree_unflatten(cls, key, layers):
         return cls(tuple(layers), key)
-
-
-@dataclass(frozen=True)
-class _LayerKey:
-    stack: Any
-    layer: int
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stack, name)
-
-    def __str__(self) -> str:
-        return str(self.stack)
 
 
 def _with_two_layers(optimizer: PerLayer, paths: Sequence[str]) -> tuple[PerLayer, list[str]]:

@@ -5,6 +5,8 @@ from adalomo_jax.optimizers.adalomo import adalomo as adalomo
 from adalomo_jax.optimizers.adalomo import scale_by_adalomo as scale_by_adalomo
 from adalomo_jax.optimizers.adalomo import scale_by_param_rms as scale_by_param_rms
 from adalomo_jax.optimizers.lomo import lomo as lomo
+from adalomo_jax.optimizers.matrix_axes import MatrixAxes as MatrixAxes
+from adalomo_jax.optimizers.matrix_axes import attention_axes as attention_axes
 from adalomo_jax.optimizers.per_layer import per_layer as per_layer
 from adalomo_jax.optimizers.rounding import apply_updates as apply_updates
 from adalomo_jax.optimizers.rounding import stochastic_round as stochastic_round

@@ -17,7 +17,15 @@ from adalomo_jax.optimizers.arguments import (
     checked_mask,
 )
 from adalomo_jax.optimizers.layer_axes import LayerAxes
+from adalomo_jax.optimizers.matrix_axes import (
+    MatrixAxesOption,
+    check_matrix_axes,
+    factor_shapes,
+    leaf_name,
+    matrix_axes_of_leaves,
+)
 from adalomo_jax.optimizers.moments import (
+    Axes,
     FactoredMoment,
     Moment,
     is_factored,
@@ -33,15 +41,17 @@ from adalomo_jax.optimizers.precision import as_float32, in_float32
 class ScaleByAdalomoState(NamedTuple):
     """State of :func:`scale_by_adalomo`: a count, and three trees like the parameters, of float32 arrays.
 
-    Of a tensor that is factored ``v`` is a zero of shape ``[1]``; of one that is not, ``v_row`` and ``v_col`` are.
+    Of a tensor that is factored ``v`` is a zero of shape ``[1]``; of one that is not, ``v_row`` and ``v_col`` are. Rows
+    and columns are the last two axes, or what ``matrix_axes`` names; ``v_row`` has all axes of the tensor but the
+    columns, ``v_col`` all but the rows: they are ``[D]`` and ``[N, H]`` where the columns of ``[D, N, H]`` are N and H.
     """
 
     count: jax.Array
     """Steps taken, int32."""
     v_row: Any
-    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=-1)``, ``[..., m]``."""
+    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=columns)``, ``[..., m]``."""
     v_col: Any
-    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=-2)``, ``[..., n]``."""
+    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=rows)``, ``[..., n]``."""
     v: Any
     """Of a tensor with fewer than two axes the moving average of ``g**2``, with its shape."""
 
@@ -53,6 +63,7 @@ def scale_by_adalomo(
     clipping_threshold: float | jax.Array = 1.0,
     eps: float | jax.Array = 1e-30,
     layer_axes: LayerAxes = None,
+    matrix_axes: MatrixAxesOption = "attention",
 ) -> optax.GradientTransformation:
     """Divides gradients by the root of AdaLomo's factored second moment and normalizes each tensor's update.
 
@@ -65,6 +76,7 @@ def scale_by_adalomo(
       clipping_threshold: the largest root mean square of a tensor's update; above 0.
       eps: added to the squared gradient; above 0.
       layer_axes: see :func:`per_layer`; each layer of a stack is then a tensor of its own.
+      matrix_axes: see :func:`adalomo`.
 
     Returns:
       A transformation whose state is a :class:`ScaleByAdalomoState` and whose updates have the gradients' dtypes.
@@ -77,24 +89,32 @@ def scale_by_adalomo(
         check_not_negative("eps", eps)
     else:
         check_above_zero("eps", eps)
+    check_matrix_axes(matrix_axes)
 
     def init(params: optax.Params) -> ScaleByAdalomoState:
         check_floats("params", params)
         leaves, treedef = jax.tree.flatten(params)
         unused = lambda: tuple(jnp.zeros(1, jnp.float32) for _ in range(3))  # each an array of its own, to be donated
-        return _state_of(jnp.zeros([], jnp.int32), treedef, [_with_moment(unused(), _init_moment(p)) for p in leaves])
+        axes = matrix_axes_of_leaves(params, matrix_axes)
+        parts = [_with_moment(unused(), _init_moment(p, p_axes)) for p, p_axes in zip(leaves, axes, strict=True)]
+        return _state_of(jnp.zeros([], jnp.int32), treedef, parts)
 
     def update(updates: optax.Updates, state: Any, params: optax.Params | None = None):
         del params
         check_floats("grads", updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         new_share = new_share_at(count, decay_rate) if b2 is None else jnp.asarray(1.0 - b2, jnp.float32)
-        gradients, treedef = jax.tree.flatten(updates)
+        gradients, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        axes = matrix_axes_of_leaves(updates, matrix_axes)
         step = partial(normalized_update, new_share=new_share, eps=eps, threshold=clipping_threshold)
         scaled, parts = [], []
-        for g, *old in zip(gradients, *map(treedef.flatten_up_to, (state.v_row, state.v_col, state.v)), strict=True):
-            moment = FactoredMoment(*old[:2]) if is_factored(g.shape) else old[2]
-            u, moment = step(moment, as_float32(g))
+        olds = map(treedef.flatten_up_to, (state.v_row, state.v_col, state.v))
+        for (path, g), g_axes, *old in zip(gradients, axes, *olds, strict=True):
+            moment = old[2]
+            if is_factored(g.shape):
+                _check_factors(path, g.shape, g_axes, old)
+                moment = FactoredMoment(*old[:2])
+            u, moment = step(moment, as_float32(g), axes=g_axes)
             scaled.append(u.astype(g.dtype))
             parts.append(_with_moment(old, moment))
         return treedef.unflatten(scaled), _state_of(count, treedef, parts)
@@ -130,6 +150,7 @@ def adalomo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     layer_axes: LayerAxes = None,
+    matrix_axes: MatrixAxesOption = "attention",
 ) -> optax.GradientTransformationExtraArgs:
     """AdaLomo: low-memory optimization with an adaptive learning rate.
 
@@ -157,6 +178,12 @@ def adalomo(
       layer_axes: of each parameter the axis along which layers are stacked for a scan, or None; a tree, a prefix of
         one, or a callable that makes it from the parameters. Each layer is then a tensor of its own. Not needed under
         ``fuse``, which finds the stacks by itself.
+      matrix_axes: of each parameter, of a stack those of one layer, the ``MatrixAxes(rows, columns)`` over which it is
+        factored as a matrix, or None for the last two axes: a tree, a prefix of one, or a function of path and shape,
+        such as ``"layers/attn/query/kernel"`` and ``(512, 8, 64)``. Several axes are as one, without a reshape; those
+        left over are batch axes of the factors. Optax's ``MuonDimensionNumbers`` are taken, too. The default is
+        :func:`attention_axes`, which knows the kernels of Flax's, MaxText's, tunix's and Gemma's attention by name and
+        shape; None takes the last two axes of all.
 
     Under ``optax.inject_hyperparams``, give ``hyperparam_dtype=jnp.float32`` where parameters are narrower: its default
     is their dtype, and a ``b2`` of 0.999 is 1 in bfloat16.
@@ -166,7 +193,7 @@ def adalomo(
 
     Raises:
       ValueError: for an argument out of its range; in ``init`` and ``update``, for what is not of floats; in
-        ``update``, where ``params`` is missing.
+        ``update``, where ``params`` is missing, or the state was made with other ``matrix_axes``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -184,7 +211,9 @@ def adalomo(
     check_learning_rate(learning_rate)
     check_not_negative("weight_decay", weight_decay)
     rule = optax.chain(
-        scale_by_adalomo(decay_rate=decay_rate, b2=b2, clipping_threshold=clipping_threshold, eps=eps),
+        scale_by_adalomo(
+            decay_rate=decay_rate, b2=b2, clipping_threshold=clipping_threshold, eps=eps, matrix_axes=matrix_axes
+        ),
         optax.add_decayed_weights(weight_decay, checked_mask("weight_decay_mask", weight_decay_mask)),
         scale_by_param_rms(min_param_rms),
         optax.scale_by_learning_rate(learning_rate),
@@ -192,12 +221,23 @@ def adalomo(
     return per_layer(in_float32(rule, needs_params=True), layer_axes)
 
 
-def _init_moment(p: Any) -> Moment:
+def _init_moment(p: Any, axes: Axes) -> Moment:
     """Zeros with the shapes, and on an explicit mesh the shardings, that `accumulate` gives."""
-    statistics = row_and_col_means if is_factored(p.shape) else lambda s: s
+    statistics = partial(row_and_col_means, axes=axes) if is_factored(p.shape) else lambda s: s
     return jax.tree.map(
         lambda x: jnp.zeros_like(x), jax.eval_shape(lambda p: statistics(jnp.zeros_like(p, jnp.float32)), p)
     )
+
+
+def _check_factors(path: Any, shape: tuple[int, ...], axes: Axes, parts: Sequence[Any]) -> None:
+    """Refuses the state of other axes."""
+    for name, x, due in zip(("v_row", "v_col"), parts, factor_shapes(shape, axes)):
+        if jnp.shape(x) != due:
+            raise ValueError(
+                f"The state's {name} of {leaf_name(path)!r} has the shape {jnp.shape(x)}, but {due} is due, for rows "
+                f"{axes[0]} and columns {axes[1]} of its shape {shape}. Give adalomo the matrix_axes that the state "
+                "was made with, which in versions without this argument were None, or make a new state."
+            )
 
 
 def _with_moment(parts: Sequence[Any], moment: Moment) -> tuple[Any, Any, Any]:

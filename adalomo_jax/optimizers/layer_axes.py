@@ -1,6 +1,7 @@
 """Which axis of each parameter its layers are stacked along."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,22 +14,33 @@ LayerAxes = Any | Callable[[optax.Params], Any] | None
 Path = tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class LayerKey:
+    """The last entry of the path of one layer, where a stack's place has several; it looks like the stack's own."""
+
+    stack: Any
+    layer: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stack, name)
+
+    def __str__(self) -> str:
+        return str(self.stack)
+
+
 def axes_of_leaves(params: optax.Params, layer_axes: LayerAxes) -> list[int | None]:
     """The layer axis of each leaf, found by the longest part of its path that ``layer_axes`` has."""
     by_path = entries_of(layer_axes(params) if callable(layer_axes) else layer_axes)
-    _check_paths(params, by_path)
 
-    def axis_of(path: Path, leaf: Any) -> int | None:
-        name = jax.tree_util.keystr(path)
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
-        if prefix is None:
-            raise ValueError(f"layer_axes has no entry for {name}; give it the axis of its layers, or None.")
-        axis, rank = by_path[prefix], len(leaf.shape)
+    def axis_of(path: Path, leaf: Any, axis: int | None) -> int | None:
+        rank = len(leaf.shape)
         if axis is not None and not -rank <= axis < rank:
+            name = jax.tree_util.keystr(path)
             raise ValueError(f"layer_axes of {name} must be an axis of its shape {tuple(leaf.shape)}, got {axis}.")
         return axis
 
-    return [axis_of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    entries = entries_of_leaves("layer_axes", params, by_path, "the axis of its layers")
+    return [axis_of(*leaf, axis) for leaf, axis in zip(jax.tree_util.tree_leaves_with_path(params), entries)]
 
 
 def entries_of(axes: Any) -> dict[Path, int | None]:
@@ -40,7 +52,27 @@ def entries_of(axes: Any) -> dict[Path, int | None]:
     return by_path
 
 
-def _check_paths(params: optax.Params, by_path: dict[Path, Any]) -> None:
+def entries_of_leaves(option: str, params: optax.Params, by_path: dict[Path, Any], entry: str) -> list[Any]:
+    """Of each leaf the entry of the longest part of its path that an option has; refuses what has none.
+
+    Args:
+      option: its name.
+      params: the leaves; those that are masked out need no entry.
+      by_path: the option's entries.
+      entry: what one is, for the error.
+    """
+    _check_paths(option, params, by_path)
+
+    def entry_of(path: Path) -> Any:
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in by_path), None)
+        if prefix is None:
+            raise ValueError(f"{option} has no entry for {jax.tree_util.keystr(path)}; give it {entry}, or None.")
+        return by_path[prefix]
+
+    return [entry_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _check_paths(option: str, params: optax.Params, by_path: dict[Path, Any]) -> None:
     """Refuses entries of no parameter. Of leaves that are masked out there is an empty node, there or further up."""
     is_empty = lambda x: not jax.tree.leaves(x)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty)
@@ -48,5 +80,5 @@ def _check_paths(params: optax.Params, by_path: dict[Path, Any]) -> None:
     known = {path[:n] for path, _ in leaves for n in range(len(path) + 1)}
     for path in by_path:
         if path not in known and not any(path[:n] in empty for n in range(len(path))):
-            name = f"layer_axes{jax.tree_util.keystr(path)}"
+            name = f"{option}{jax.tree_util.keystr(path)}"
             raise ValueError(f"{name} is of no parameter; leave it out, or write it as the parameter's path is.")

@@ -1,14 +1,15 @@
 """AdaLomo's arithmetic on one tensor, in the letters of the paper (https://arxiv.org/abs/2310.10195, algorithm 1).
 
-    s = g**2 + eps                              m x n, the last two axes of the tensor
+    s = g**2 + eps                              m x n, the last two axes of the tensor, or those that are named
     r = beta r + (1 - beta) mean_n(s)           m
     c = beta c + (1 - beta) mean_m(s)           n
     v = r c / mean(r)                           never formed
     u = g / sqrt(v)
     u = u / max(1, RMS(u) / threshold)          grouped update normalization
 
-Axes before the last two are batch axes of ``r`` and ``c``; RMS is over the whole tensor. Of complex ``g`` and theta
-squares are those of magnitudes.
+Rows, and columns, may lie on several axes: ``m`` and ``n`` are the products of these, and means are taken over all of
+them at once, so nothing is transposed or reshaped. All other axes are batch axes of ``r`` and ``c``; RMS is over the
+whole tensor. Of complex ``g`` and theta squares are those of magnitudes.
 
 What a step must move: RMS(u) depends on all of ``r`` and ``c``, so on every entry of ``g``, and the write depends on
 RMS(u). So ``g`` is read three times at least: for sums, for RMS(u), for the write. The write reads and writes theta,
@@ -21,20 +22,27 @@ and both sums over ``i`` can be taken at once.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of a tensor the axes that are the rows of a matrix, and those that are its columns; all others are batch axes."""
+
+LAST_TWO: Axes = ((-2,), (-1,))
 
 
 class FactoredMoment(NamedTuple):
     """The second moment of a tensor ``[..., m, n]`` as the means of its rows and of its columns, float32."""
 
     row: jax.Array
-    """``[..., m]``: the moving average of ``mean(g**2, axis=-1)``."""
+    """``[..., m]``, all axes but the columns: the moving average of ``mean(g**2, axis=columns)``."""
     col: jax.Array
-    """``[..., n]``: the moving average of ``mean(g**2, axis=-2)``."""
+    """``[..., n]``, all axes but the rows: the moving average of ``mean(g**2, axis=rows)``."""
 
 
 Moment = FactoredMoment | jax.Array
@@ -66,9 +74,10 @@ def squared(x: jax.Array) -> jax.Array:
     return jnp.square(x.astype(jnp.float32))
 
 
-def row_and_col_means(s: jax.Array) -> FactoredMoment:
+def row_and_col_means(s: jax.Array, axes: Axes = LAST_TWO) -> FactoredMoment:
     """``[..., m, n] -> [..., m], [..., n]``."""
-    return FactoredMoment(row=jnp.mean(s, axis=-1), col=jnp.mean(s, axis=-2))
+    rows, columns = axes
+    return FactoredMoment(row=jnp.mean(s, axis=columns), col=jnp.mean(s, axis=rows))
 
 
 def accumulate(old: jax.Array, new: jax.Array, new_share: jax.Array) -> jax.Array:
@@ -81,6 +90,7 @@ def normalized_update(
     g: jax.Array,
     new_share: jax.Array,
     *,
+    axes: Axes = LAST_TWO,
     eps: float | jax.Array = 1e-30,
     threshold: float | jax.Array = 1.0,
 ) -> tuple[jax.Array, Moment]:
@@ -94,16 +104,19 @@ def normalized_update(
     if not isinstance(moment, FactoredMoment):
         v = accumulate(moment, squared(g) + eps, new_share)
         return clip_rms(g * lax.rsqrt(v), threshold), v
-    m = g.shape[-2]
-    r = accumulate(moment.row, jnp.mean(squared(g), axis=-1) + eps, new_share)
-    squares, squares_by_row = _sums_over_rows(g, lax.rsqrt(r))
+    rows, columns = axes
+    m = math.prod(g.shape[axis] for axis in rows)
+    r = accumulate(moment.row, jnp.mean(squared(g), axis=columns) + eps, new_share)
+    squares, squares_by_row = _sums_over_rows(g, lax.rsqrt(r), axes)
     c = accumulate(moment.col, squares / m + eps, new_share)
+    # From here on all have the rank of g, with axes of size 1.
+    r_1, c_1, squares_by_row = (jnp.expand_dims(*x) for x in ((r, columns), (c, rows), (squares_by_row, rows)))
     # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
-    root_of_mean = jnp.sqrt(jnp.mean(r, axis=-1, keepdims=True))
-    row_factor, col_factor = lax.rsqrt(r) * root_of_mean, lax.rsqrt(c)
+    root_of_mean = jnp.sqrt(jnp.mean(r_1, axis=rows, keepdims=True))
+    row_factor, col_factor = lax.rsqrt(r_1) * root_of_mean, lax.rsqrt(c_1)
     rms_u = rms(jnp.sqrt(squares_by_row / m) * root_of_mean * col_factor)
     row_factor = row_factor / jnp.maximum(1.0, rms_u / threshold)
-    return g * row_factor[..., :, None] * col_factor[..., None, :], FactoredMoment(r, c)
+    return g * row_factor * col_factor, FactoredMoment(r, c)
 
 
 def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
@@ -111,25 +124,45 @@ def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
     return u / jnp.maximum(1.0, rms(u) / threshold)
 
 
-def _sums_over_rows(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums_over_rows(g: jax.Array, row_factor: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
     """``sum_i g_ij**2`` and ``sum_i (row_factor_i g_ij)**2``, ``[..., n]``, in one pass over ``g``."""
-    return lax.platform_dependent(g, row_factor, cpu=sums_as_one, tpu=sums_as_two, default=sums_as_pair)
+    one, two, pair = (_over(axes, sums) for sums in (sums_as_one, sums_as_two, sums_as_pair))
+    return lax.platform_dependent(g, row_factor, cpu=one, tpu=two, default=pair)
 
 
-def sums_as_two(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+@cache
+def _over(axes: Axes, sums: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function each time: JAX traces one that it knows once for each shape."""
+    return partial(sums, axes=axes)
+
+
+def sums_as_two(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for XLA's compiler for TPUs, which makes one pass of the two."""
-    return jnp.sum(squared(g), axis=-2), jnp.sum(squared(g * row_factor[..., None]), axis=-2)
+    rows, columns = axes
+    return jnp.sum(squared(g), rows), jnp.sum(squared(g * jnp.expand_dims(row_factor, columns)), rows)
 
 
-def sums_as_pair(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sums_as_pair(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for the compiler for GPUs, which makes two passes of two sums within a training step."""
+    rows, columns = axes
     zero = jnp.zeros([], jnp.float32)
-    add = lambda old, new: (old[0] + new[0], old[1] + new[1])
-    return lax.reduce((squared(g), squared(g * row_factor[..., None])), (zero, zero), add, (g.ndim - 2,))
+    terms = squared(g), squared(g * jnp.expand_dims(row_factor, columns))
+    return lax.reduce(terms, (zero, zero), _add_pairs, [axis % g.ndim for axis in rows])
 
 
-def sums_as_one(g: jax.Array, row_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _add_pairs(old: tuple[Any, Any], new: tuple[Any, Any]) -> tuple[Any, Any]:
+    """One function for all sums, by which `lax.reduce` is known to be the same in two programs."""
+    return old[0] + new[0], old[1] + new[1]
+
+
+def sums_as_one(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
     """The sums over rows for the compiler for CPUs, which would make two passes, and write ``g**2`` for them first."""
-    factors = jnp.where(jnp.array([False, True]), row_factor[..., None], 1.0)
-    sums = jnp.sum(squared(g[..., None, :] * factors[..., None]), axis=-3)
-    return sums[..., 0, :], sums[..., 1, :]
+    rows, columns = axes
+    # Which of the two sums it is, is an axis before the last one.
+    of_both = lambda x: jnp.expand_dims(x, -2)
+    factors = jnp.where(jnp.array([[False], [True]]), of_both(jnp.expand_dims(row_factor, columns)), 1.0)
+    last = g.ndim - 1
+    over = [axis + (axis == last) for axis in (axis % g.ndim for axis in rows)]
+    sums = jnp.sum(squared(of_both(g) * factors), over)
+    position = last - sum(axis < last for axis in over)
+    return lax.index_in_dim(sums, 0, position, keepdims=False), lax.index_in_dim(sums, 1, position, keepdims=False)
