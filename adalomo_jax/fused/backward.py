@@ -135,14 +135,15 @@ def _pull_back(
             group = plan.group_of(index, whole=False)
             own, parts = [], None
             if inner is not None and group is not None:
-                one_by_one = any(is_on_host(leaves[i]) for i in group.leaves)
-                own, parts = updater.optimizer.own(inner, group), updater.parts(group, one_by_one)
+                sets = scan.update_order(stage, plan.program, any(is_on_host(leaves[i]) for i in group.leaves))
+                own, parts = updater.optimizer.own(inner, group), updater.parts(group, sets)
             measure = partial(updater.measure, group)
             done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
                 owns[group] = done.own
-                statistics[group] = done.statistics if parts is None else all_statistics(done.statistics)
+                positions = [k for part in parts or () for k in part.weights]
+                statistics[group] = all_statistics(done.statistics, positions) if parts else done.statistics
                 written |= zip(group.leaves, done.weights, strict=True)
         elif tape is not None:
             there = _after_cotangents(stage, ran.values, plan.program, cotangents)

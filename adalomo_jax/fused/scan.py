@@ -13,7 +13,7 @@ from jax import lax
 
 from adalomo_jax.fused import segment
 from adalomo_jax.fused.cotangents import Cotangents, accumulate, pull
-from adalomo_jax.fused.jaxpr import evaluate, reads_in_order
+from adalomo_jax.fused.jaxpr import Program, evaluate, reads_in_order
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
@@ -111,7 +111,6 @@ def backward(
     d_carry = {v: d_outputs.get(p, zeros(context, v)) for p, v in enumerate(carry) if v in stage.active}
     d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
     constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
-    order = _order(stage, parts or ())
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
     def iteration(state, x):
@@ -134,7 +133,7 @@ def backward(
             of_each = zip(stage.trained, stacks.weights, gradients, strict=True)
             weights = [read_again(slices[s.value], x, i, s.axis, gradient) for s, x, gradient in of_each]
             read_by = (d_carry, d_consts, d_xs, gradients)
-            stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, order, read_by)
+            stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, read_by)
         return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, statistics)
 
     stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
@@ -158,14 +157,23 @@ def backward(
     return Pulled(stacks.weights, stacks.own, statistics, d_inputs)
 
 
-def _order(stage: LayerScan, parts: Sequence[Part]) -> list[int]:
-    """The parts in the order in which their gradients are there: what the body reads last comes first."""
+def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
+    """The trained stacks, by their positions, in sets that are updated one after another; one by one, or in halves.
+
+    What the body reads last comes first: its gradients are there first, and a half need not wait for the other's. One
+    by one a compiler for TPUs holds more (0.09 GB of LLaMA-7B's), so that is for stacks in host memory.
+    """
     reads = reads_in_order(stage.scan.body)
     of_value = {value: reads.index(v) for v, value in stage.layers if v in reads}
     for equation in reversed(stage.chain):
         of_value |= {v: of_value.get(equation.outputs[0], 0) for v in equation.inputs if v not in of_value}
-    first_read = [of_value.get(stack.value, 0) for stack in stage.trained]
-    return sorted(range(len(parts)), key=lambda p: -max(first_read[k] for k in parts[p].weights))
+    order = sorted(range(len(stage.trained)), key=lambda k: -of_value.get(stage.trained[k].value, 0))
+    if one_by_one:
+        return [[k] for k in order]
+    sizes = [program.avals[stack.value].size for stack in stage.trained]
+    before = [sum(sizes[k] for k in order[:n]) for n in range(len(order))]
+    first = [k for k, size in zip(order, before) if 2 * size < sum(sizes)]
+    return [half for half in (first, [k for k in order if k not in first]) if half]
 
 
 def _context(stage: LayerScan, outer: Context) -> Context:

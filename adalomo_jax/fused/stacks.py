@@ -87,17 +87,15 @@ def update_parts(
     weights: list[Any],
     gradients: list[Any],
     parts: Sequence[Part],
-    order: Sequence[int],
     read_by: Any = (),
 ) -> tuple[Stacks, list[Any]]:
-    """`update` of each part, in this order: none begins before the stacks of the one before have been written.
+    """`update` of each part, one after another: none begins before the stacks of the one before have been written.
 
     So what was written need not wait on the device, nor its gradient. Returns the statistics of each part, too.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
     previous, found = (), {}
-    for p in order:
-        part = parts[p]
+    for p, part in enumerate(parts):
         of_part = [gradients[k] for k in part.weights]
         if previous:
             of_part, written = barrier((of_part, [new.weights[k] for k in previous]))

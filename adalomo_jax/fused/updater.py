@@ -111,16 +111,20 @@ class Updater:
             statistics._replace(written=jnp.stack([*ok.values()])),
         )
 
-    def parts(self, group: Group, one_by_one: bool) -> list[Part]:
-        """The group's stacks as they are updated: all together, or one after the other."""
-        owners, positions = self.optimizer.owners(group), range(len(group.leaves))
-        if not one_by_one or None in owners:
-            return [Part(tuple(positions), tuple(range(len(owners))), partial(self, group))]
+    def parts(self, group: Group, sets: Sequence[Sequence[int]]) -> list[Part]:
+        """The group's stacks, sets of them by position, as they are updated one set after another.
+
+        All together where ``tx`` keeps something for several.
+        """
+        owners = self.optimizer.owners(group)
+        if len(sets) == 1 or None in owners:
+            return [Part(tuple(range(len(group.leaves))), tuple(range(len(owners))), partial(self, group))]
         parts = []
-        for k, leaf in enumerate(group.leaves):
-            of_leaf, own = Group((leaf,), group.layers), tuple(p for p, owner in enumerate(owners) if owner == leaf)
-            updater = replace(self, of_own={of_leaf: [self.of_own[group][p] for p in own]})
-            parts.append(Part((k,), own, partial(updater, of_leaf)))
+        for positions in sets:
+            of_set = Group(tuple(group.leaves[k] for k in positions), group.layers)
+            own = tuple(p for p, owner in enumerate(owners) if owner in of_set.leaves)
+            updater = replace(self, of_own={of_set: [self.of_own[group][p] for p in own]})
+            parts.append(Part(tuple(positions), own, partial(updater, of_set)))
         return parts
 
     def measure(self, group: Group | None, gradients: Sequence[Any]) -> Statistics:
@@ -201,11 +205,13 @@ def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
     return jnp.any(jnp.stack([jnp.any(s.written) for s in statistics.values()]))
 
 
-def all_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Of all tensors, given those of some at a time."""
+def all_statistics(parts: Sequence[Statistics], positions: Sequence[int]) -> Statistics:
+    """Of all tensors, given those of some at a time, and the position of each tensor among all."""
+    order = sorted(range(len(positions)), key=positions.__getitem__)
     squares = total([part.squares for part in parts])
-    written = jnp.concatenate([part.written for part in parts], axis=-1)
-    rms_of = lambda name: [x for part in parts for x in getattr(part, name)]
+    written = jnp.concatenate([part.written for part in parts], axis=-1)[..., jnp.array(order)]
+    flat = lambda name: [x for part in parts for x in getattr(part, name)]
+    rms_of = lambda name: [flat(name)[k] for k in order] if flat(name) else []
     return Statistics(squares, written, rms_of("update_rms"), rms_of("param_rms"))
 
 
