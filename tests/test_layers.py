@@ -10,6 +10,7 @@ LAYERS = [
     {"optimizers"},
     {"fused"},
     {"models"},
+    {"nnx_stacks"},
     {"linen", "nnx"},
     {"pretrained"},
     {"memory"},

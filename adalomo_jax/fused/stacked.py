@@ -6,6 +6,7 @@ and its paths, says itself what became of each leaf, and gives the tree that it 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from adalomo_jax.fused.checks import path_name
-from adalomo_jax.fused.sharding import of_layer, of_stack, sharding_of
+from adalomo_jax.fused.sharding import Sharding, of_layer, of_stack, sharding_of
 
 
 @jax.tree_util.register_static
@@ -93,7 +94,23 @@ def stack(layers: Sequence[Any]) -> Any:
     sharding = of_stack(sharding_of(layers[0]))
     if isinstance(layers[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=sharding)
-    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)(list(layers))
+    return _stacking(sharding)(list(layers))
+
+
+def unstack(stack: jax.Array) -> list[jax.Array]:
+    """The layers of a stack, each a copy, spread over devices as they are in it."""
+    return _unstacking(of_layer(sharding_of(stack), 0))(stack)
+
+
+@lru_cache(maxsize=64)
+def _stacking(sharding: Sharding) -> Any:
+    """Compiled once for each kind of layer, however often it is called."""
+    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)
+
+
+@lru_cache(maxsize=64)
+def _unstacking(sharding: Sharding) -> Any:
+    return jax.jit(lambda stack: [layer_of(stack, i) for i in range(stack.shape[0])], out_shardings=sharding)
 
 
 def layer_of(stack: Any, i: int) -> Any:
