@@ -72,9 +72,10 @@ class FusedOptimizer(nnx.Pytree):
     Between steps the weights are there once, at all times. The first step, `unplace`, and the step after it copy each
     stack once, one after another, so they need the memory of the largest stack besides, and the time to read and write
     the weights. Where ``tx`` or ``wrt`` treats a layer otherwise than the next, or a layer is read elsewhere too, it stays
-    by itself; of a model without such layers nothing is changed. `plan` says which. Other arrays of stacked layers, such
-    as frozen weights or running means, are stacked within the step, in memory of its own. Under your own ``nnx.jit`` the
-    step stacks what it is given and gives back arrays, which is a second copy of the weights: call it outside.
+    by itself; of a model without such layers nothing is changed. `plan` says which. Other arrays of the layers, such as
+    running means, are stacked within the step; where that costs more than it saves, as frozen weights may, layers are not
+    stacked: freeze with ``trainable`` in place of ``wrt``, and such weights are kept in stacks too. Under your own
+    ``nnx.jit`` the step takes arrays and gives back arrays, which is a second copy of the weights: call it outside.
 
     To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
     before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and resume
