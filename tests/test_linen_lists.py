@@ -37,11 +37,13 @@ class Noisy(nn.Module):
 
 class Model(nn.Module):
     block: Any = Plain
+    remat: bool = True
 
     @nn.compact
     def __call__(self, x):
+        block = nn.remat(self.block) if self.remat else self.block
         for i in range(LAYERS):
-            x = nn.remat(self.block)(name=f"Block_{i}")(x)
+            x = block(name=f"Block_{i}")(x)
         return nn.Dense(WIDTH)(x)
 
 
@@ -54,9 +56,8 @@ def loss_of(model):
     return loss_fn
 
 
-def start(block=Plain, **options) -> tuple[Any, Any, Any]:
+def start(model=Model(), **options) -> tuple[Any, Any, Any]:
     """A state, and Flax's own for the same model; and its collections beside the parameters."""
-    model = Model(block)
     variables = dict(jax.jit(model.init)({"params": jax.random.key(2), "dropout": KEY}, X))
     params, loss_fn = variables.pop("params"), loss_of(model)
     theirs = Flax.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=TX)
@@ -72,13 +73,18 @@ def run(state, stats, steps):
     return state, stats
 
 
-@pytest.mark.parametrize("block", [Plain, slow(Noisy)])
-def test_equals_flax_and_optax(block):
-    state, theirs, stats = start(block)
+@pytest.mark.parametrize(
+    ("block", "remat", "layers"),
+    [(Plain, True, LAYERS), slow(Plain, False, LAYERS), (Noisy, False, LAYERS), slow(Noisy, True, None)],
+)
+def test_equals_flax_and_optax(block, remat, layers):
+    """Under nn.remat a dropout key is made of a number within the layer: no two are alike, and none is stacked."""
+    model = Model(block, remat)
+    state, theirs, stats = start(model)
     its_stats, before = stats, theirs.params
-    gradient = jax.jit(jax.value_and_grad(loss_of(Model(block)), has_aux=True))
-    layers = {leaf.path: leaf.layers for leaf in state.plan(X, stats, KEY).leaves if leaf.layer_paths}
-    assert layers and set(layers.values()) == {LAYERS} and all("Block_0/" in path for path in layers)
+    gradient = jax.jit(jax.value_and_grad(loss_of(model), has_aux=True))
+    of_blocks = [leaf for leaf in state.plan(X, stats, KEY).leaves if leaf.path.startswith("Block")]
+    assert {leaf.layers for leaf in of_blocks} == {layers}
     for i in range(STEPS):
         state, stats = run(state, stats, 1)
         (_, its_stats), grads = gradient(theirs.params, X, its_stats, jax.random.fold_in(KEY, i))
