@@ -61,6 +61,7 @@ def check_signature(state: Signature, called: Signature) -> None:
     """Refuses a call with parameters or arguments unlike those of `init`."""
     way_out = "Make a state for them with step.init(params, *args)."
     if state.params != called.params:
+        _check_placed_alike(state, called)
         was, now = (dict((path, rest) for path, *rest in s.params) for s in (state, called))
         path = next(path for path in {**was, **now} if was.get(path) != now.get(path))
         say = lambda found: f"{found[1]}{list(found[0])}" if found else "absent"
@@ -74,10 +75,35 @@ def check_signature(state: Signature, called: Signature) -> None:
         raise ValueError(f"The arguments of the loss have another structure than in init: {path} {when}. {way_out}")
 
 
+def _check_placed_alike(state: Signature, called: Signature) -> None:
+    """Refuses parameters with layers in stacks and a state for those without, and the other way round."""
+    for placed, unplaced in ((state, called), (called, state)):
+        stacked, single = ({path: (shape, dtype) for path, shape, dtype in s.params} for s in (placed, unplaced))
+        is_stack = lambda path: (stacked[path][0][1:], stacked[path][1]) == single[path]
+        stacks = [path for path in stacked if path in single and stacked[path] != single[path]]
+        if stacked.keys() < single.keys() and stacks and all(map(is_stack, stacks)):
+            stack = f"{stacks[0]!r} is a stack of {stacked[stacks[0]][0][0]} layers"
+            if placed is state:
+                raise ValueError(
+                    f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
+                    "step.place(params, *args), or the state step.unplace_state(state, step.place(params, *args), *args)."
+                )
+            raise ValueError(
+                f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give "
+                "the step step.place_state(state, params, *args), or step.unplace(params)."
+            )
+
+
 def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
     """Of each parameter whether it is trained; refuses what cannot be."""
     paths_and_leaves = _leaves(params)
     for path, leaf in paths_and_leaves:
+        if callable(leaf) and not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"Each leaf of params must be an array, but {path_name(path)!r} is {shown(leaf)}. Keep the "
+                "arrays apart: of an Equinox model params, static = eqx.partition(model, eqx.is_inexact_array), and in "
+                "the loss eqx.combine(params, static)."
+            )
         if not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"Each leaf of params must be an array, but {path_name(path)!r} is of the type {type(leaf).__name__}. "
