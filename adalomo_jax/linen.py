@@ -43,9 +43,8 @@ class TrainState(struct.PyTreeNode):
 
     **Submodules that a loop in Python calls**, ``Block_0``, ``Block_1`` and so on, are each updated whole, one after
     another, and unrolled in the program. ``create(..., roll=True)`` stacks those that repeat, and the step scans over
-    them: it needs the memory, and the time to compile, of a model that was written with ``nn.scan``. Then ``params`` is
-    what :meth:`adalomo_jax.fused.FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what
-    it does take. Weights that come from elsewhere are placed first:
+    them, in the memory, and with the time to compile, of a model that was written with ``nn.scan``. Then ``params`` is
+    what `FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what it does take. Weights that come from elsewhere are placed first:
     ``state.replace(params=state.fused.place(params, *batch))``.
 
     `step` compiles once. In a function of your own under ``jax.jit`` it is a part of that program; there give
@@ -94,7 +93,7 @@ class TrainState(struct.PyTreeNode):
           params: a pytree of arrays of floats, usually ``model.init(...)["params"]``; the first step donates them.
           tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
           apply_fn: kept in the state.
-          roll: whether layers that a loop in Python calls are stacked, where they repeat. The stacks are copies, so drop
+          roll: whether layers that a loop in Python calls are stacked, where they repeat. The stacks are copies: drop
             your own ``params`` after it, or their layers are in memory twice.
           **options: of :func:`adalomo_jax.fuse`.
 

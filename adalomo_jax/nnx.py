@@ -56,10 +56,10 @@ class FusedOptimizer(nnx.Pytree):
     already when the optimizer is made.
 
     **Layers in a Python list** are each updated whole, one after another, and unrolled in the program. With ``roll=True``
-    those that repeat are stacked, and the step scans over them: it needs the memory, and the time to compile, of a model
-    that was written with ``nnx.scan``. Then the model holds the stacks between the steps, in the place of its layers'
-    arrays, and reading one of those, in ``model(x)``, in ``nnx.jit`` or to save it, is an error that says so, never an
-    old value. :meth:`unplace` gives the model its arrays back, for any use; the next step stacks them again::
+    those that repeat are stacked, and the step scans over them, in the memory, and with the time to compile, of a model
+    that was written with ``nnx.scan``. Then the model holds stacks between the steps, in the place of its layers'
+    arrays. To read one of those, in ``model(x)``, under ``nnx.jit`` or to save it, is an error that says so, never an
+    old value. `unplace` gives the model its arrays back, for any use, and the next step stacks them again::
 
         for i, x in enumerate(batches):
             optimizer.step(model, x)
@@ -68,18 +68,17 @@ class FusedOptimizer(nnx.Pytree):
                 evaluate(model)
         optimizer.unplace(model)
 
-    What is stacked is what the Variables hold when `step` is called: weights that were loaded or changed meanwhile count.
-    Between steps the weights are there once, at all times. The first step, `unplace`, and the step after it copy each
-    stack once, one after another, so they need the memory of the largest stack besides, and the time to read and write
-    the weights. Where ``tx`` or ``wrt`` treats a layer otherwise than the next, or a layer is read elsewhere too, it stays
-    by itself; of a model without such layers nothing is changed. `plan` says which. Other arrays of the layers, such as
-    running means, are stacked within the step; where that costs more than it saves, as frozen weights may, layers are not
-    stacked: freeze with ``trainable`` in place of ``wrt``, and such weights are kept in stacks too. Under your own
-    ``nnx.jit`` the step takes arrays and gives back arrays, which is a second copy of the weights: call it outside.
+    What is stacked is what the Variables hold when `step` is called: weights that were loaded or changed meanwhile
+    count. The weights are there once at all times. The first step, `unplace`, and the step after it copy them, a stack
+    at a time, so they need the memory of the largest stack besides. A layer that ``tx`` or ``wrt`` treats otherwise, or
+    that is read elsewhere, too, stays by itself; a model without layers that repeat stays as it is. `plan` says which.
+    Other arrays of the layers, such as running means, are stacked within the step. Where that costs more than it saves,
+    as with frozen weights, layers are not stacked: freeze by ``trainable`` in place of ``wrt``, and those are kept in
+    stacks, too. Under your own ``nnx.jit`` arrays go in and come out, and the stacks are a second copy of the weights.
 
     To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
     before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and resume
-    with it: what the optimizer keeps for a stack has a layer axis in front.
+    with ``roll``: what the optimizer keeps for a stack has a layer axis in front.
 
     Args:
       model: a Module, or an abstract one by ``nnx.eval_shape``.

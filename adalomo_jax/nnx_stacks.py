@@ -86,8 +86,8 @@ def placed_shapes(params: Any, stacking: Stacking) -> Any:
     """The shapes of the tree that a step takes, given the arrays of a model, or layers of stacks. Computes nothing."""
     leaves = jax.tree.leaves(shapes_of(params))
     placed = [
-        place(stack([leaves[i] for i in positions]), on_host=on_host) if len(positions) > 1 else leaves[positions[0]]
-        for positions, on_host in zip(stacking.layers, stacking.on_host, strict=True)
+        place(stack([leaves[i], *map(leaves.__getitem__, others)]), on_host=on_host) if others else leaves[i]
+        for (i, *others), on_host in zip(stacking.layers, stacking.on_host, strict=True)
     ]
     return stacking.treedef.unflatten(placed)
 
@@ -147,7 +147,8 @@ def _flat(model: Any, wrt: Any) -> tuple[list[Any], Any]:
 def _is_stack(leaves: Sequence[Any]) -> bool:
     """Whether they are all layers of one stack, in their order."""
     return all(
-        isinstance(x, LayerInStack) and x.stack is leaves[0].stack and x.layer == layer for layer, x in enumerate(leaves)
+        isinstance(x, LayerInStack) and x.stack is leaves[0].stack and x.layer == layer
+        for layer, x in enumerate(leaves)
     ) and leaves[0].stack.shape[0] == len(leaves)
 
 

@@ -1,4 +1,4 @@
-"""Layers that a Linen model calls in a loop in Python: stacked in the train state, and the caller's tree for all else."""
+"""Layers that a Linen model calls in a loop in Python: stacked in the train state, the caller's tree for all else."""
 
 from typing import Any
 
@@ -56,7 +56,10 @@ def loss_of(model):
     return loss_fn
 
 
-def start(model=Model(), **options) -> tuple[Any, Any, Any]:
+MODEL = Model()
+
+
+def start(model=MODEL, **options) -> tuple[Any, Any, Any]:
     """A state, and Flax's own for the same model; and its collections beside the parameters."""
     variables = dict(jax.jit(model.init)({"params": jax.random.key(2), "dropout": KEY}, X))
     params, loss_fn = variables.pop("params"), loss_of(model)
@@ -97,7 +100,7 @@ def test_equals_flax_and_optax(block, remat, layers):
 def test_the_model_is_applied_to_unplaced_params():
     state, theirs, stats = start()
     apply = lambda state, x: state.apply_fn({"params": state.unplaced_params}, x)
-    expected = Model().apply({"params": theirs.params}, X)
+    expected: Any = MODEL.apply({"params": theirs.params}, X)
     np.testing.assert_allclose(apply(state, X), expected, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(apply)(run(state, stats, 0)[0], X), expected, rtol=1e-5)
     assert state.params["Block_2"]["Dense_0"]["bias"] == InStack("['Block_0']['Dense_0']['bias']", 2)

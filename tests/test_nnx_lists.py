@@ -54,7 +54,7 @@ class Adapted(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, block=Plain, layers=LAYERS, remat=True):
+    def __init__(self, block: Any = Plain, layers=LAYERS, remat=True):
         rngs = nnx.Rngs(0)
         self.layers = nnx.List([block(rngs) for _ in range(layers)])
         self.head = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -88,7 +88,7 @@ class Reference:
         return self.train(self.model, self.optimizer, x)
 
 
-def make(block=Plain, wrt: Any = nnx.Param, remat=True, **options):
+def make(block: Any = Plain, wrt: Any = nnx.Param, remat=True, **options):
     model = Model(block, remat=remat)
     return model, FusedOptimizer(model, TX, loss_fn, X, roll=True, wrt=wrt, **options)
 
@@ -99,7 +99,9 @@ def arrays(node, *filters):
 
 def assert_equal(model, other, rtol=1e-5):
     """In all that they hold."""
-    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(arrays(m)) for m in (model, other)), strict=True):
+    for (path, a), (_, b) in zip(
+        *(jax.tree_util.tree_leaves_with_path(arrays(m)) for m in (model, other)), strict=True
+    ):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = map(jax.random.key_data, (a, b))
         np.testing.assert_allclose(a, b, rtol, 1e-6, err_msg=jax.tree_util.keystr(path))
@@ -109,9 +111,7 @@ def stacks(optimizer, model):
     return {leaf.path: leaf.layers for leaf in optimizer.plan(model, X).leaves if leaf.layer_paths}
 
 
-@pytest.mark.parametrize(
-    ("block", "remat"), [(Plain, True), (Noisy, True), slow(Plain, False), slow(Noisy, False)]
-)
+@pytest.mark.parametrize(("block", "remat"), [(Plain, True), (Noisy, True), slow(Plain, False), slow(Noisy, False)])
 def test_equals_an_nnx_optimizer(block, remat):
     """The weights, the running means, the dropout masks, the counters; with an evaluation between the steps."""
     model, optimizer = make(block, remat=remat)
@@ -131,7 +131,7 @@ def test_equals_an_nnx_optimizer(block, remat):
 
 @pytest.mark.parametrize("how", ["wrt", slow("trainable")])
 def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
-    """As further arguments of the loss, for ``wrt``, they would be stacked in each step, which costs more than it saves."""
+    """As further arguments of the loss, which ``wrt`` makes them, they would be stacked in each step."""
     is_trained = lambda path: "lora_" in path
     options: dict[str, Any] = {"wrt": nnx.LoRAParam} if how == "wrt" else {"trainable": is_trained}
     model, optimizer = make(Adapted, **options)

@@ -77,21 +77,26 @@ def check_signature(state: Signature, called: Signature) -> None:
 
 def _check_placed_alike(state: Signature, called: Signature) -> None:
     """Refuses parameters with layers in stacks and a state for those without, and the other way round."""
-    for placed, unplaced in ((state, called), (called, state)):
-        stacked, single = ({path: (shape, dtype) for path, shape, dtype in s.params} for s in (placed, unplaced))
-        is_stack = lambda path: (stacked[path][0][1:], stacked[path][1]) == single[path]
-        stacks = [path for path in stacked if path in single and stacked[path] != single[path]]
-        if stacked.keys() < single.keys() and stacks and all(map(is_stack, stacks)):
-            stack = f"{stacks[0]!r} is a stack of {stacked[stacks[0]][0][0]} layers"
-            if placed is state:
-                raise ValueError(
-                    f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
-                    "step.place(params, *args), or the state step.unplace_state(state, step.place(params, *args), *args)."
-                )
-            raise ValueError(
-                f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give "
-                "the step step.place_state(state, params, *args), or step.unplace(params)."
-            )
+    if stack := _stack_in(state, called):
+        raise ValueError(
+            f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
+            "placed = step.place(params, *args), or the state step.unplace_state(state, placed, *args)."
+        )
+    if stack := _stack_in(called, state):
+        raise ValueError(
+            f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give the "
+            "step step.place_state(state, params, *args), or step.unplace(params)."
+        )
+
+
+def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
+    """In words a stack that is in one and has its layers in the other, which else are alike; None if they are not so."""
+    ours, theirs = ({path: rest for path, *rest in s.params} for s in (placed, unplaced))
+    stacks = [path for path in ours if path in theirs and ours[path] != theirs[path]]
+    are_layers = all([ours[path][0][1:], ours[path][1]] == theirs[path] for path in stacks)
+    if not (stacks and are_layers and ours.keys() < theirs.keys()):
+        return None
+    return f"{stacks[0]!r} is a stack of {ours[stacks[0]][0][0]} layers"
 
 
 def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
@@ -287,7 +292,8 @@ def check_strict(plan: Plan) -> None:
     if plan.lists:
         raise ValueError(
             f"strict=True, but {plan.lists[0].layers} layers repeat in a list, whose gradients may all be alive at "
-            "once. Stack them with params = step.place(params, *args), or leave strict out."
+            "once. Stack them with params = step.place(params, *args) (FusedOptimizer and TrainState: roll=True), or "
+            "leave strict out."
         )
     misplaced = [f"{leaf.path!r} ({leaf.reason})" for leaf in plan.leaves if leaf.misplaced]
     if misplaced:

@@ -1,4 +1,4 @@
-"""Trees of `step.place` that are no longer what it returned, or that meet a state for other ones; leaves that are none."""
+"""Trees of `step.place` that are not what it returned any more, or that meet another state; functions among leaves."""
 
 import re
 
@@ -25,8 +25,14 @@ def with_one_more():
 
 
 CHANGED = {
-    "the stacks": (lambda: without(0), r"params['layers'][0]['down'] is layer 1 of the stack params['layers'][0]['down']"),
-    "a layer": (lambda: without(3), "is a stack of the shape (4, 16, 8), and in params there are places for its layers"),
+    "the stacks": (
+        lambda: without(0),
+        r"params['layers'][0]['down'] is layer 1 of the stack params['layers'][0]['down']",
+    ),
+    "a layer": (
+        lambda: without(3),
+        "is a stack of the shape (4, 16, 8), and in params there are places for its layers",
+    ),
     "of layers one more": (with_one_more, "is a stack of the shape (5, 16, 8), and in params there are places for its"),
     "the order": (
         lambda: PLACED | {"layers": PLACED["layers"][1:] + PLACED["layers"][:1]},
@@ -48,7 +54,9 @@ def test_a_placed_tree_that_was_changed_is_refused(what, call):
 def test_parameters_and_state_are_both_placed_or_neither(jitted):
     step = STEP.jit if jitted else STEP
     for_placed, for_unplaced = STEP.init(PLACED, *data(0)), STEP.init(FOUND.params, *data(0))
-    with pytest.raises(ValueError, match=r"The state is for parameters of step.place, .*4 layers; these are not placed."):
+    with pytest.raises(
+        ValueError, match=r"The state is for parameters of step.place, .*4 layers; these are not placed."
+    ):
         step(FOUND.params, for_placed, *data(0))
     with pytest.raises(ValueError, match=r"The parameters are of step.place, .*4 layers; the state .* not placed."):
         step(PLACED, for_unplaced, *data(0))
