@@ -44,8 +44,8 @@ class TrainState(struct.PyTreeNode):
     **Submodules that a loop in Python calls**, ``Block_0``, ``Block_1`` and so on, are each updated whole, one after
     another, and unrolled in the program. ``create(..., roll=True)`` stacks those that repeat, and the step scans over
     them, in the memory, and with the time to compile, of a model that was written with ``nn.scan``. Then ``params`` is
-    what `FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what it does take. Weights that come from elsewhere are placed first:
-    ``state.replace(params=state.fused.place(params, *batch))``.
+    what `FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what it takes. Weights
+    that come from elsewhere are placed first: ``state.replace(params=state.fused.place(params, *batch))``.
 
     `step` compiles once. In a function of your own under ``jax.jit`` it is a part of that program; there give
     ``donate_argnums`` of the state yourself, or it is updated in a second copy.

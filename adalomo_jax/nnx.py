@@ -55,11 +55,12 @@ class FusedOptimizer(nnx.Pytree):
     is a part of that program; there donate model and optimizer yourself. A Variable that the loss makes must be there
     already when the optimizer is made.
 
-    **Layers in a Python list** are each updated whole, one after another, and unrolled in the program. With ``roll=True``
-    those that repeat are stacked, and the step scans over them, in the memory, and with the time to compile, of a model
-    that was written with ``nnx.scan``. Then the model holds stacks between the steps, in the place of its layers'
-    arrays. To read one of those, in ``model(x)``, under ``nnx.jit`` or to save it, is an error that says so, never an
-    old value. `unplace` gives the model its arrays back, for any use, and the next step stacks them again::
+    **Layers in a Python list** are each updated whole, one after another, and unrolled in the program. With
+    ``roll=True`` those that repeat are stacked, and the step scans over them, in the memory, and with the time to
+    compile, of a model that was written with ``nnx.scan``. Then the model holds stacks between the steps, in the
+    place of its layers' arrays. To read one of those, in ``model(x)``, under ``nnx.jit`` or to save it, is an error
+    that says so, never an old value. `unplace` gives the model its arrays back, for any use, and the next step stacks
+    them again::
 
         for i, x in enumerate(batches):
             optimizer.step(model, x)
@@ -77,8 +78,8 @@ class FusedOptimizer(nnx.Pytree):
     stacks, too. Under your own ``nnx.jit`` arrays go in and come out, and the stacks are a second copy of the weights.
 
     To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
-    before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and resume
-    with ``roll``: what the optimizer keeps for a stack has a layer axis in front.
+    before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and
+    resume with ``roll``: what the optimizer keeps for a stack has a layer axis in front.
 
     Args:
       model: a Module, or an abstract one by ``nnx.eval_shape``.

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tiers import slow
 
-from adalomo_jax import adalomo
+from adalomo_jax import adalomo, nnx_stacks
 from adalomo_jax.nnx import FusedOptimizer
 
 WIDTH, LAYERS, STEPS = 8, 4, 5
@@ -105,6 +105,16 @@ def assert_equal(model, other, rtol=1e-5):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = map(jax.random.key_data, (a, b))
         np.testing.assert_allclose(a, b, rtol, 1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+def stack_of(model):
+    held: Any = model.layers[0].up.kernel.get_raw_value()
+    return held.stack
+
+
+def live_bytes():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
 
 
 def stacks(optimizer, model):
@@ -218,20 +228,42 @@ def test_saved_and_restored_it_repeats_the_same_bits():
 
 def test_the_weights_are_there_once():
     """Counted in all arrays that there are: after a step, unplaced, and after the next step."""
-    here = lambda: (gc.collect(), sum(x.nbytes for x in jax.live_arrays()))[1]
     model, optimizer = make()
     optimizer.step(model, X)
     optimizer.unplace(model)
     due = sum(x.nbytes for x in jax.tree.leaves(nnx.as_pure((nnx.state(model), nnx.state(optimizer)))))
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.as_pure(nnx.state(model.layers))))
-    others = here() - due
+    others = live_bytes() - due
     for _ in range(2):
         optimizer.step(model, X)
-        assert here() - others < due + weights / 10
+        assert live_bytes() - others < due + weights / 10
         optimizer.unplace(model)
-        assert here() - others < due + weights / 10
+        assert live_bytes() - others < due + weights / 10
     copy = arrays(model)
-    assert here() - others >= due + weights and copy
+    assert live_bytes() - others >= due + weights and copy
+
+
+def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
+    """Beside the weights there is one stack, when it is made and when its layers are made of it."""
+    model, optimizer = make()
+    optimizer.step(model, X)
+    optimizer.unplace(model)
+    due, seen = live_bytes(), []
+    largest = LAYERS * model.layers[0].up.kernel[...].nbytes
+
+    def recording(copy):
+        def recorded(x):
+            copied = copy(x)
+            seen.append(live_bytes() - due)
+            return copied
+
+        return recorded
+
+    for name in ("stack", "unstack"):
+        monkeypatch.setattr(nnx_stacks, name, recording(getattr(nnx_stacks, name)))
+    optimizer.step(model, X)
+    optimizer.unplace(model)
+    assert len(seen) == 2 * 4 and 0.9 * largest < max(seen) < 1.2 * largest
 
 
 @pytest.mark.parametrize("unplaced", [False, True])
@@ -317,8 +349,7 @@ def test_options_hold_for_stacks(option):
     for _ in range(3):
         optimizer.step(model, X)
         reference.step(of_list, X)
-    kinds = {model.layers[0].up.kernel.get_raw_value().stack.sharding.memory_kind}
-    assert (kinds == {"pinned_host"}) == ("offload" in option)
+    assert (stack_of(model).sharding.memory_kind == "pinned_host") == ("offload" in option)
     optimizer.unplace(model)
     assert_equal(model, of_list)
 
@@ -334,7 +365,7 @@ def test_layers_are_spread_as_they_were():
     for _ in range(2):
         optimizer.step(model, x)
         reference.step()
-        assert model.layers[0].up.kernel.get_raw_value().stack.sharding.spec[:2] == (None, "fsdp")
+        assert stack_of(model).sharding.spec[:2] == (None, "fsdp")
         optimizer.unplace(model)
         assert model.layers[2].up.kernel[...].sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("fsdp")), 2)
     assert_equal(model, reference.model)

@@ -90,7 +90,7 @@ def _check_placed_alike(state: Signature, called: Signature) -> None:
 
 
 def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
-    """In words a stack that is in one and has its layers in the other, which else are alike; None if they are not so."""
+    """In words a stack that is in one and has its layers in the other, if they are alike in all else."""
     ours, theirs = ({path: rest for path, *rest in s.params} for s in (placed, unplaced))
     stacks = [path for path in ours if path in theirs and ours[path] != theirs[path]]
     are_layers = all([ours[path][0][1:], ours[path][1]] == theirs[path] for path in stacks)
