@@ -355,19 +355,26 @@ def test_options_hold_for_stacks(option):
 
 
 @pytest.mark.slow
-def test_layers_are_spread_as_they_were():
-    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("fsdp") if x.ndim == 2 else jax.P()))
-    model = Model()
-    nnx.update(model, jax.tree.map(spread, nnx.as_pure(nnx.state(model, nnx.Param))))
-    optimizer, x = FusedOptimizer(model, TX, loss_fn, X, roll=True), jax.device_put(X, jax.NamedSharding(mesh, jax.P()))
-    reference = Reference(Model())
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_layers_are_spread_as_they_were(axis_type):
+    """On an automatic mesh matrices are; on an explicit one the batch is, for NNX layers gather nothing."""
+    is_auto = axis_type == jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(axis_type,))
+    spec = lambda x: jax.P("fsdp", None) if is_auto and x.ndim == 2 else jax.P()
+    model, reference = Model(), Reference(Model())
+    with jax.set_mesh(mesh):
+        spread = lambda x: jax.device_put(x, jax.NamedSharding(mesh, spec(x)))
+        nnx.update(model, jax.tree.map(spread, nnx.as_pure(nnx.state(model, nnx.Param))))
+        x = jax.device_put(X, jax.NamedSharding(mesh, jax.P() if is_auto else jax.P("fsdp")))
+        optimizer = FusedOptimizer(model, TX, loss_fn, x, roll=True)
+        assert stacks(optimizer, model)
+        for _ in range(2):
+            optimizer.step(model, x)
+            assert stack_of(model).sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P(None, *spec(X))), 3)
+            optimizer.unplace(model)
+            assert model.layers[2].up.kernel[...].sharding.is_equivalent_to(jax.NamedSharding(mesh, spec(X)), 2)
     for _ in range(2):
-        optimizer.step(model, x)
         reference.step()
-        assert stack_of(model).sharding.spec[:2] == (None, "fsdp")
-        optimizer.unplace(model)
-        assert model.layers[2].up.kernel[...].sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("fsdp")), 2)
     assert_equal(model, reference.model)
 
 
