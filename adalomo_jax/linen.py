@@ -7,10 +7,11 @@ import jax
 import optax
 from flax import serialization, struct
 
-from adalomo_jax.fused import FusedState, FusedStep, Plan, Signature, StepResult, fuse
+from adalomo_jax.fused import FusedState, FusedStep, InStack, Plan, Signature, StepResult, fuse
 
-# It is part of the structure, and comes from the state that a saved one is restored into.
-serialization.register_serialization_state(Signature, lambda _: {}, lambda signature, _: signature)
+# They are part of the structure, and come from the state that a saved one is restored into.
+for static in (Signature, InStack):
+    serialization.register_serialization_state(static, lambda _: {}, lambda x, _: x)
 
 
 class TrainState(struct.PyTreeNode):
@@ -40,6 +41,12 @@ class TrainState(struct.PyTreeNode):
     A subclass may carry them, as it does with Flax's: give it a field with a default, ``batch_stats: Any = None``, and
     set it with ``state.replace(batch_stats=result.aux)``.
 
+    **Submodules that a loop in Python calls**, ``Block_0``, ``Block_1`` and so on, are each updated whole, one after
+    another, and unrolled in the program. ``create(..., roll=True)`` stacks those that repeat, and the step scans over
+    them, in the memory, and with the time to compile, of a model that was written with ``nn.scan``. Then ``params`` is
+    what `FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what it takes. Weights
+    that come from elsewhere are placed first: ``state.replace(params=state.fused.place(params, *batch))``.
+
     `step` compiles once. In a function of your own under ``jax.jit`` it is a part of that program; there give
     ``donate_argnums`` of the state yourself, or it is updated in a second copy.
 
@@ -59,7 +66,7 @@ class TrainState(struct.PyTreeNode):
     """
 
     params: Any
-    """The parameters."""
+    """The parameters; with ``roll``, layers that repeat are stacked in them."""
     opt_state: FusedState
     """The state of the fused step."""
     fused: FusedStep = struct.field(pytree_node=False)
@@ -75,6 +82,7 @@ class TrainState(struct.PyTreeNode):
         params: Any,
         tx: optax.GradientTransformation,
         apply_fn: Callable[..., Any] | None = None,
+        roll: bool = False,
         **options: Any,
     ) -> "TrainState":
         """The state to begin with.
@@ -85,18 +93,31 @@ class TrainState(struct.PyTreeNode):
           params: a pytree of arrays of floats, usually ``model.init(...)["params"]``; the first step donates them.
           tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
           apply_fn: kept in the state.
+          roll: whether layers that a loop in Python calls are stacked, where they repeat. The stacks are copies: drop
+            your own ``params`` after it, or their layers are in memory twice.
           **options: of :func:`adalomo_jax.fuse`.
 
         Raises:
           ValueError: as :func:`adalomo_jax.fuse` does.
         """
-        fused = fuse(loss_fn, tx, **options)
+        fused = fuse(loss_fn, tx, roll=roll, **options)
+        params = fused.place(params, *batch) if roll else params
         return cls(params=params, opt_state=fused.init(params, *batch), fused=fused, apply_fn=apply_fn)
 
     @property
     def count(self) -> jax.Array:
         """Steps taken, int32. (In Flax's `TrainState` it is ``state.step``, which is the step itself here.)"""
         return self.opt_state.count
+
+    @property
+    def unplaced_params(self) -> Any:
+        """The parameters as `create` was given them, for ``apply_fn`` and to save.
+
+        Of layers that are stacked they are copies: for as long as they are kept, those weights are in memory twice.
+        Without stacks they are ``params``. Within ``jax.jit``, as in ``jax.jit(lambda state, x:
+        state.apply_fn({"params": state.unplaced_params}, x))``, XLA reads the layers of the stacks where they are used.
+        """
+        return self.fused.unplace(self.params)
 
     def step(self, *batch: Any, **extra_args: Any) -> tuple["TrainState", StepResult]:
         """The state after one step, and what the step returned: ``loss``, ``aux`` and ``metrics``.

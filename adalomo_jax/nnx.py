@@ -13,6 +13,17 @@ from adalomo_jax.fused import Plan, StepResult, fuse
 from adalomo_jax.fused.checks import path_name
 from adalomo_jax.fused.jaxpr import Equation, has_programs
 from adalomo_jax.fused.origins import Origin, call_with_origins
+from adalomo_jax.fused.stacked import is_stacked
+from adalomo_jax.nnx_stacks import (
+    is_traced,
+    placed_shapes,
+    placed_tree,
+    shapes_of,
+    stack_in,
+    stacking_of,
+    tree_in_model,
+    unstack_in,
+)
 
 _TAG = "adalomo_jax.FusedOptimizer"
 
@@ -39,11 +50,36 @@ class FusedOptimizer(nnx.Pytree):
     is what the last left.
 
     `step` compiles once for each structure of the model and the arguments: ``model.eval()`` makes another,
-    ``model.train()`` the first again. Under your own ``nnx.jit`` it is a part of that program; there donate model and
-    optimizer yourself. A Variable that the loss makes must be there already when the optimizer is made.
+    ``model.train()`` the first again. Attributes that are no arrays are compared by ``==``, as by ``nnx.jit``, and need
+    no hash: give a model another config, for one that is changed in place equals itself. Under your own ``nnx.jit`` it
+    is a part of that program; there donate model and optimizer yourself. A Variable that the loss makes must be there
+    already when the optimizer is made.
+
+    **Layers in a Python list** are each updated whole, one after another, and unrolled in the program. With
+    ``roll=True`` those that repeat are stacked, and the step scans over them, in the memory, and with the time to
+    compile, of a model that was written with ``nnx.scan``. Then the model holds stacks between the steps, in the
+    place of its layers' arrays. To read one of those, in ``model(x)``, under ``nnx.jit`` or to save it, is an error
+    that says so, never an old value. `unplace` gives the model its arrays back, for any use, and the next step stacks
+    them again::
+
+        for i, x in enumerate(batches):
+            optimizer.step(model, x)
+            if i % 100 == 0:
+                optimizer.unplace(model)
+                evaluate(model)
+        optimizer.unplace(model)
+
+    What is stacked is what the Variables hold when `step` is called: weights that were loaded or changed meanwhile
+    count. The weights are there once at all times. The first step, `unplace`, and the step after it copy them, a stack
+    at a time, so they need the memory of the largest stack besides. A layer that ``tx`` or ``wrt`` treats otherwise, or
+    that is read elsewhere, too, stays by itself; a model without layers that repeat stays as it is. `plan` says which.
+    Other arrays of the layers, such as running means, are stacked within the step. Where that costs more than it saves,
+    as with frozen weights, layers are not stacked: freeze by ``trainable`` in place of ``wrt``, and those are kept in
+    stacks, too. Under your own ``nnx.jit`` arrays go in and come out, and the stacks are a second copy of the weights.
 
     To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
-    before the first step: that is what the batch at construction is for.
+    before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and
+    resume with ``roll``: what the optimizer keeps for a stack has a layer axis in front.
 
     Args:
       model: a Module, or an abstract one by ``nnx.eval_shape``.
@@ -53,6 +89,7 @@ class FusedOptimizer(nnx.Pytree):
       *batch: arguments as `step` will get them, or of ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
       wrt: an NNX filter of what is trained.
       has_aux: whether ``loss_fn`` returns something beside the loss.
+      roll: whether layers in a Python list that repeat are stacked between the steps.
       **options: of :func:`adalomo_jax.fuse`.
 
     Raises:
@@ -81,6 +118,7 @@ class FusedOptimizer(nnx.Pytree):
         *batch: Any,
         wrt: Any = nnx.Param,
         has_aux: bool = False,
+        roll: bool = False,
         **options: Any,
     ):
         with nnx.update_context(_TAG):
@@ -109,8 +147,11 @@ class FusedOptimizer(nnx.Pytree):
 
             self.wrt = wrt
             self._microbatched = options.get("microbatches") is not None
-            self._fused = fuse(functional_loss, tx, has_aux=True, **options)
-            self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(params, *args)))
+            self._fused = fuse(functional_loss, tx, has_aux=True, roll=roll, **options)
+            self._expected = tuple(expected.items())
+            placed = self._fused.place(shapes_of(params), *args) if roll else params  # shapes: the model stays as it is
+            self._stacking = stacking_of(placed) if is_stacked(placed) else None
+            self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(placed, *args)))
 
     @property
     def count(self) -> jax.Array:
@@ -122,26 +163,47 @@ class FusedOptimizer(nnx.Pytree):
         """Updates model, arguments and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
 
         In the result ``params`` and ``state`` are None: they are in the model and in the optimizer. What is given by
-        name goes to ``tx.update``.
+        name goes to ``tx.update``. With ``roll`` it stacks the layers of the model that are not stacked yet.
         """
+        stacking = self._stacking
+        if stacking is not None:
+            _check_params(dict(self._expected), _shapes(shapes_of(nnx.as_pure(nnx.state(model, self.wrt)))))
+            stack_in(model, self.wrt, stacking)
         params, args = _split(model, batch, self.wrt)
-        result = self._fused.jit(params, nnx.as_pure(self.opt_state), *args, **extra_args)
+        placed = params if stacking is None else placed_tree(params, stacking)
+        result = self._fused.jit(placed, nnx.as_pure(self.opt_state), *args, **extra_args)
         left, aux = result.aux
-        _merge(_over(_of_one_batch(left) if self._microbatched else left, args[-1]), result.params, inner=False)
+        left = _over(_of_one_batch(left) if self._microbatched else left, args[-1])
+        new = result.params if stacking is None else tree_in_model(result.params, stacking, jax.tree.structure(params))
+        _merge(left, new, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
+        if stacking is not None and is_traced(model, self.wrt):
+            unstack_in(model, self.wrt)  # into a function under nnx.jit only arrays go, and out of it
         return result._replace(params=None, state=None, aux=aux)
+
+    def unplace(self, model: Any) -> None:
+        """Gives the model the weights of layers that are stacked, so that it can be read, saved, given to ``nnx.jit``.
+
+        They are copies, made a stack at a time, and the stacks go: there is one copy of the weights before and after,
+        and for a moment one of a stack more. So it is for the next `step`, which stacks them again. Of a model without
+        stacks nothing is changed.
+        """
+        unstack_in(model, self.wrt)
 
     @nnx.update_context(_TAG)
     def plan(self, model: Any, *batch: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
         params, args = _split(model, batch, self.wrt)
-        return self._fused.plan(params, *args)
+        return self._fused.plan(self._shapes_placed(params), *args)
 
     @nnx.update_context(_TAG)
     def lower(self, model: Any, *batch: Any, **extra_args: Any) -> Any:
         """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says what it needs."""
         params, args = _split(model, batch, self.wrt)
-        return self._fused.jit.lower(params, nnx.as_pure(self.opt_state), *args, **extra_args)
+        return self._fused.jit.lower(self._shapes_placed(params), nnx.as_pure(self.opt_state), *args, **extra_args)
+
+    def _shapes_placed(self, params: Any) -> Any:
+        return params if self._stacking is None else placed_shapes(params, self._stacking)
 
 
 class _Others(NamedTuple):

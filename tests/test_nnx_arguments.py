@@ -128,6 +128,8 @@ class Config:
     """It compares by value, and so has no hash."""
 
     width: int = WIDTH
+    scales: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Configured(nnx.Module):
@@ -136,7 +138,7 @@ class Configured(nnx.Module):
         self.linear = nnx.Linear(config.width, config.width, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
-        return self.linear(x)
+        return self.linear(x) * self.config.scales[0]
 
 
 def test_an_attribute_without_a_hash_is_compared_by_its_value():
@@ -150,6 +152,22 @@ def test_an_attribute_without_a_hash_is_compared_by_its_value():
         loss, _ = plain(lambda *args: (square(*args), None))(theirs, reference, X)
         np.testing.assert_allclose(optimizer.step(model, X).loss, loss, rtol=1e-5)
         assert bool(traces) == (i == 0)
+
+
+def test_models_of_other_configs_share_no_program():
+    """One optimizer steps them in turn: each new config compiles once more, and one that equals an earlier does not."""
+    square = lambda model, x: jnp.mean(jnp.square(model(x)))
+    counted, traces = counting(square)
+    configs = [Config(), Config(scales=[2.0]), Config(names={"a": [1]}), Config(), Config(scales=[2.0])]
+    optimizer = FusedOptimizer(Configured(Config()), TX, counted, X)
+    seen = []
+    for config in configs:
+        traces.clear()
+        model = Configured(config)
+        expected = square(model, X)
+        np.testing.assert_allclose(optimizer.step(model, X).loss, expected, rtol=1e-5)
+        seen.append(bool(traces))
+    assert seen == [True, True, True, False, False]
 
 
 class Pair(nnx.Module):

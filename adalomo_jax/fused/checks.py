@@ -61,6 +61,7 @@ def check_signature(state: Signature, called: Signature) -> None:
     """Refuses a call with parameters or arguments unlike those of `init`."""
     way_out = "Make a state for them with step.init(params, *args)."
     if state.params != called.params:
+        _check_placed_alike(state, called)
         was, now = (dict((path, rest) for path, *rest in s.params) for s in (state, called))
         path = next(path for path in {**was, **now} if was.get(path) != now.get(path))
         say = lambda found: f"{found[1]}{list(found[0])}" if found else "absent"
@@ -74,10 +75,40 @@ def check_signature(state: Signature, called: Signature) -> None:
         raise ValueError(f"The arguments of the loss have another structure than in init: {path} {when}. {way_out}")
 
 
+def _check_placed_alike(state: Signature, called: Signature) -> None:
+    """Refuses parameters with layers in stacks and a state for those without, and the other way round."""
+    if stack := _stack_in(state, called):
+        raise ValueError(
+            f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
+            "placed = step.place(params, *args), or the state step.unplace_state(state, placed, *args)."
+        )
+    if stack := _stack_in(called, state):
+        raise ValueError(
+            f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give the "
+            "step step.place_state(state, params, *args), or step.unplace(params)."
+        )
+
+
+def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
+    """In words a stack that is in one and has its layers in the other, if they are alike in all else."""
+    ours, theirs = ({path: rest for path, *rest in s.params} for s in (placed, unplaced))
+    stacks = [path for path in ours if path in theirs and ours[path] != theirs[path]]
+    are_layers = all([ours[path][0][1:], ours[path][1]] == theirs[path] for path in stacks)
+    if not (stacks and are_layers and ours.keys() < theirs.keys()):
+        return None
+    return f"{stacks[0]!r} is a stack of {ours[stacks[0]][0][0]} layers"
+
+
 def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
     """Of each parameter whether it is trained; refuses what cannot be."""
     paths_and_leaves = _leaves(params)
     for path, leaf in paths_and_leaves:
+        if callable(leaf) and not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"Each leaf of params must be an array, but {path_name(path)!r} is {shown(leaf)}. Keep the "
+                "arrays apart: of an Equinox model params, static = eqx.partition(model, eqx.is_inexact_array), and in "
+                "the loss eqx.combine(params, static)."
+            )
         if not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"Each leaf of params must be an array, but {path_name(path)!r} is of the type {type(leaf).__name__}. "
@@ -261,7 +292,8 @@ def check_strict(plan: Plan) -> None:
     if plan.lists:
         raise ValueError(
             f"strict=True, but {plan.lists[0].layers} layers repeat in a list, whose gradients may all be alive at "
-            "once. Stack them with params = step.place(params, *args), or leave strict out."
+            "once. Stack them with params = step.place(params, *args) (FusedOptimizer and TrainState: roll=True), or "
+            "leave strict out."
         )
     misplaced = [f"{leaf.path!r} ({leaf.reason})" for leaf in plan.leaves if leaf.misplaced]
     if misplaced:

@@ -76,12 +76,16 @@ class Program:
 
     def zeros(self, v: int, leading: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
         """Zeros like a value, spread like it; with further axes in front, or of another dtype."""
-        aval = self.avals[v]
-        sharding = None
-        if AxisType.Explicit in aval.sharding.mesh.axis_types:
-            sharding = aval.sharding.update(spec=PartitionSpec(*(None,) * len(leading), *aval.sharding.spec))
+        aval, sharding = self.avals[v], _explicit(self.avals[v])
+        if sharding is not None:
+            sharding = sharding.update(spec=PartitionSpec(*(None,) * len(leading), *sharding.spec))
         zeros = jnp.zeros((*leading, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
         return lax.pcast(zeros, tuple(sorted(varying_axes(aval))), to="varying")
+
+
+def _explicit(aval: Any) -> Any:
+    """How a value is spread, if its type says it: on an explicit mesh."""
+    return aval.sharding if AxisType.Explicit in aval.sharding.mesh.axis_types else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +209,7 @@ def has_own_derivative(equation: Equation) -> bool:
 
 def pullback_of(equation: Equation) -> Program:
     """What an equation's derivative computes, of its operands and then of its results' cotangents."""
-    type_of: Any = lambda var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+    type_of: Any = lambda var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=_explicit(var.aval))
     operands, results = list(map(type_of, equation.source.invars)), list(map(type_of, equation.source.outvars))
     active, kept = ([k for k, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)] for xs in (operands, results))
     numbers = range(len(operands) + len(results))

@@ -178,6 +178,7 @@ class Plan:
         lines.append(f"gradients alive at once: {self.gradient_bytes:,} of {of_all:,} bytes")
         lines += [
             f"{repeat.layers} layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
+            " (FusedOptimizer and TrainState: roll=True)"
             for repeat in self.lists
         ]
         return "\n".join(lines)

@@ -6,14 +6,16 @@ and its paths, says itself what became of each leaf, and gives the tree that it 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from adalomo_jax.fused.checks import path_name
-from adalomo_jax.fused.sharding import of_layer, of_stack, sharding_of
+from adalomo_jax.fused.sharding import Sharding, of_layer, of_stack, sharding_of
 
 
 @jax.tree_util.register_static
@@ -53,25 +55,48 @@ def stack_layers(params: Any, stacks: Iterable[Sequence[int]]) -> Any:
 def unstack_layers(params: Any) -> Any:
     """The tree that was stacked, its leaves slices of the stacks: under ``jax.jit`` without a copy of its own."""
     paths, entries, treedef = _entries(params)
-    position = {path: i for i, path in enumerate(paths)}
     found = list(entries)
-    for i, entry in enumerate(entries):
-        if isinstance(entry, InStack):
-            found[i] = layer_of(entries[position[entry.stack]], entry.layer)
-            found[position[entry.stack]] = layer_of(entries[position[entry.stack]], 0)
+    for first, *others in _stacks(paths, entries):
+        stacked, positions = entries[first], (first, *others)
+        is_array = isinstance(stacked, jax.Array) and not isinstance(stacked, Tracer)
+        layers = unstack(stacked) if is_array else [layer_of(stacked, i) for i in range(len(positions))]
+        for i, layer in zip(positions, layers, strict=True):
+            found[i] = layer
     return treedef.unflatten(found)
 
 
 def layers_of(params: Any) -> list[tuple[int, ...]]:
     """Of each leaf of a tree the positions of its layers among the leaves of `unstack_layers`; of no stack its own."""
     paths, entries, _ = _entries(params)
-    members: dict[str, list[int]] = {}
+    stacks = {positions[0]: positions for positions in _stacks(paths, entries)}
+    return [stacks.get(i, (i,)) for i, entry in enumerate(entries) if not isinstance(entry, InStack)]
+
+
+def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Of each stack the positions of its layers, the first being its own; refuses a tree that `stack_layers` made not.
+
+    Raises:
+      ValueError: where a stack is missing, or has another number of layers than there are places for.
+    """
+    way_out = "Change the tree that step.unplace(params) returns, and place that with step.place(params, *args)."
+    position = {path: i for i, path in enumerate(paths) if not isinstance(entries[i], InStack)}
+    members: dict[str, dict[int, int]] = {}
     for i, entry in enumerate(entries):
         if isinstance(entry, InStack):
-            members.setdefault(entry.stack, []).append(i)
-    leaves = [(i, path) for i, (path, entry) in enumerate(zip(paths, entries)) if not isinstance(entry, InStack)]
-    order = lambda path: sorted(members[path], key=lambda i: entries[i].layer)
-    return [(i, *order(path)) if path in members else (i,) for i, path in leaves]
+            if entry.stack not in position:
+                raise ValueError(
+                    f"params{paths[i]} is layer {entry.layer} of the stack params{entry.stack}, where there is none. "
+                    f"{way_out}"
+                )
+            members.setdefault(entry.stack, {position[entry.stack]: 0})[i] = entry.layer
+    for path, layer_at in members.items():
+        layers = jnp.shape(entries[position[path]])[:1]
+        if sorted(layer_at.values()) != list(range(len(layer_at))) or layers != (len(layer_at),):
+            raise ValueError(
+                f"params{path} is a stack of the shape {jnp.shape(entries[position[path]])}, and in params there are "
+                f"places for its layers {sorted(layer_at.values())}. {way_out}"
+            )
+    return [tuple(sorted(layer_at, key=layer_at.__getitem__)) for layer_at in members.values()]
 
 
 def layer_paths(params: Any) -> list[tuple[str, ...]]:
@@ -93,7 +118,23 @@ def stack(layers: Sequence[Any]) -> Any:
     sharding = of_stack(sharding_of(layers[0]))
     if isinstance(layers[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=sharding)
-    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)(list(layers))
+    return _stacking(sharding)(list(layers))
+
+
+def unstack(stack: jax.Array) -> list[jax.Array]:
+    """The layers of a stack, each a copy, spread over devices as they are in it."""
+    return _unstacking(of_layer(sharding_of(stack), 0))(stack)
+
+
+@lru_cache(maxsize=64)
+def _stacking(sharding: Sharding) -> Any:
+    """Compiled once for each kind of layer, however often it is called."""
+    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=sharding)
+
+
+@lru_cache(maxsize=64)
+def _unstacking(sharding: Sharding) -> Any:
+    return jax.jit(lambda stack: [layer_of(stack, i) for i in range(stack.shape[0])], out_shardings=sharding)
 
 
 def layer_of(stack: Any, i: int) -> Any:

@@ -205,6 +205,7 @@ def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
     assert plan.endswith(
         f"gradients alive at once: {all_bytes:,} of {all_bytes:,} bytes\n"
         "4 layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
+        " (FusedOptimizer and TrainState: roll=True)"
     )
     one_layer = 4 * (2 * DIM * 2 * DIM + DIM)
     assert str(by_plan(step, found.params)).endswith(f"gradients alive at once: {one_layer:,} of {all_bytes:,} bytes")
