@@ -173,7 +173,7 @@ def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[l
     sizes = [program.avals[stack.value].size for stack in stage.trained]
     before = [sum(sizes[k] for k in order[:n]) for n in range(len(order))]
     first = [k for k, size in zip(order, before) if 2 * size < sum(sizes)]
-    return [half for half in (first, [k for k in order if k not in first]) if half]
+    return [half for half in (sorted(first), sorted(set(order) - set(first))) if half]
 
 
 def _context(stage: LayerScan, outer: Context) -> Context:

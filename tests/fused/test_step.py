@@ -324,3 +324,30 @@ def test_refuses_arrays_that_a_step_has_used():
         step.jit(result.params, state, tokens)
     with pytest.raises(ValueError, match=r"params\['embed'\] was given to an earlier step"):
         step.init(params, tokens)
+
+
+def test_stacks_that_are_read_in_another_order_than_they_are_named():
+    """They are updated in halves, by the order in which a layer reads them."""
+    shapes = {"a": (4, 8), "b": (8, 4), "c": (4,), "d": (4, 6), "e": (6, 4)}
+    random = np.random.default_rng(0)
+    layers = [{k: jnp.asarray(random.normal(size=s) / 3, jnp.float32) for k, s in shapes.items()} for _ in range(3)]
+    stacked, x = jax.tree.map(lambda *xs: jnp.stack(xs), *layers), jnp.ones((2, 4))
+    body = lambda h, p: jnp.tanh(jnp.tanh(jnp.tanh(h @ p["d"]) @ p["e"] * p["c"]) @ p["a"]) @ p["b"]
+
+    def of_list(layers):
+        h = x
+        for p in layers:
+            h = body(h, p)
+        return jnp.mean(h**2)
+
+    tx = adalomo(1e-2)
+    step = fuse(lambda p: jnp.mean(jax.lax.scan(lambda h, p: (body(h, p), None), x, p)[0] ** 2), tx, rms_metrics=True)
+    state, of_layers = step.init(stacked), tx.init(layers)
+    for _ in range(3):
+        moved, of_layers = tx.update(jax.grad(of_list)(layers), of_layers, layers)
+        rms = [{k: np.sqrt(np.mean(np.square(u))) for k, u in layer.items()} for layer in moved]
+        layers = optax.apply_updates(layers, moved)
+        stacked, state, *_, metrics = step.jit(stacked, state)
+    assert relative_error(stacked, jax.tree.map(lambda *xs: jnp.stack(xs), *layers)) < RELATIVE_ERROR
+    for k in shapes:
+        np.testing.assert_allclose(metrics["update_rms"][k], [layer[k] for layer in rms], rtol=1e-4)
