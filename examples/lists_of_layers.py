@@ -1,11 +1,10 @@
 """What others' models with lists of layers need, by the compilers for chips that are not there.
 
     pip install google-tunix 'adalomo-jax[tpu-aot]'
-    python examples/lists_of_layers.py tpu-v5e llama-2-7b qwen3-8b gemma3-4b
+    python examples/lists_of_layers.py tpu-v5e llama-2-7b gemma3-4b
 
-The models are tunix's, as they are: layers in a list, each under its own remat, bfloat16, one sequence of 2,048 tokens,
-a loss in chunks of 256. What a user changes are two lines: ``params = step.place(params, tokens)`` after the step is
-made, and ``step.unplace(params)`` before the model is saved. Nothing is allocated and nothing is run.
+They are tunix's, as they are: bfloat16, each layer under its own remat, one sequence of 2,048 tokens, the loss in chunks.
+What a user changes are two lines, ``step.place`` and ``step.unplace``. Nothing is allocated and nothing is run.
 """
 
 import dataclasses
@@ -24,29 +23,14 @@ from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory import TARGETS, compile_usage
 
 LENGTH, CHUNK = 2048, 256
-
-
-def llama(name):
-    """tunix's Llama of LLaMA-7B's sizes."""
-    tunix = importlib.import_module("tunix.models.llama3.model")
-    sizes = dict(num_layers=32, vocab_size=32000, embed_dim=4096, hidden_dim=11008, num_heads=32, num_kv_heads=32)
-    config = tunix.ModelConfig(**sizes, head_dim=128, rope_theta=10000, norm_eps=1e-5)
-    return tunix.Llama3, dataclasses.replace(config, remat_config=tunix.RematConfig.DECODER)
-
-
-def qwen3(name):
-    """tunix's Qwen3-8B."""
-    tunix = importlib.import_module("tunix.models.qwen3.model")
-    return tunix.Qwen3, dataclasses.replace(tunix.ModelConfig.qwen3_8b(), remat_config=tunix.RematConfig.DECODER)
-
-
-def gemma3(name):
-    """tunix's Gemma3-4B, text only: five layers of each six see what is near."""
-    tunix = importlib.import_module("tunix.models.gemma3.model")
-    return tunix.Gemma3, dataclasses.replace(tunix.ModelConfig.gemma3_4b_pt(), remat_config=tunix.RematConfig.DECODER)
-
-
-MODELS = {"llama-2-7b": llama, "qwen3-8b": qwen3, "gemma3-4b": gemma3}
+LLAMA_2_7B = dict(num_layers=32, vocab_size=32000, embed_dim=4096, hidden_dim=11008, num_heads=32, num_kv_heads=32)
+LLAMA_2_7B |= dict(head_dim=128, rope_theta=10000, norm_eps=1e-5)
+MODELS = {
+    "llama-2-7b": ("llama3", "Llama3", lambda config: config(**LLAMA_2_7B)),
+    "qwen3-8b": ("qwen3", "Qwen3", lambda config: config.qwen3_8b()),
+    "gemma3-4b": ("gemma3", "Gemma3", lambda config: config.gemma3_4b_pt()),
+}
+"""By name the module in tunix, the class, and what makes its configuration."""
 
 
 def loss_of(graphdef):
@@ -75,35 +59,30 @@ def loss_of(graphdef):
     return loss_fn
 
 
-def measure(name, target, *, layers=None, roll=True, fused=True):
-    """Bytes and seconds, as a dict."""
-    model, config = MODELS[name](name)
-    config = config if layers is None else dataclasses.replace(config, num_layers=layers)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+def measure(name, target, step, layers=None):
+    """What one step of a model needs."""
+    module, model, make_config = MODELS[name]
+    tunix = importlib.import_module(f"tunix.models.{module}.model")
+    config = dataclasses.replace(make_config(tunix.ModelConfig), remat_config=tunix.RematConfig.DECODER)
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: getattr(tunix, model)(config, rngs=nnx.Rngs(0))))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    tokens, step = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32), fuse(loss_of(graphdef), adalomo(1e-3), roll=roll)
-    if fused:
-        params = step.place(params, tokens)
-    usage = compile_usage(step, params, tokens, target=TARGETS[target], fused=fused)
-    gigabytes = lambda n: round(n / 1e9, 2)
-    return {
-        "model": name,
-        "package": "google-tunix",
-        "target": target,
-        "layers": config.num_layers,
-        "step": "unfused" if not fused else "fused, stacked" if roll else "fused, in a list",
-        "weights_gb": gigabytes(usage.params_bytes),
-        "peak_gb": gigabytes(usage.peak_bytes),
-        "fits": usage.fits,
-        "compile_seconds": round(usage.compile_seconds),
-    }
+    tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+    fused = fuse(loss_of(graphdef), adalomo(1e-3))
+    if step == "stacked":
+        params = fused.place(params, tokens)
+    usage = compile_usage(fused, params, tokens, target=TARGETS[target], fused=step != "unfused")
+    row = {"model": name, "package": "google-tunix", "target": target, "layers": config.num_layers, "step": step}
+    row |= {"lines_changed": 2 * (step == "stacked"), "weights_gb": round(usage.params_bytes / 1e9, 2)}
+    return row | {"peak_gb": round(usage.peak_bytes / 1e9, 2), "compile_seconds": round(usage.compile_seconds)}
 
 
-def main(target="tpu-v5e", *names, layers=None):
-    """A line of JSON for each model and step."""
-    for name in names or MODELS:
-        for how in ({}, {"roll": False}, {"fused": False}):
-            print(json.dumps(measure(name, target, layers=layers, **how)), flush=True)
+def main(target="cpu", *names):
+    """A line of JSON for each model and step; of a CPU, Llama with two layers."""
+    layers = 2 if target == "cpu" else None
+    for name in names or (("llama-2-7b",) if layers else MODELS):
+        for step in ("stacked", "in a list", "unfused"):
+            print(json.dumps(measure(name, target, step, layers)), flush=True)
 
 
 if __name__ == "__main__":

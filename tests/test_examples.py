@@ -13,6 +13,8 @@ HANGS = 300
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SET_UP = {path for path in EXAMPLES if path.stem in ("fit_on_one_chip", "sharded_finetune")}
 """These set JAX up before it starts, and so run in a process of their own."""
+NEEDS = {"lists_of_layers": "tunix"}
+"""By example the package that it is about, and that no extra brings."""
 QUICK = {path for path in EXAMPLES if path.stem == "optax_quickstart"}
 """The others compile whole models, for half a minute each: they run in the slow tier."""
 
@@ -21,6 +23,8 @@ QUICK = {path for path in EXAMPLES if path.stem == "optax_quickstart"}
     "path", [path if path in QUICK else slow(path) for path in EXAMPLES], ids=lambda path: path.stem
 )
 def test_example_runs(path, monkeypatch):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
     if path in SET_UP:
         subprocess.run([sys.executable, path], check=True, capture_output=True, timeout=HANGS)
     else:

@@ -24,7 +24,7 @@ def test_python_block_runs(code):
 
 
 def test_there_are_blocks_to_run():
-    assert len(blocks("python")) == 7 and len(blocks("bash")) == 2
+    assert len(blocks("python")) == 8 and len(blocks("bash")) == 2
 
 
 def test_the_loop_is_short():
