@@ -3,7 +3,7 @@
     pip install google-tunix 'adalomo-jax[tpu-aot]'
     python examples/lists_of_layers.py tpu-v5e llama-2-7b gemma3-4b
 
-They are tunix's, as they are: bfloat16, each layer under its own remat, one sequence of 2,048 tokens, the loss in chunks.
+They are tunix's, as they are, in bfloat16: each layer under its own remat, 1 x 2048 tokens, the loss in chunks.
 What a user changes are two lines, ``step.place`` and ``step.unplace``. Nothing is allocated and nothing is run.
 """
 
