@@ -34,6 +34,7 @@ MODULES = {
             "dependence",
             "terms",
             "signatures",
+            "folded_keys",
             "order",
             "repeats",
             "reroll",

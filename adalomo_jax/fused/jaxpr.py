@@ -242,6 +242,11 @@ def primitives_in(program: Program) -> set[str]:
     return set().union(*(_primitives(equation.source) for equation in program.equations))
 
 
+def largest_made(program: Program) -> int:
+    """The bytes of the largest value that an equation makes, those within calls, branches and loops too."""
+    return max((_largest(equation.source) for equation in program.equations), default=0)
+
+
 def called_by(equation: Equation) -> Program:
     """What a checkpoint runs."""
     return program_of(_called(equation.source))
@@ -333,6 +338,12 @@ def _called(eqn: core.JaxprEqn) -> Any:
 
 def _primitives(eqn: core.JaxprEqn) -> set[str]:
     return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in _inner(eqn) for e in _open(jaxpr).eqns))
+
+
+def _largest(eqn: core.JaxprEqn) -> int:
+    size: Any = lambda aval: getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 1)
+    made = [size(var.aval) for var in eqn.outvars]
+    return max([*made, *(_largest(e) for jaxpr in _inner(eqn) for e in _open(jaxpr).eqns)], default=0)
 
 
 def _inner(eqn: core.JaxprEqn) -> list[Any]:

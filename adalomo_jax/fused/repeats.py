@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from adalomo_jax.fused.folded_keys import with_folded_as_operands
 from adalomo_jax.fused.jaxpr import Equation, Program, called_by, is_checkpoint, with_opened
 from adalomo_jax.fused.order import Ordered, in_order
 from adalomo_jax.fused.signatures import Signatures
@@ -95,7 +96,7 @@ class Found(NamedTuple):
     """A program, and what repeats in it."""
 
     program: Program
-    """That in which it was looked for, but for a checkpoint around a loop, which is opened."""
+    """The one that was searched, but a checkpoint around a loop is opened, and checkpoints are given constants."""
     ordered: Ordered
     repeats: list[Repeat]
 
@@ -108,7 +109,7 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
       leaves: its parameters.
       kinds: of each; equal for those that one stack may hold, None where none may. Picks of a parameter always may.
     """
-    signatures = Signatures()
+    signatures, program = Signatures(), with_folded_as_operands(program)
     ordered = in_order(program, leaves, signatures)
     kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
     of_picks = {v: ("layer of", pick.source) for v, pick in ordered.picks.items() if pick.source in leaves}
