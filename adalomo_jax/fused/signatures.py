@@ -45,7 +45,10 @@ class Signatures(Terms):
         called = called_as_it_is(equation)
         if called is None:
             return self._identity(equation)
-        pullback = pullback_of(equation)
+        try:
+            pullback = pullback_of(equation)
+        except Exception:  # it cannot be traced by itself, as within a shard_map whose axis it names: it is like no other
+            return self._identity(equation)
         variables = self._variables("argument", len(pullback.inputs), depth)
         return (self._hashable(called, depth), *self.outputs(pullback, variables, depth + 1))
 

@@ -395,7 +395,8 @@ def fuse(
         before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
         what each layer of a scan saves for the way back. Or both, as a tuple.
       roll: whether ``step.place`` stacks the layers of lists that a loop in Python runs over, so that the step can scan
-        over them. False leaves them as they are: then each is updated as a whole.
+        over them, as it does over a stack of yours whose layers such a loop takes one by one. False leaves both as they
+        are: then each parameter is updated as a whole.
 
     Returns:
       A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``,

@@ -32,7 +32,7 @@ from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.readers import fold_readers
 from adalomo_jax.fused.reroll import reroll
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacked import layer_paths, unstack_layers
+from adalomo_jax.fused.stacked import is_stacked, layer_paths, unstack_layers
 from adalomo_jax.fused.stages import make_plan
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
@@ -95,7 +95,8 @@ def trace_call(
         return result
 
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
-    program = reroll(program, program.inputs[: len(leaves)])
+    if options.roll or is_stacked(params):
+        program = reroll(program, program.inputs[: len(leaves)])
     program = fold_readers(program, program.inputs[: len(leaves)], trained)
     check_loss([program.avals[v] for v in program.outputs], result_treedef, options.has_aux)
     check_program(program, paths, trained)

@@ -209,3 +209,47 @@ def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
     )
     one_layer = 4 * (2 * DIM * 2 * DIM + DIM)
     assert str(by_plan(step, found.params)).endswith(f"gradients alive at once: {one_layer:,} of {all_bytes:,} bytes")
+
+
+@pytest.mark.parametrize("roll", [True, False])
+def test_a_loop_over_a_stack_of_ones_own(roll):
+    """Layers that a loop takes out of a stack by themselves need no place."""
+
+    def loss(params, x, key):
+        for i in range(4):
+            x = jax.checkpoint(lambda w, x: x + jnp.tanh(x @ w))(params["layers"][i], x)
+        return error(x)
+
+    params = {"layers": jnp.stack([0.5 * matrix(i, DIM, DIM) for i in range(4)])}
+    plan = fuse(loss, adalomo(1e-2), roll=roll).plan(params, *data(0))
+    assert plan.leaves[0].layers == (4 if roll else None)
+    if roll:
+        rolled, _ = by_fuse(fuse(loss, adalomo(1e-2)), params)
+        layers = [params["layers"][i] for i in range(4)]
+        of_list = lambda params, x, key: loss({"layers": jnp.stack(params)}, x, key)
+        assert relative_error(rolled["layers"], jnp.stack(by_optax(of_list, adalomo(1e-2), layers))) < 1e-5
+
+
+def test_derivatives_within_a_shard_map():
+    """The function's axis has a name only there, so it is not compared, and layers that call it are not stacked."""
+    mesh = jax.make_mesh((2,), ("parts",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    total = jax.custom_vjp(lambda x: jax.lax.psum(x, "parts"))
+    total.defvjp(lambda x: (jax.lax.psum(x, "parts"), None), lambda _, d: (d,))
+    spec = jax.P("parts")
+    product = jax.shard_map(
+        lambda x, w: total(x @ w),
+        mesh=mesh,
+        in_specs=(jax.P(None, None, "parts"), spec),
+        out_specs=jax.P(),
+        check_vma=False,
+    )
+
+    def loss(params, x, key):
+        for w in params["layers"]:
+            x = x + jnp.tanh(product(x, w))
+        return error(x)
+
+    params = {"layers": [matrix(i, DIM, DIM) for i in range(3)]}
+    updated, plan = by_fuse(fuse(loss, adalomo(1e-2)), params)
+    assert stacks_in(plan) == {} and "gradients alive at once" in str(plan)
+    assert relative_error(updated, by_optax(loss, adalomo(1e-2), params)) < 1e-5
