@@ -47,7 +47,7 @@ class Signatures(Terms):
             return self._identity(equation)
         try:
             pullback = pullback_of(equation)
-        except Exception:  # it cannot be traced by itself, as within a shard_map whose axis it names: it is like no other
+        except Exception:  # not to be traced by itself, as within a shard_map whose axis it names: like no other
             return self._identity(equation)
         variables = self._variables("argument", len(pullback.inputs), depth)
         return (self._hashable(called, depth), *self.outputs(pullback, variables, depth + 1))

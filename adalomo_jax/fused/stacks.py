@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType
 
 from adalomo_jax.fused.jaxpr import varying_axes
-from adalomo_jax.fused.offload import fetch, put_beside
+from adalomo_jax.fused.offload import fetch, is_on_host, put_beside
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
@@ -135,9 +135,11 @@ def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     """A layer whose gradient is known, its layer axis gone: on an accelerator read from the stack a second time.
 
     Else the copy that products have read would wait for its update, while the way back goes on to what comes before.
-    A CPU's compiler copies no layer.
+    A CPU's compiler copies no layer, and from the host's memory each is fetched once.
     """
-    again = lambda layer, stack, i, gradient: fetch(lax.dynamic_index_in_dim(stack, after(i, gradient), axis))
+    if is_on_host(stack):
+        return jnp.squeeze(layer, axis)
+    again = lambda layer, stack, i, gradient: lax.dynamic_index_in_dim(stack, after(i, gradient), axis)
     first = lambda layer, stack, i, gradient: layer
     return jnp.squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
 
