@@ -8,16 +8,18 @@ layer at a time exist, and the layers are stacked between the steps; the model i
 """
 
 import dataclasses
+import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tunix.models.qwen3 import model as qwen3
 
 from adalomo_jax import adalomo
 from adalomo_jax.nnx import FusedOptimizer
 
+qwen3: Any = importlib.import_module("tunix.models.qwen3.model")
 STEPS, LENGTH = 8, 64
 SMALL = dict(num_layers=6, vocab_size=256, embed_dim=64, hidden_dim=128, num_heads=4, head_dim=16, num_kv_heads=2)
 CONFIG = dataclasses.replace(qwen3.ModelConfig.qwen3_0p6b(), **SMALL, remat_config=qwen3.RematConfig.DECODER)
