@@ -134,7 +134,8 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
 def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     """A layer whose gradient is known, its layer axis gone: on an accelerator read from the stack a second time.
 
-    Else the copy that products have read would wait for its update, while the way back goes on to what comes before.
+    Else the copy that products have read would wait for its update, while the way back goes on to what comes before. To
+    read it again takes one or two passes over the weights more.
     A CPU's compiler copies no layer, and from the host's memory each is fetched once.
     """
     if is_on_host(stack):
