@@ -309,7 +309,7 @@ def warn_of_whole(plan: Plan) -> None:
         if leaf.misplaced:
             size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
             warnings.warn(
-                f"{leaf.path!r} is updated whole, though a scan runs over its layers: {leaf.reason}. Its gradient of "
+                f"{leaf.path!r} is updated whole, though its layers are stacked: {leaf.reason}. Its gradient of "
                 f"{size:,} bytes exists at once. Let one scan alone run over it; what else reads it may take one layer "
                 "at a time and add up, as a sum of squares does. fuse(..., strict=True) makes this an error.",
                 stacklevel=3,

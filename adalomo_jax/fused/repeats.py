@@ -113,8 +113,9 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
     ordered = in_order(program, leaves, signatures)
     kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
     of_picks = {v: ("layer of", pick.source) for v, pick in ordered.picks.items() if pick.source in leaves}
-    nbytes = lambda v: program.avals[v].size * getattr(program.avals[v].dtype, "itemsize", 1)
-    parameters = {v: Parameter((kind, str(program.avals[v])), nbytes(v)) for v, kind in (kind_of | of_picks).items()}
+    parameters = {
+        v: Parameter((kind, str(program.avals[v])), _nbytes(program, v)) for v, kind in (kind_of | of_picks).items()
+    }
     finder = _Finder(program, ordered, frozenset(leaves), parameters, signatures)
     repeats = [finder.repeat(run) for run in finder.search(0, len(ordered.equations))]
     loops = [e for e in _outside(ordered, repeats) if is_checkpoint(e) and _is_loop(e, parameters)]
@@ -188,16 +189,12 @@ class _Finder:
         outside = [v for v in self._read_first(begin, end) if v not in inside]
         size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
         carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
-        size += sum(self._nbytes(v) for v, _ in carried)
+        size += sum(_nbytes(self.program, v) for v, _ in carried)
         stacked = {tuple(values) for role, values in zip(run.roles, run.values) if role[0] == "scanned"}
-        return size + sum(self._nbytes(v) for vs in stacked for v in vs if v not in self.parameters)
+        return size + sum(_nbytes(self.program, v) for vs in stacked for v in vs if v not in self.parameters)
 
     def _is_parameter(self, role: tuple[Any, ...], values: Sequence[int]) -> bool:
         return role[0] == "scanned" and values[0] in self.parameters
-
-    def _nbytes(self, v: int) -> int:
-        aval = self.program.avals[v]
-        return aval.size * getattr(aval.dtype, "itemsize", 1)
 
     def _periods(self, begin: int, end: int) -> list[int]:
         """The distances between the first readers of parameters of one kind."""
@@ -243,9 +240,9 @@ class _Finder:
             for v in self.ordered.equations[k].outputs:
                 last = min(max(self.readers[v], default=k), end)
                 if last > k:
-                    change[k + 1 - begin] += self._nbytes(v)
+                    change[k + 1 - begin] += _nbytes(self.program, v)
                     if last < end:
-                        change[last + 1 - begin] -= self._nbytes(v)
+                        change[last + 1 - begin] -= _nbytes(self.program, v)
         return np.cumsum(change)
 
     def _extend(self, start: int, period: int, end: int) -> _Run | None:
@@ -400,3 +397,9 @@ class _Finder:
             for output, v in enumerate(self.ordered.equations[k].outputs):
                 if any(reader >= stop for reader in self.readers.get(v, ())):
                     yield Read(v, layer, self.ordered.equations[run.start + offset].outputs[output])
+
+
+def _nbytes(program: Program, v: int) -> int:
+    """Of a value; of keys their number."""
+    aval = program.avals[v]
+    return aval.size * getattr(aval.dtype, "itemsize", 1)

@@ -172,7 +172,8 @@ def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[l
     order = sorted(range(len(stage.trained)), key=lambda k: -of_value.get(stage.trained[k].value, 0))
     if one_by_one:
         return [[k] for k in order]
-    sizes = [program.avals[v].size * program.avals[v].dtype.itemsize for v in (s.value for s in stage.trained)]
+    avals = [program.avals[stack.value] for stack in stage.trained]
+    sizes = [aval.size * aval.dtype.itemsize for aval in avals]
     if 2 * largest_made(stage.scan.body) * stage.scan.length < sum(sizes):
         return [sorted(order)]
     before = [sum(sizes[k] for k in order[:n]) for n in range(len(order))]

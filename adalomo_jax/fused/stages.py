@@ -78,9 +78,11 @@ def make_plan(
 def _reason(home: Home, is_trained: bool, is_of_list: bool) -> str:
     if not is_trained:
         return "it is not trained"
-    if is_of_list:
-        return home.reason if home.axis is None else f"{home.reason}, which a list had"
-    return home.reason
+    if not is_of_list:
+        return home.reason
+    return (
+        f"{home.reason}, which a list had" if home.axis is not None else "layers of a list do not repeat in this loss"
+    )
 
 
 def _stages(

@@ -210,8 +210,8 @@ def all_statistics(parts: Sequence[Statistics], positions: Sequence[int]) -> Sta
     order = sorted(range(len(positions)), key=positions.__getitem__)
     squares = total([part.squares for part in parts])
     written = jnp.concatenate([part.written for part in parts], axis=-1)[..., jnp.array(order)]
-    flat = lambda name: [x for part in parts for x in getattr(part, name)]
-    rms_of = lambda name: [flat(name)[k] for k in order] if flat(name) else []
+    in_order = lambda flat: [flat[k] for k in order] if flat else []
+    rms_of = lambda name: in_order([x for part in parts for x in getattr(part, name)])
     return Statistics(squares, written, rms_of("update_rms"), rms_of("param_rms"))
 
 

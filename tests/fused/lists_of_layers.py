@@ -48,6 +48,18 @@ def model(layers, loss, stacks, **others):
     return ListModel(loss, params | others, stacks)
 
 
+def loop(activation_of):
+    """The loss of a loop in which the layer of a number has this activation."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for i, p in enumerate(params["layers"]):
+            x = apply(p, x, activation_of(i))
+        return error(x @ params["head"])
+
+    return loss
+
+
 def of_layer(path, n):
     """All leaves of a layer."""
     return {f"{path}/{name}": n for name in ("down", "scale", "up")}
@@ -172,25 +184,12 @@ def local_and_global(layers):
 
 def other_ends():
     """The first layer and the last are of another kind."""
-
-    def loss(params, x, key):
-        x = x @ params["into"]
-        for i, p in enumerate(params["layers"]):
-            x = apply(p, x, jnp.sin if i in (0, 5) else jax.nn.relu)
-        return error(x @ params["head"])
-
-    return model(6, loss, of_layer("layers/1", 4))
+    return model(6, loop(lambda i: jnp.sin if i in (0, 5) else jax.nn.relu), of_layer("layers/1", 4))
 
 
 def interrupted():
     """Another kind of layer in the middle."""
-
-    def loss(params, x, key):
-        x = x @ params["into"]
-        for i, p in enumerate(params["layers"]):
-            x = apply(p, x, jnp.sin if i == 3 else jax.nn.relu)
-        return error(x @ params["head"])
-
+    loss = loop(lambda i: jnp.sin if i == 3 else jax.nn.relu)
     return model(7, loss, of_layer("layers/0", 3) | of_layer("layers/4", 3))
 
 
@@ -264,28 +263,19 @@ def reads_the_one_before_last():
 def other_derivative():
     """Layers that compute the same, with derivatives of their own, of which one is another."""
 
-    def loss(params, x, key):
-        x = x @ params["into"]
-        for i, p in enumerate(params["layers"]):
-            activation = jax.custom_vjp(jnp.tanh)
-            factor = 3.0 if i == 2 else 1.0
-            activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d, factor=factor: (factor * d / jnp.cosh(x) ** 2,))
-            x = apply(p, x, activation)
-        return error(x @ params["head"])
+    def activation_of(i):
+        activation, factor = jax.custom_vjp(jnp.tanh), 3.0 if i == 2 else 1.0
+        activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d: (factor * d / jnp.cosh(x) ** 2,))
+        return activation
 
-    return model(5, loss, of_layer("layers/0", 2) | of_layer("layers/3", 2))
+    return model(5, loop(activation_of), of_layer("layers/0", 2) | of_layer("layers/3", 2))
 
 
 def two_shapes():
     """Wide layers and narrow ones by turns."""
-
-    def loss(params, x, key):
-        x = x @ params["into"]
-        for p in params["layers"]:
-            x = apply(p, x)
-        return error(x @ params["head"])
-
-    found = model(6, loss, {f"layers/{i}/{name}": 3 for i in range(2) for name in ("down", "scale", "up")})
+    found = model(
+        6, loop(lambda i: jax.nn.relu), {f"layers/{i}/{name}": 3 for i in range(2) for name in ("down", "scale", "up")}
+    )
     for i in (1, 3, 5):
         found.params["layers"][i]["up"] = matrix(70 + i, DIM, DIM)
         found.params["layers"][i]["down"] = matrix(80 + i, DIM, DIM)
