@@ -12,6 +12,7 @@ import optax
 from adalomo_jax.fused import scan, segment
 from adalomo_jax.fused.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.jaxpr import Program
+from adalomo_jax.fused.layers import update_order
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan import LayerScan, Plan, Segment, Stage
 from adalomo_jax.fused.segment import Context
@@ -135,7 +136,7 @@ def _pull_back(
             group = plan.group_of(index, whole=False)
             own, parts = [], None
             if inner is not None and group is not None:
-                sets = scan.update_order(stage, plan.program, any(is_on_host(leaves[i]) for i in group.leaves))
+                sets = update_order(stage, plan.program, any(is_on_host(leaves[i]) for i in group.leaves))
                 own, parts = updater.optimizer.own(inner, group), updater.parts(group, sets)
             measure = partial(updater.measure, group)
             done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)

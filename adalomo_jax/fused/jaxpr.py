@@ -237,14 +237,14 @@ def live_program(program: Program, outputs: Iterable[int]) -> Program:
     return replace(program, outputs=wanted, equations=tuple(_live(program.equations, wanted)))
 
 
-def primitives_in(program: Program) -> set[str]:
+def primitives_of(equations: Iterable[Equation]) -> set[str]:
     """The names of the primitives, those within calls, branches and loops too."""
-    return set().union(*(_primitives(equation.source) for equation in program.equations))
+    return set().union(*(_primitives(equation.source) for equation in equations))
 
 
-def largest_made(program: Program) -> int:
+def largest_made(equations: Sequence[Equation]) -> int:
     """The bytes of the largest value that an equation makes, those within calls, branches and loops too."""
-    return max((_largest(equation.source) for equation in program.equations), default=0)
+    return max((_largest(equation.source) for equation in equations), default=0)
 
 
 def called_by(equation: Equation) -> Program:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adalomo_jax.fused.jaxpr import primitives_in, trace
+from adalomo_jax.fused.jaxpr import primitives_of, trace
 from adalomo_jax.fused.terms import Terms
 from adalomo_jax.optimizers.layer_axes import LayerKey
 from adalomo_jax.optimizers.per_layer import Group, PerLayer, asking_for
@@ -190,12 +190,12 @@ def _ask(
 
     with asking_for(None if types is None else group):
         program, treedef = trace(lambda tensors: optimizer.tx.init(tree_of(tensors)), tensors)
-        _check_not_random(primitives_in(program))
+        _check_not_random(primitives_of(program.equations))
         paths = _paths(treedef)
         types = {p: _type(program.avals[v]) for p, v in zip(paths, program.outputs)} | dict(types or {})
         init = dict(zip(paths, terms.outputs(program, inputs("parameter", group.leaves)), strict=True))
         program, result = trace(update, tensors, list(tensors), [types[path] for path in paths], extra)
-        _check_not_random(primitives_in(program))
+        _check_not_random(primitives_of(program.equations))
     _check_state_stays(paths, _paths(result.children()[1]), types, program.avals, program.outputs[len(tensors) :])
     names = (("gradient", group.leaves), ("parameter", group.leaves), ("state", paths), ("extra", range(len(extra))))
     found = terms.outputs(program, [term for kind, of_kind in names for term in inputs(kind, of_kind)])

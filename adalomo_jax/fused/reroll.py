@@ -11,6 +11,7 @@ from jax import lax
 from adalomo_jax.fused.jaxpr import Program, evaluate, retrace
 from adalomo_jax.fused.order import Ordered, picks_layers
 from adalomo_jax.fused.repeats import Repeat, Scanned, find_repeats
+from adalomo_jax.fused.saving import evaluate_layer
 
 
 def reroll(program: Program, leaves: Sequence[int]) -> Program:
@@ -47,7 +48,7 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
 
     def body(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
         inner = values | carry | xs
-        evaluate(repeat.layer, inner)
+        evaluate_layer(repeat.layer, inner, [*stacked, *(c.made for c in repeat.carried)])
         return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
 
     carry = {c.received: _strong(values[c.initial]) for c in repeat.carried}

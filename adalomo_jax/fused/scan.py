@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from adalomo_jax.fused import segment
-from adalomo_jax.fused.cotangents import Cotangents, accumulate, pull
-from adalomo_jax.fused.jaxpr import Program, evaluate, largest_made, reads_in_order
+from adalomo_jax.fused.cotangents import Cotangents, accumulate
+from adalomo_jax.fused.jaxpr import evaluate
+from adalomo_jax.fused.layers import homes, read_by, received, slices_at
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
-from adalomo_jax.fused.sharding import constrain
-from adalomo_jax.fused.stacks import Part, barrier, layer_at, read_again, start, update_parts
+from adalomo_jax.fused.stacks import Part, after, barrier, once_written, start, update_parts
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -63,7 +63,7 @@ def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
 
     def iteration(carry_and_stacks, i_and_xs):
         (carry, stacks), (i, xs) = carry_and_stacks, i_and_xs
-        layers, _ = _layers(stage, outer, _slices(stage, stacks, i))
+        layers, _ = received(stage, outer, slices_at(stage, stacks, i, stacks))
         there = _invariant(stage, consts) | xs | layers | carry
         tapes = [segment.forward(part, context, there) for part in stage.body]
         layouts[:] = [layout for _, layout in tapes]
@@ -112,30 +112,41 @@ def backward(
     d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
     constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
+    numbers, home = [stack.value for stack in stage.trained], homes(stage)
+    read = [read_by(stage, s) | {v for v in home if home[v] == s} for s in range(len(stage.body))]
+    several = sum(map(bool, read)) > 1
+    home_of_part = [min(home[numbers[k]] for k in part.weights) for part in parts or ()]
 
     def iteration(state, x):
         d_carry, d_consts, stacks, frozen = state
         i, xs, residuals, d_ys = jax.tree.map(fetch, x)
-        trained = dict(zip([stack.value for stack in stage.trained], stacks.weights))
-        slices = _slices(stage, trained | frozen, i)
-        layers, pull_chain = _layers(stage, outer, slices)
-        there = constants | xs | layers
+        before, there = dict(zip(numbers, stacks.weights)) | frozen, constants | xs
+        layers, gradients, statistics = {}, {}, {}
         d = _of_outputs(stage, context, d_carry, d_ys)
-        for part, saved, layout in reversed(list(zip(stage.body, residuals, tape.layouts))):
-            accumulate(d, segment.backward(part, context, (saved, layout), there, d))
-        gradients = pull_chain(d)
+        for s, part in reversed(list(enumerate(stage.body))):
+            # Of several, XLA may else read the weights of all at once.
+            at = after(i, [d[v] for v in part.outputs if v in d]) if several else i
+            slices = slices_at(stage, before, at, read[s])
+            inputs, pull_layers = received(stage, outer, slices)
+            made = segment.backward(part, context, (residuals[s], tape.layouts[s]), there | inputs, d)
+            accumulate(d, made)
+            of_layers = pull_layers(d)
+            for k in (k for k, value in enumerate(numbers) if home[value] == s):
+                layers[k], gradients[k] = slices[numbers[k]], of_layers[numbers[k]]
+            due = [p for p, at_home in enumerate(home_of_part) if at_home == s]
+            if due:
+                parts_due = [parts[p] for p in due]
+                stacks, of_due = update_parts(stacks, axes, i, i + stride, layers, gradients, parts_due, made)
+                statistics |= zip(due, of_due)
+                written = [stacks.weights[k] for part in parts_due for k in part.weights]
+                d |= {v: once_written(d[v], written) for v in part.inputs if several and v in made and v not in inputs}
         d_carry = {v: d.get(v, zeros(context, v)).astype(sum_dtype(context, v)) for v in d_carry}
         d_consts = {v: add(total, d[v]).astype(total.dtype) if v in d else total for v, total in d_consts.items()}
         d_xs = {v: d.get(v, zeros(context, v)) for v in xs if v in stage.active}
         if parts is None:
-            stacks, statistics = barrier(stacks), measure(gradients)
-        else:
-            of_each = zip(stage.trained, stacks.weights, gradients, strict=True)
-            read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: jnp.squeeze(layer, axis)
-            weights = [read(slices[s.value], x, i, s.axis, gradient) for s, x, gradient in of_each]
-            read_by = (d_carry, d_consts, d_xs, gradients)
-            stacks, statistics = update_parts(stacks, axes, i, i + stride, weights, gradients, parts, read_by)
-        return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, statistics)
+            found = measure([gradients[k] for k in range(len(numbers))])
+            return (d_carry, d_consts, barrier(stacks), barrier(frozen)), (d_xs, found)
+        return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, [statistics[p] for p in range(len(parts))])
 
     stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
     frozen = {stack.value: tape.stacks[stack.value] for stack in stage.stacks if not stack.trained}
@@ -156,29 +167,6 @@ def backward(
         if v in d_inner:
             accumulate(d_inputs, {operand: _once(context, v, outer, operand, d_inner[v])})
     return Pulled(stacks.weights, stacks.own, statistics, d_inputs)
-
-
-def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
-    """The trained stacks, by their positions, in sets that are updated one after another.
-
-    One by one, for stacks in host memory. In halves where a layer makes something large, as attention's scores are: the
-    gradients of what it reads last are there first, and need not wait while those are alive; nor need the copies of
-    weights that products have read (`read_again`). Else all together, and each weight is read for its update once.
-    """
-    reads = reads_in_order(stage.scan.body)
-    of_value = {value: reads.index(v) for v, value in stage.layers if v in reads}
-    for equation in reversed(stage.chain):
-        of_value |= {v: of_value.get(equation.outputs[0], 0) for v in equation.inputs if v not in of_value}
-    order = sorted(range(len(stage.trained)), key=lambda k: -of_value.get(stage.trained[k].value, 0))
-    if one_by_one:
-        return [[k] for k in order]
-    avals = [program.avals[stack.value] for stack in stage.trained]
-    sizes = [aval.size * aval.dtype.itemsize for aval in avals]
-    if 2 * largest_made(stage.scan.body) * stage.scan.length < sum(sizes):
-        return [sorted(order)]
-    before = [sum(sizes[k] for k in order[:n]) for n in range(len(order))]
-    first = [k for k, size in zip(order, before) if 2 * size < sum(sizes)]
-    return [half for half in (sorted(first), sorted(set(order) - set(first))) if half]
 
 
 def _context(stage: LayerScan, outer: Context) -> Context:
@@ -208,42 +196,6 @@ def _invariant(stage: LayerScan, consts: Mapping[int, Any]) -> dict[int, Any]:
     values = {**stage.scan.body.constants, **consts}
     evaluate(stage.invariant, values)
     return values
-
-
-def _slices(stage: LayerScan, stacks: Mapping[int, Any], i: Any) -> dict[int, Any]:
-    """Layer ``i`` of each stack, its layer axis kept, by the number in the program."""
-    layers = {s.value: layer_at(stacks[s.value], i, s.axis, keepdims=True) for s in stage.stacks}
-    return {stack.value: constrain(layers[stack.value], stack.sharding) for stack in stage.stacks}
-
-
-def _layers(
-    stage: LayerScan, outer: Context, slices: Mapping[int, Any]
-) -> tuple[dict[int, Any], Callable[[Cotangents], list[Any]]]:
-    """What the body receives of one layer, and the pullback of cotangents of that to gradients of the layer."""
-    made = {v for equation in stage.chain for v in equation.outputs}.intersection(v for _, v in stage.layers)
-
-    def run(trained: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-        values = {**outer.program.constants, **slices, **trained}
-        evaluate(stage.chain, values)
-        active = {v: values[v] for v in made if v in outer.active}
-        return active, {v: values[v] for v in made if v not in active}
-
-    trained = {stack.value: slices[stack.value] for stack in stage.trained}
-    active, pullback, passive = jax.vjp(run, trained, has_aux=True)
-    there = {**slices, **active, **passive}
-
-    def pull_chain(d: Cotangents) -> list[Any]:
-        found: Cotangents = {}
-        for v, value in stage.layers:
-            if v in d and value in outer.active:
-                accumulate(found, {value: d[v][None]})
-        if any(v in found for v in active):
-            d_made = {v: found[v] if v in found else jnp.zeros_like(x) for v, x in active.items()}
-            accumulate(found, pull(pullback, d_made, {v: x.dtype for v, x in active.items()}))
-        gradients = [found.get(stack.value, jnp.zeros_like(slices[stack.value])) for stack in stage.trained]
-        return [jnp.squeeze(g, stack.axis) for g, stack in zip(gradients, stage.trained)]
-
-    return {v: jnp.squeeze(there[value], 0) for v, value in stage.layers}, pull_chain
 
 
 def _of_outputs(stage: LayerScan, context: Context, d_carry: Cotangents, d_ys: Mapping[int, Any]) -> Cotangents:

@@ -6,7 +6,7 @@ each iteration. So the state of the next layer is read after this layer's is wri
 written at an index that depends on what is computed from them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,16 +84,25 @@ def update_parts(
     axes: Sequence[int],
     i: jax.Array,
     following: jax.Array,
-    weights: list[Any],
-    gradients: list[Any],
+    layers: Mapping[int, Any],
+    gradients: Mapping[int, Any],
     parts: Sequence[Part],
-    read_by: Any = (),
+    read_by: Any,
 ) -> tuple[Stacks, list[Any]]:
     """`update` of each part, one after another: none begins before the stacks of the one before have been written.
 
     So what was written need not wait on the device, nor its gradient. Returns the statistics of each part, too.
+
+    Args:
+      layers: by its position layer ``i`` of each stack, as it was read, the layer axis kept.
+      gradients: of these, without that axis.
+      parts: of the stacks.
+      read_by: all else that is computed from them in this iteration.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
+    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: jnp.squeeze(layer, axis)
+    weights = {k: read(layers[k], stacks.weights[k], i, axes[k], gradients[k]) for part in parts for k in part.weights}
+    read_by = (read_by, [gradients[k] for k in weights])
     previous, found = (), {}
     for p, part in enumerate(parts):
         of_part = [gradients[k] for k in part.weights]

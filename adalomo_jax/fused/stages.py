@@ -1,6 +1,6 @@
 """Cuts a traced loss into the stages of its backward pass, and says where each parameter is updated."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from adalomo_jax.fused.chain import Chain
 from adalomo_jax.fused.dependence import active_in_scan, active_values, batched_in_scan, batched_values
@@ -95,21 +95,41 @@ def _stages(
     """The program, cut before and after each layer scan, and each checkpoint that reads a trained parameter."""
     of_scan = {id(scan): (chain, stacks) for scan, chain, stacks in layer_scans}
     in_chain = {id(equation) for _, chain, _ in layer_scans for equation in chain.equations}
-    parts: list[list[Equation]] = [[]]
-    for equation in program.equations:
-        if id(equation) in of_scan or (is_checkpoint(equation) and trained.intersection(equation.inputs)):
-            parts += [[equation], []]
-        elif id(equation) not in in_chain:
-            parts[-1].append(equation)
+    others = [equation for equation in program.equations if id(equation) not in in_chain]
+    by_itself = lambda e: id(e) in of_scan or (is_checkpoint(e) and bool(trained.intersection(e.inputs)))
     stages: list[Stage] = []
     read_later = set(program.outputs)
-    for part in reversed([part for part in parts if part] or [[]]):
+    for part in reversed(_cut(others, by_itself)):
         if part and id(part[0]) in of_scan:
             stages.append(_layer_scan(part[0], *of_scan[id(part[0])], active, batched, read_later))
             read_later.update(stages[-1].inputs)
         else:
             stages += reversed(_segments(part, batched, read_later))
     return tuple(reversed(stages))
+
+
+def _cut(equations: Sequence[Equation], by_itself: Callable[[Equation], bool]) -> list[list[Equation]]:
+    """The equations, cut before and after each that is to stand by itself; of none, one part without any."""
+    parts: list[list[Equation]] = [[]]
+    for equation in equations:
+        if by_itself(equation):
+            parts += [[equation], []]
+        else:
+            parts[-1].append(equation)
+    return [part for part in parts if part] or [[]]
+
+
+def _body(
+    scan: Scan, equations: Sequence[Equation], layers: Collection[int], batched: Collection[int] | None
+) -> list[Segment]:
+    """Of a body with several checkpoints that read a trained layer, each is pulled back by itself."""
+    checkpoints = {id(e) for e in equations if is_checkpoint(e) and any(v in layers for v in e.inputs)}
+    parts = _cut(equations, lambda e: id(e) in checkpoints) if len(checkpoints) > 1 else [list(equations)]
+    segments: list[Segment] = []
+    read_later = set(scan.body.outputs)
+    for part in reversed(parts):
+        segments += reversed(_segments(part, batched, read_later))
+    return segments[::-1]
 
 
 def _segments(equations: Sequence[Equation], batched: Collection[int] | None, read_later: set[int]) -> list[Segment]:
@@ -144,6 +164,8 @@ def _layer_scan(
         inner_batched = frozenset(batched_in_scan(scan, [v in batched for v in equation.inputs]))
     invariant, varying = _split_invariant(scan, inner_active | (inner_batched or frozenset()))
     pairs = list(zip(scan.body.inputs, equation.inputs))
+    layers = tuple((v, outer) for v, outer in pairs[scan.first_xs :] if outer in from_stacks)
+    trained = [v for v, outer in layers if outer in active]
     return LayerScan(
         scan=scan,
         operands=equation.inputs,
@@ -151,9 +173,9 @@ def _layer_scan(
         read_ys=tuple(p for p, v in enumerate(equation.outputs) if p >= scan.num_carry and v in read_later),
         stacks=tuple(stacks),
         chain=chain.of_one_layer,
-        layers=tuple((v, outer) for v, outer in pairs[scan.first_xs :] if outer in from_stacks),
+        layers=layers,
         invariant=tuple(invariant),
-        body=tuple(_segments(varying, inner_batched, set(scan.body.outputs))),
+        body=tuple(_body(scan, varying, trained, inner_batched)),
         active=inner_active,
         batched=inner_batched or frozenset(),
     )
