@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-
 LANES = 128
 """Elements of a tile's row."""
 SUBLANES = 8

@@ -1,4 +1,4 @@
-"""Prints, of models as found and of lists of layers, what their steps need: fused, unfused, and fused with lists placed.
+"""Prints what steps of models as found, and of lists of layers, need: fused, unfused, and fused with lists placed.
 
     python tests/fused/benchmark_memory.py [--json] [--dim 1024] tpu-v5e [name ...]
 
@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import lists_as_found
@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=list(TARGETS))
     parser.add_argument("names", nargs="*", metavar="name", help="of models; all by default")
-    parser.add_argument("--dim", type=int, default=1024, help="width of layers that are scanned; those of lists are twice as wide")
+    parser.add_argument("--dim", type=int, default=1024, help="width where layers are scanned; lists are twice as wide")
     parser.add_argument("--length", type=int, default=512, help="tokens")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
