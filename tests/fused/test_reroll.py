@@ -260,3 +260,28 @@ def test_stacks_that_another_loss_does_not_run_over_are_told_of():
     step = fuse(lambda params, x, key: other.loss_fn(params, x, key) + error(params["layers"][1]["up"]), adalomo(1e-2))
     with pytest.warns(UserWarning, match=r"'layers/0/up' is updated whole, though its layers are stacked: .* a list"):
         step.init(placed, *data(0))
+
+
+def test_a_loop_under_remat_over_a_tree_that_was_cast_before():
+    """The checkpoint is given what was made of parameters, and is opened all the same."""
+    found = MODELS["plain, remat loop"]()
+    cast = lambda params: jax.tree.map(lambda w: (w * 1.0).astype(jnp.bfloat16), params)
+    loss = lambda params, x, key: found.loss_fn(cast(params), x.astype(jnp.bfloat16), key)
+    assert stacks_in(by_plan(fuse(loss, adalomo(1e-2)), found.params)) == found.stacks
+
+
+def test_what_repeats_around_larger_parameters_stays():
+    """Two scans over one stack, each before a matrix: rolled up, the sums of the stack's gradients would be carried."""
+
+    def loss(params, x, key):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(normalize(x) @ w), None))
+        for name in ("between", "head"):
+            x = normalize(jax.lax.scan(layer, x, params["layers"])[0]) @ params[name]
+        return error(x)
+
+    normalize = lambda x: x / (1 + jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
+    matrices = {name: matrix(i, 8 * DIM, 8 * DIM) for i, name in enumerate(("between", "head"))}
+    params = {"layers": jnp.stack([matrix(3 + i, 8 * DIM, 8 * DIM) for i in range(4)]), **matrices}
+    x = jnp.ones((2, 8 * DIM))
+    placed = fuse(loss, adalomo(1e-2)).place(params, x, None)
+    assert jax.tree.structure(placed) == jax.tree.structure(params)
