@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from adalomo_jax.fused.jaxpr import Equation, Program
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     "abs add and ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2 expm1 floor ge gt".split()
     + "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow reduce_precision round".split()
     + "rsqrt select_n sign sin sqrt square sub tanh".split()
@@ -73,7 +73,7 @@ def layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int,
 
 def is_elementwise(equation: Equation) -> bool:
     """Whether each entry of what it makes is made of the entries at its place, and of scalars."""
-    return equation.name in _ELEMENTWISE
+    return equation.name in ELEMENTWISE
 
 
 def arrays_in(program: Program, equation: Equation) -> list[int]:

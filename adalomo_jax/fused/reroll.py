@@ -8,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adalomo_jax.fused.jaxpr import Program, evaluate, retrace
+from adalomo_jax.fused.chain import ELEMENTWISE
+from adalomo_jax.fused.jaxpr import Equation, Program, evaluate, is_checkpoint, retrace
 from adalomo_jax.fused.order import Ordered, picks_layers
 from adalomo_jax.fused.repeats import Repeat, Scanned, find_repeats
+
+_OF_LAYOUT = frozenset("broadcast_in_dim copy expand_dims reshape rev squeeze transpose".split())
+_OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
 
 
 def reroll(program: Program, leaves: Sequence[int]) -> Program:
@@ -45,10 +49,20 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
     last = {r.value: handed_on[r.made] for r in repeat.read if r.layer == repeat.layers - 1 and r.made in handed_on}
     stacked = list(dict.fromkeys(r.made for r in repeat.read if r.value not in last))
 
+    same, others = _split_same(repeat)
+
     def body(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
-        inner = values | carry | xs
-        evaluate(repeat.layer, inner)
-        return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
+        there = dict(values)
+        evaluate(same, there)
+
+        def layer(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
+            inner = there | carry | xs
+            evaluate(others, inner)
+            return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
+
+        if not any(map(is_checkpoint, others)):
+            layer = jax.checkpoint(layer, policy=_is_saved, prevent_cse=False)
+        return layer(carry, xs)
 
     carry = {c.received: _strong(values[c.initial]) for c in repeat.carried}
     xs = {scanned.received: _stack(program, ordered, scanned, values) for scanned in repeat.scanned}
@@ -57,6 +71,31 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
     for r in repeat.read:
         if r.value not in last:
             values[r.value] = lax.index_in_dim(ys[stacked.index(r.made)], r.layer, 0, keepdims=False)
+
+
+def _split_same(repeat: Repeat) -> tuple[list[Equation], list[Equation]]:
+    """A layer's equations that compute the same in each, and the others."""
+    varies = {received.received for received in (*repeat.carried, *repeat.scanned)}
+    same, others = [], []
+    for equation in repeat.layer:
+        if varies.isdisjoint(equation.inputs) and not equation.has_effects:
+            same.append(equation)
+        else:
+            varies.update(equation.outputs)
+            others.append(equation)
+    return same, others
+
+
+def _is_saved(primitive: Any, *avals: Any, **_: Any) -> bool:
+    """Whether a layer without remat saves what this makes, if it is needed again; else it is computed again.
+
+    XLA fuses what is elementwise into what reads it, and so computes it again where layers stand side by side. Of a
+    loop's body it would save all that a derivative reads: of a gelu six arrays. A flag takes a byte, and random bits
+    are dear.
+    """
+    is_float = any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+    again = primitive.name in _OF_LAYOUT or (primitive.name in ELEMENTWISE - _OF_FLAGS and is_float)
+    return not (again or primitive.name == "convert_element_type")
 
 
 def _stack(program: Program, ordered: Ordered, scanned: Scanned, values: Mapping[int, Any]) -> Any:

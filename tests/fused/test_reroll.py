@@ -1,12 +1,13 @@
 """Layers in Python lists: stacked between the steps, scanned over within them, and the caller's tree in all else."""
 
+import flops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from comparison import RULES, copied, relative_error
-from lists_of_layers import DIM, MODELS, apply, data, error, matrix, of_layer
+from lists_of_layers import DIM, MODELS, apply, data, error, loop, matrix, model, of_layer
 from tiers import always, slow
 
 from adalomo_jax import adalomo, fuse
@@ -285,3 +286,15 @@ def test_what_repeats_around_larger_parameters_stays():
     x = jnp.ones((2, 8 * DIM))
     placed = fuse(loss, adalomo(1e-2)).place(params, x, None)
     assert jax.tree.structure(placed) == jax.tree.structure(params)
+
+
+def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
+    """Of a gelu all that its derivative reads would be: side by side, XLA computes such things again."""
+    found = model(4, loop(lambda i: jax.nn.gelu), {})
+    step = fuse(found.loss_fn, adalomo(1e-2))
+    placed = step.place(found.params, *data(0))
+    rows = data(0)[0].size // DIM
+    of_rows = 2 * 4  # the mean and the root of a norm
+    assert step.saved_bytes(placed, *data(0)) <= 4 * rows * (4 * (DIM + 2 * DIM) + of_rows) + 1000
+    calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, found.params)]
+    assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
