@@ -118,8 +118,18 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
     }
     finder = _Finder(program, ordered, frozenset(leaves), parameters, signatures)
     repeats = [finder.repeat(run) for run in finder.search(0, len(ordered.equations))]
-    loops = [e for e in _outside(ordered, repeats) if is_checkpoint(e) and _is_loop(e, parameters)]
-    return find_repeats(with_opened(program, loops), leaves, kinds) if loops else Found(program, ordered, repeats)
+    found = Found(program, ordered, repeats)
+    loops = [e for e in _outside(ordered, repeats) if is_checkpoint(e) and _is_loop(e, program, ordered, parameters)]
+    if not loops:
+        return found
+    opened = find_repeats(with_opened(program, loops), leaves, kinds)
+    return opened if _stacked(opened) > _stacked(found) else found
+
+
+def _stacked(found: Found) -> int:
+    """How many parameters are layers of stacks."""
+    of_stacks = [scanned for repeat in found.repeats for scanned in repeat.scanned if scanned.is_parameter]
+    return sum(len(scanned.values) for scanned in of_stacks)
 
 
 def _outside(ordered: Ordered, repeats: Sequence[Repeat]) -> list[Equation]:
@@ -127,9 +137,10 @@ def _outside(ordered: Ordered, repeats: Sequence[Repeat]) -> list[Equation]:
     return [equation for k, equation in enumerate(ordered.equations) if k not in inside]
 
 
-def _is_loop(checkpoint: Equation, parameters: Mapping[int, Parameter]) -> bool:
-    """Whether layers repeat in it."""
-    kinds = [parameters[v].kind if v in parameters else None for v in checkpoint.inputs]
+def _is_loop(checkpoint: Equation, program: Program, ordered: Ordered, parameters: Mapping[int, Parameter]) -> bool:
+    """Whether layers repeat in it, of parameters or, where they were cast before, of what was made of these alone."""
+    of_leaves = {v: ("of leaves", str(program.avals[v])) for v in checkpoint.inputs if v in ordered.of_leaves}
+    kinds = [parameters[v].kind if v in parameters else of_leaves.get(v) for v in checkpoint.inputs]
     known = [kind for kind in kinds if kind is not None]
     if len(set(known)) == len(known):
         return False
@@ -189,6 +200,9 @@ class _Finder:
         outside = [v for v in self._read_first(begin, end) if v not in inside]
         size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
         carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
+        # Of a parameter that all layers read, one layer's share of the gradient is alive beside the sum.
+        shared = {values[0] for role, values in zip(run.roles, run.values) if role[0] == "constant"}
+        size += sum(_nbytes(self.program, v) for v in shared if v in self.leaves or v in self.ordered.of_leaves)
         size += sum(_nbytes(self.program, v) for v, _ in carried)
         stacked = {tuple(values) for role, values in zip(run.roles, run.values) if role[0] == "scanned"}
         return size + sum(_nbytes(self.program, v) for vs in stacked for v in vs if v not in self.parameters)
@@ -229,8 +243,16 @@ class _Finder:
                 at += period * (run.layers if run is not None else 1)
 
     def _is_chain(self, run: _Run) -> bool:
-        """Whether each layer has parameters of its own, and hands something on: two products of one value do not."""
-        hands_on = any(role[0] == "carried" for role in run.roles)
+        """Whether each layer has parameters of its own, and hands on what depends on what it received.
+
+        Two products of one value do not, nor do casts of parameters, cut between two operations on one.
+        """
+        roles, moved = iter(run.roles), set[tuple[int, int]]()
+        for k, equation in enumerate(self.ordered.equations[run.start : run.start + run.period]):
+            of_inputs = [next(roles) for _ in equation.inputs]
+            if any(role[0] == "carried" or (role[0] == "made" and role[1:] in moved) for role in of_inputs):
+                moved.update((k, o) for o in range(len(equation.outputs)))
+        hands_on = any(role[0] == "carried" and role[1:] in moved for role in run.roles)
         return hands_on and any(map(self._is_parameter, run.roles, run.values))
 
     def _bytes_handed(self, begin: int, end: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from adalomo_jax.fused.jaxpr import Program, evaluate, retrace
+from adalomo_jax.fused.jaxpr import Equation, Program, evaluate, retrace
 from adalomo_jax.fused.order import Ordered, picks_layers
 from adalomo_jax.fused.repeats import Repeat, Scanned, find_repeats
 from adalomo_jax.fused.saving import evaluate_layer
@@ -46,9 +46,13 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
     last = {r.value: handed_on[r.made] for r in repeat.read if r.layer == repeat.layers - 1 and r.made in handed_on}
     stacked = list(dict.fromkeys(r.made for r in repeat.read if r.value not in last))
 
+    same, others = _split_same(repeat)
+
     def body(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
-        inner = values | carry | xs
-        evaluate_layer(repeat.layer, inner, [*stacked, *(c.made for c in repeat.carried)])
+        inner = dict(values)
+        evaluate(same, inner)
+        inner |= carry | xs
+        evaluate_layer(others, inner, [*stacked, *(c.made for c in repeat.carried)])
         return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
 
     carry = {c.received: _strong(values[c.initial]) for c in repeat.carried}
@@ -58,6 +62,19 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
     for r in repeat.read:
         if r.value not in last:
             values[r.value] = lax.index_in_dim(ys[stacked.index(r.made)], r.layer, 0, keepdims=False)
+
+
+def _split_same(repeat: Repeat) -> tuple[list[Equation], list[Equation]]:
+    """A layer's equations that compute the same in each, and the others."""
+    varies = {received.received for received in (*repeat.carried, *repeat.scanned)}
+    same, others = [], []
+    for equation in repeat.layer:
+        if varies.isdisjoint(equation.inputs) and not equation.has_effects:
+            same.append(equation)
+        else:
+            varies.update(equation.outputs)
+            others.append(equation)
+    return same, others
 
 
 def _stack(program: Program, ordered: Ordered, scanned: Scanned, values: Mapping[int, Any]) -> Any:

@@ -5,29 +5,24 @@ What a scan saves is an array for all layers, chosen by JAX: of gelu alone six. 
 and the like are saved, and what lies between is computed again. The number of products is the same.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from adalomo_jax.fused.chain import ELEMENTWISE
-from adalomo_jax.fused.jaxpr import Equation, evaluate, is_checkpoint, primitives_of
+from adalomo_jax.fused.jaxpr import Equation, evaluate, is_checkpoint
 
-_COMPARISONS = frozenset("eq ge gt le lt ne".split())
-_SHAPES = frozenset(
-    "broadcast_in_dim concatenate expand_dims iota pad reshape rev slice split squeeze transpose unstack".split()
-)
-_RANDOM = frozenset(
-    "random_bits random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32".split()
-    + "bitcast_convert_type shift_left shift_right_logical xor".split()
-)
+_OF_LAYOUT = frozenset("broadcast_in_dim copy expand_dims reshape rev squeeze transpose".split())
+_OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
 
 
 def evaluate_layer(equations: Sequence[Equation], values: dict[int, Any], wanted: Iterable[int]) -> None:
     """Runs a layer's equations on ``values``, and adds to it what is wanted.
 
-    Between its checkpoints, and what has effects, it saves what `is_saved` says.
+    Between its checkpoints, and what has effects, it saves what `_is_saved` says.
     """
     runs = list(_runs(equations))
     for k, run in enumerate(runs):
@@ -38,19 +33,17 @@ def evaluate_layer(equations: Sequence[Equation], values: dict[int, Any], wanted
         outputs = [v for equation in run for v in equation.outputs if v in later]
         read = dict.fromkeys(v for equation in run for v in equation.inputs if isinstance(values.get(v), Tracer))
         compute = _computing(run, values, outputs)
-        values |= jax.checkpoint(compute, policy=is_saved(run), prevent_cse=False)({v: values[v] for v in read})
+        values |= jax.checkpoint(compute, policy=_is_saved, prevent_cse=False)({v: values[v] for v in read})
 
 
-def is_saved(equations: Iterable[Equation]) -> Callable[..., bool]:
-    """A policy for ``jax.checkpoint``: whether what a primitive makes is saved.
+def _is_saved(primitive: Any, *avals: Any, **_: Any) -> bool:
+    """Whether what a primitive makes is saved, if it is needed again; else it is computed again.
 
-    Of random bits, which are as large as what they are compared with, the comparison is saved, a byte for each; else no
-    comparison, since what is compared is.
+    A flag takes a byte, and random bits are dear.
     """
-    draws = not primitives_of(equations).isdisjoint({"random_bits", "threefry2x32"})
-    again: Collection[str] = ELEMENTWISE | _SHAPES
-    again = (again | _RANDOM) - _COMPARISONS if draws else again
-    return lambda primitive, *_, **__: primitive.name not in again
+    is_float = any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+    again = primitive.name in _OF_LAYOUT or (primitive.name in ELEMENTWISE - _OF_FLAGS and is_float)
+    return not (again or primitive.name == "convert_element_type")
 
 
 def _computing(run: Sequence[Equation], values: dict[int, Any], outputs: Sequence[int]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from adalomo_jax.fused import FusedStep
@@ -133,12 +132,12 @@ def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fus
 def shard_bytes(x: Any) -> int:
     """Bytes of an array on one chip."""
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+    return math.prod(shape) * x.dtype.itemsize
 
 
 def whole_bytes(x: Any) -> int:
     """Bytes of an array on all chips together, copies not counted."""
-    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+    return math.prod(x.shape) * x.dtype.itemsize
 
 
 def on_host(x: Any) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax.numpy as jnp
-
 LANES = 128
 """Elements of a tile's row."""
 SUBLANES = 8
@@ -19,11 +17,11 @@ def row_major_bytes(x: Any) -> int:
     """Bytes of an array whose last dimension lies along the lanes: the last two are filled up to whole tiles.
 
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> row_major_bytes(jax.ShapeDtypeStruct((30, 576, 192), jnp.bfloat16)) == 30 * 576 * 256 * 2
         True
     """
-    itemsize = jnp.dtype(x.dtype).itemsize
+    itemsize = x.dtype.itemsize
     if x.ndim < 2:
         tile = max(VECTOR_TILE_BYTES // itemsize, min(SUBLANES * LANES, _power_of_two(math.prod(x.shape))))
         return _whole(math.prod(x.shape), tile) * itemsize
@@ -36,7 +34,7 @@ def lies_transposed(x: Any) -> bool:
     """Whether an argument lies with its last two dimensions swapped, as libtpu has it where less is filled up so.
 
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> [lies_transposed(jax.ShapeDtypeStruct(s, jnp.bfloat16)) for s in [(512, 576), (576, 512), (64, 576)]]
         [True, False, False]
     """

@@ -99,7 +99,7 @@ def shared_layer(sizes: Sizes) -> Model:
     def loss_fn(params, x):
         return readout(params, lax.scan(lambda y, _: layer(y, params["layer"]), x, None, length=sizes.layers)[0], x)
 
-    one = jax.tree.map(lambda w: jnp.asarray(np.asarray(w)[0]), feed_forward_stack(sizes))
+    one = jax.tree.map(lambda w: w[0], feed_forward_stack(sizes))
     params = {"layer": one, "head": matrix(1, sizes.dim, sizes.dim)}
     return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {})
 

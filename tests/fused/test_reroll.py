@@ -1,12 +1,13 @@
 """Layers in Python lists: stacked between the steps, scanned over within them, and the caller's tree in all else."""
 
+import flops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from comparison import RULES, copied, relative_error
-from lists_of_layers import DIM, MODELS, apply, data, error, matrix, of_layer
+from lists_of_layers import DIM, MODELS, apply, data, error, loop, matrix, model, of_layer
 from tiers import always, slow
 
 from adalomo_jax import adalomo, fuse
@@ -260,3 +261,40 @@ def test_stacks_that_another_loss_does_not_run_over_are_told_of():
     step = fuse(lambda params, x, key: other.loss_fn(params, x, key) + error(params["layers"][1]["up"]), adalomo(1e-2))
     with pytest.warns(UserWarning, match=r"'layers/0/up' is updated whole, though its layers are stacked: .* a list"):
         step.init(placed, *data(0))
+
+
+def test_a_loop_under_remat_over_a_tree_that_was_cast_before():
+    """The checkpoint is given what was made of parameters, and is opened all the same."""
+    found = MODELS["plain, remat loop"]()
+    cast = lambda params: jax.tree.map(lambda w: (w * 1.0).astype(jnp.bfloat16), params)
+    loss = lambda params, x, key: found.loss_fn(cast(params), x.astype(jnp.bfloat16), key)
+    assert stacks_in(by_plan(fuse(loss, adalomo(1e-2)), found.params)) == found.stacks
+
+
+def test_what_repeats_around_larger_parameters_stays():
+    """Two scans over one stack, each before a matrix: rolled up, the sums of the stack's gradients would be carried."""
+
+    def loss(params, x, key):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(normalize(x) @ w), None))
+        for name in ("between", "head"):
+            x = normalize(jax.lax.scan(layer, x, params["layers"])[0]) @ params[name]
+        return error(x)
+
+    normalize = lambda x: x / (1 + jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
+    matrices = {name: matrix(i, 8 * DIM, 8 * DIM) for i, name in enumerate(("between", "head"))}
+    params = {"layers": jnp.stack([matrix(3 + i, 8 * DIM, 8 * DIM) for i in range(4)]), **matrices}
+    x = jnp.ones((2, 8 * DIM))
+    placed = fuse(loss, adalomo(1e-2)).place(params, x, None)
+    assert jax.tree.structure(placed) == jax.tree.structure(params)
+
+
+def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
+    """Of a gelu all that its derivative reads would be: side by side, XLA computes such things again."""
+    found = model(4, loop(lambda i: jax.nn.gelu), {})
+    step = fuse(found.loss_fn, adalomo(1e-2))
+    placed = step.place(found.params, *data(0))
+    rows = data(0)[0].size // DIM
+    of_rows = 2 * 4  # the mean and the root of a norm
+    assert step.saved_bytes(placed, *data(0)) <= 4 * rows * (4 * (DIM + 2 * DIM) + of_rows) + 1000
+    calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, found.params)]
+    assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax import adalomo, fuse
-from adalomo_jax.memory import TARGETS, compile_usage
+from adalomo_jax.memory import TARGETS, compile_usage, estimate_usage
 from adalomo_jax.memory.compile import needed_bytes
 
 pytestmark = pytest.mark.uncached
@@ -129,3 +129,12 @@ def test_another_error_is_not_taken_for_lack_of_memory(params, x, monkeypatch):
 )
 def test_the_size_that_a_refusal_names(message, size):
     assert needed_bytes(message) == size
+
+
+@pytest.mark.parametrize("usage_of", [compile_usage, estimate_usage])
+def test_a_key_among_the_arguments(params, x, usage_of):
+    """As dropout's: its bytes are counted."""
+    of_key = lambda params, x, key: loss_fn(params, x + jax.random.normal(key, x.shape))
+    usage = usage_of(fuse(of_key, adalomo(1e-2)), params, x, jax.random.key(0), target=CPU)
+    without = usage_of(fuse(loss_fn, adalomo(1e-2)), params, x, target=CPU)
+    assert 8 <= usage.argument_bytes - without.argument_bytes <= 16
