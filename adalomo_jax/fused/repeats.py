@@ -6,7 +6,7 @@ same for each layer, or for each another. Parameters that are others for each la
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,8 +109,29 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
       leaves: its parameters.
       kinds: of each; equal for those that one stack may hold, None where none may. Picks of a parameter always may.
     """
-    signatures, program = Signatures(), with_folded_as_operands(program)
-    ordered = in_order(program, leaves, signatures)
+    program = with_folded_as_operands(program)
+    found = _find(program, leaves, kinds, leaves)
+    in_parts = _in_parts(found, {v for v, kind in zip(leaves, kinds, strict=True) if kind is not None})
+    if not in_parts:
+        return found
+    as_wholes = _find(program, leaves, kinds, [v for v in leaves if v not in in_parts])
+    return max(found, as_wholes, key=lambda found: sum(_nbytes(found.program, v) for v in _layers_in(found)))
+
+
+def _in_parts(found: Found, leaves: Collection[int]) -> set[int]:
+    """The leaves of which a single entry is read, but not as a layer: a layer's own, such as a bias with two rows."""
+    stacks = {found.ordered.picks[v].source for v in _layers_in(found) if v in found.ordered.picks}
+    return {pick.source for pick in found.ordered.picks.values() if pick.source in leaves} - stacks
+
+
+def _layers_in(found: Found) -> set[int]:
+    return {v for repeat in found.repeats for scanned in repeat.scanned if scanned.is_parameter for v in scanned.values}
+
+
+def _find(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable], pickable: Collection[int]) -> Found:
+    """What repeats, where a single entry of those that are pickable, and no part of the others, may be a layer."""
+    signatures = Signatures()
+    ordered = in_order(program, leaves, signatures, pickable)
     kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
     of_picks = {v: ("layer of", pick.source) for v, pick in ordered.picks.items() if pick.source in leaves}
     parameters = {
@@ -229,9 +250,18 @@ class _Finder:
                 at += period * (run.layers if run is not None else 1)
 
     def _is_chain(self, run: _Run) -> bool:
-        """Whether each layer has parameters of its own, and hands something on: two products of one value do not."""
-        hands_on = any(role[0] == "carried" for role in run.roles)
-        return hands_on and any(map(self._is_parameter, run.roles, run.values))
+        """Whether a layer has parameters of its own, and hands on what it makes of what it was handed.
+
+        Products of one value do not: queries, keys and values.
+        """
+        if not any(map(self._is_parameter, run.roles, run.values)):
+            return False
+        roles, depends = iter(run.roles), set()
+        for k in range(run.period):
+            of_inputs = [next(roles) for _ in self.ordered.equations[run.start + k].inputs]
+            if any(role[0] == "carried" or role[0] == "made" and role[1] in depends for role in of_inputs):
+                depends.add(k)
+        return any(role[0] == "carried" and role[1] in depends for role in run.roles)
 
     def _bytes_handed(self, begin: int, end: int) -> np.ndarray:
         """What is made before and read after each place."""
