@@ -25,7 +25,7 @@ def functional():
         y = keras.layers.LayerNormalization()(x)
         attention = keras.layers.MultiHeadAttention(2, DIM // 2, dropout=0.1, use_bias=False)
         x = keras.layers.Add()([x, attention(y, y, use_causal_mask=True)])
-        y = keras.layers.Dense(2 * DIM, activation="gelu")(keras.layers.LayerNormalization()(x))
+        y = keras.layers.Dense(2 * DIM, "gelu", use_bias=False)(keras.layers.LayerNormalization(center=False)(x))
         x = x + keras.layers.Dropout(0.1)(keras.layers.Dense(DIM)(y))
     return keras.Model(inputs, keras.layers.Dense(DIM)(x))
 
@@ -58,7 +58,7 @@ class Subclassed(keras.Model):
         return self.head(x)
 
 
-MODELS = {"functional": (functional, 12), "subclassed": (Subclassed, 3)}
+MODELS = {"functional": (functional, 10), "subclassed": (Subclassed, 3)}
 """With the number of a layer's variables that are trained."""
 
 
