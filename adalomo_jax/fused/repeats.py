@@ -244,10 +244,9 @@ class _Finder:
         for start in cuts[:_CUTS]:
             at = start
             while at + 2 * period <= end:
-                run = self._extend(at, period, end)
-                if run is not None and self._is_chain(run):
-                    yield run
-                at += period * (run.layers if run is not None else 1)
+                runs = self._extend(at, period, end)
+                yield from filter(self._is_chain, runs)
+                at += period * (runs[-1].layers if runs else 1)
 
     def _is_chain(self, run: _Run) -> bool:
         """Whether a layer has parameters of its own, and hands on what it makes of what it was handed.
@@ -275,16 +274,20 @@ class _Finder:
                         change[last + 1 - begin] -= _nbytes(self.program, v)
         return np.cumsum(change)
 
-    def _extend(self, start: int, period: int, end: int) -> _Run | None:
-        """The longest run from here; None where the second layer is not like the first."""
+    def _extend(self, start: int, period: int, end: int) -> list[_Run]:
+        """The longest run from here, and before it those in which more is the same for each layer; or none."""
         roles, values = self._first_two(start, period)
         if roles is None or not self._are_apart(roles, values):
-            return None
-        layers = 2
-        while start + (layers + 1) * period <= end and self._goes_on(start, period, layers, roles, values):
-            layers += 1
-        run = _Run(start, period, layers, roles, values)
-        return run if self._covers_stacks(run) else None
+            return []
+        runs = [_Run(start, period, 2, roles, values)]
+        while start + (runs[-1].layers + 1) * period <= end and (following := self._following(runs[-1])) is not None:
+            run, (roles, values) = runs[-1], following
+            if roles != run.roles:
+                runs.append(_Run(start, period, run.layers, roles, [list(before) for before in run.values]))
+            for before, v in zip(runs[-1].values, values):
+                before.append(v)
+            runs[-1].layers += 1
+        return [run for run in runs if self._covers_stacks(run)]
 
     def _first_two(self, start: int, period: int) -> tuple[Any, Any]:
         roles, values = [], []
@@ -326,30 +329,30 @@ class _Finder:
         alike = self._may_be_scanned(v, start, period) and self._may_be_scanned(w, start + period, period)
         return ("scanned",) if alike and self._follows(v, w, 1) else None
 
-    def _goes_on(
-        self, start: int, period: int, layer: int, roles: Sequence[tuple[Any, ...]], values: list[list[int]]
-    ) -> bool:
-        begin, found = start + layer * period, []
-        inputs = (v for k in range(begin, begin + period) for v in self.ordered.equations[k].inputs)
-        for v, role, before in zip(inputs, roles, values, strict=True):
-            source = self._source(v, start, period, layer)
+    def _following(self, run: _Run) -> tuple[list[tuple[Any, ...]], list[int]] | None:
+        """The roles and the values of the layer after a run; what was the same until there may be another for each."""
+        begin, roles, found = run.start + run.layers * run.period, [], []
+        inputs = (v for k in range(begin, begin + run.period) for v in self.ordered.equations[k].inputs)
+        for v, role, before in zip(inputs, run.roles, run.values, strict=True):
+            source = self._source(v, run.start, run.period, run.layers)
             if role[0] in ("made", "carried"):
                 fits = source == role
             elif source[0] != "there":
                 fits = False
-            elif role[0] == "constant":
-                fits = self._same(v, before[0])
+            elif role[0] == "constant" and self._same(v, before[0]):
+                fits = True
             else:
-                fits = self._may_be_scanned(v, begin, period) and self._follows(before[0], v, layer)
-                fits = fits and not (v in self.parameters and v in before)
+                role, is_new = ("scanned",), role[0] == "constant"
+                fits = self._may_be_scanned(v, begin, run.period) and self._follows(before[0], v, run.layers)
+                fits = fits and not (v in self.parameters and (is_new or v in before))
+                fits = fits and (not is_new or self._may_be_scanned(before[0], run.start, run.period))
             if not fits:
-                return False
+                return None
+            roles.append(role)
             found.append(v)
-        if not self._are_apart(roles, [[v] for v in found], values):
-            return False
-        for v, before in zip(found, values):
-            before.append(v)
-        return True
+        if not self._are_apart(roles, [[v] for v in found], run.values):
+            return None
+        return roles, found
 
     def _are_apart(self, roles: Sequence[tuple[Any, ...]], *of_layers: Sequence[Sequence[int]]) -> bool:
         """Whether each parameter is a layer of one stack: what is read twice in a layer is so in each, alike."""

@@ -252,6 +252,19 @@ def in_parts():
     return found
 
 
+def other_constants():
+    """Layers that are given a mask, the first two the same, and then others."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        near = jnp.arange(DIM) < 3
+        for p, mask in zip(params["layers"], [near, near, ~near, near]):
+            x = apply(p, jnp.where(mask, x, 0.5 * x))
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
 def side_by_side():
     """Products of one value with a bias each: they repeat, and none makes anything of another."""
 
@@ -326,6 +339,7 @@ MODELS = {
     "adapters": adapters,
     "shared": shared,
     "in parts": in_parts,
+    "other constants": other_constants,
     "side by side": side_by_side,
     "tied": tied,
     "the one before last": reads_the_one_before_last,
