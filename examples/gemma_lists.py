@@ -9,7 +9,6 @@ the line that sets ``Block`` puts it around each layer.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -20,13 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from gemma.gm.nn import _config, _gemma, _modules  # pyright: ignore[reportMissingImports]
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory import TARGETS, compile_usage
 
-_config, _gemma, _modules = (
-    importlib.import_module(f"gemma.gm.nn.{name}") for name in ("_config", "_gemma", "_modules")
-)
 _modules.Block = nn.remat(_modules.Block)
 LENGTH, CHUNKS = 2048, 8
 SMALL = dict(num_embed=64, embed_dim=16, hidden_dim=32, num_heads=4, head_dim=8, num_kv_heads=2, sliding_window_size=4)
