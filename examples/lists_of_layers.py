@@ -9,9 +9,11 @@ What a user changes are two lines, ``step.place`` and ``step.unplace``. Nothing 
 
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import sys
+from typing import Any, cast
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -27,7 +29,9 @@ LLAMA_2_7B = dict(num_layers=32, vocab_size=32000, embed_dim=4096, hidden_dim=11
 LLAMA_2_7B |= dict(head_dim=128, rope_theta=10000, norm_eps=1e-5)
 MODELS = {
     "llama-2-7b": ("llama3", "Llama3", lambda config: config(**LLAMA_2_7B)),
+    "qwen2.5-7b": ("qwen2", "Qwen2", lambda config: config.qwen2p5_7b()),
     "qwen3-8b": ("qwen3", "Qwen3", lambda config: config.qwen3_8b()),
+    "gemma2-2b": ("gemma", "Gemma", lambda config: config.gemma2_2b()),
     "gemma3-4b": ("gemma3", "Gemma3", lambda config: config.gemma3_4b_pt()),
 }
 """By name the module in tunix, the class, and what makes its configuration."""
@@ -37,17 +41,23 @@ def loss_of(graphdef):
     """The mean cross-entropy of the next token, the logits in chunks."""
 
     def loss_fn(params, tokens):
-        model = nnx.merge(graphdef, params)
+        model = cast(Any, nnx.merge(graphdef, params))
         positions, mask = jnp.arange(LENGTH)[None], jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
-        x = model.embedder.encode(tokens)
-        for layer in model.layers:
-            _, x = layer(x, positions, None, mask)
-        x, head = model.final_norm(x), model.lm_head if hasattr(model, "lm_head") else model.embedder.decode
+        if "output_hidden_states" in inspect.signature(model).parameters:
+            model(tokens, positions, None, mask, output_hidden_states=True)  # its logits are not read, so not computed
+            (x,) = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()
+        else:
+            x = model.embedder.encode(tokens)
+            for layer in model.layers:  # of a Llama
+                _, x = layer(x, positions, None, mask)
+            x = model.final_norm(x)
+        head, cap = getattr(model, "lm_head", model.embedder.decode), getattr(model, "final_logits_softcap", None)
 
         @jax.checkpoint
         def chunk(total, x_and_targets):
             x, targets = x_and_targets
             logits = head(x).astype(jnp.float32)
+            logits = cap * jnp.tanh(logits / cap) if cap else logits
             is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
             picked = jnp.sum(jnp.where(is_target, logits, 0.0), -1)
             return total + jnp.sum(jax.nn.logsumexp(logits, -1) - picked), None

@@ -13,7 +13,7 @@ HANGS = 300
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SET_UP = {path for path in EXAMPLES if path.stem in ("fit_on_one_chip", "sharded_finetune")}
 """These set JAX up before it starts, and so run in a process of their own."""
-NEEDS = {"lists_of_layers": "tunix", "tunix_qwen3": "tunix"}
+NEEDS = {"gemma_lists": "gemma", "lists_of_layers": "tunix", "tunix_qwen3": "tunix"}
 """By example the package that it is about, and that no extra brings."""
 QUICK = {path for path in EXAMPLES if path.stem == "optax_quickstart"}
 """The others compile whole models, for half a minute each: they run in the slow tier."""

@@ -34,10 +34,12 @@ class Ordered(NamedTuple):
     """Values that are computed of parameters alone."""
 
 
-def in_order(program: Program, leaves: Sequence[int], signatures: Signatures) -> Ordered:
-    """The program, ordered."""
+def in_order(
+    program: Program, leaves: Sequence[int], signatures: Signatures, pickable: Collection[int] | None = None
+) -> Ordered:
+    """The program, ordered; of the leaves those are picked from that are pickable, by default all."""
     depends = _depending(program, leaves)
-    picks, picking = _picks(program, set(leaves), depends)
+    picks, picking = _picks(program, set(leaves if pickable is None else pickable), depends)
     needed, first = {pick.source for pick in picks.values()}, set(picking)
     for k in reversed(range(len(program.equations))):
         equation = program.equations[k]

@@ -6,7 +6,7 @@ same for each layer, or for each another. Parameters that are others for each la
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,8 +109,29 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
       leaves: its parameters.
       kinds: of each; equal for those that one stack may hold, None where none may. Picks of a parameter always may.
     """
-    signatures, program = Signatures(), with_folded_as_operands(program)
-    ordered = in_order(program, leaves, signatures)
+    program = with_folded_as_operands(program)
+    found = _find(program, leaves, kinds, leaves)
+    in_parts = _in_parts(found, {v for v, kind in zip(leaves, kinds, strict=True) if kind is not None})
+    if not in_parts:
+        return found
+    as_wholes = _find(program, leaves, kinds, [v for v in leaves if v not in in_parts])
+    return max(found, as_wholes, key=lambda found: sum(_nbytes(found.program, v) for v in _layers_in(found)))
+
+
+def _in_parts(found: Found, leaves: Collection[int]) -> set[int]:
+    """The leaves of which a single entry is read, but not as a layer: a layer's own, such as a bias with two rows."""
+    stacks = {found.ordered.picks[v].source for v in _layers_in(found) if v in found.ordered.picks}
+    return {pick.source for pick in found.ordered.picks.values() if pick.source in leaves} - stacks
+
+
+def _layers_in(found: Found) -> set[int]:
+    return {v for repeat in found.repeats for scanned in repeat.scanned if scanned.is_parameter for v in scanned.values}
+
+
+def _find(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable], pickable: Collection[int]) -> Found:
+    """What repeats, where a single entry of those that are pickable, and no part of the others, may be a layer."""
+    signatures = Signatures()
+    ordered = in_order(program, leaves, signatures, pickable)
     kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
     of_picks = {v: ("layer of", pick.source) for v, pick in ordered.picks.items() if pick.source in leaves}
     parameters = {
@@ -194,11 +215,14 @@ class _Finder:
         return sum(self.parameters[v].nbytes for v in self._read_first(begin, end))
 
     def _bytes_with(self, run: _Run, begin: int, end: int) -> int:
-        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies."""
+        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies.
+
+        A layer's weights are copied, too, when they are read from their stacks: two layers alone gain nothing.
+        """
         inside = {v for role, values in zip(run.roles, run.values) if self._is_parameter(role, values) for v in values}
         one_layer = {values[0] for role, values in zip(run.roles, run.values) if self._is_parameter(role, values)}
         outside = [v for v in self._read_first(begin, end) if v not in inside]
-        size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
+        size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer, *one_layer])
         carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
         # Of a parameter that all layers read, one layer's share of the gradient is alive beside the sum.
         shared = {values[0] for role, values in zip(run.roles, run.values) if role[0] == "constant"}
@@ -237,23 +261,23 @@ class _Finder:
         for start in cuts[:_CUTS]:
             at = start
             while at + 2 * period <= end:
-                run = self._extend(at, period, end)
-                if run is not None and self._is_chain(run):
-                    yield run
-                at += period * (run.layers if run is not None else 1)
+                runs = self._extend(at, period, end)
+                yield from filter(self._is_chain, runs)
+                at += period * (runs[-1].layers if runs else 1)
 
     def _is_chain(self, run: _Run) -> bool:
-        """Whether each layer has parameters of its own, and hands on what depends on what it received.
+        """Whether a layer has parameters of its own, and hands on what it makes of what it was handed.
 
-        Two products of one value do not, nor do casts of parameters, cut between two operations on one.
+        Products of one value do not: queries, keys and values. Nor do casts, cut between two operations on a parameter.
         """
-        roles, moved = iter(run.roles), set[tuple[int, int]]()
-        for k, equation in enumerate(self.ordered.equations[run.start : run.start + run.period]):
-            of_inputs = [next(roles) for _ in equation.inputs]
-            if any(role[0] == "carried" or (role[0] == "made" and role[1:] in moved) for role in of_inputs):
-                moved.update((k, o) for o in range(len(equation.outputs)))
-        hands_on = any(role[0] == "carried" and role[1:] in moved for role in run.roles)
-        return hands_on and any(map(self._is_parameter, run.roles, run.values))
+        if not any(map(self._is_parameter, run.roles, run.values)):
+            return False
+        roles, depends = iter(run.roles), set()
+        for k in range(run.period):
+            of_inputs = [next(roles) for _ in self.ordered.equations[run.start + k].inputs]
+            if any(role[0] == "carried" or role[0] == "made" and role[1] in depends for role in of_inputs):
+                depends.add(k)
+        return any(role[0] == "carried" and role[1] in depends for role in run.roles)
 
     def _bytes_handed(self, begin: int, end: int) -> np.ndarray:
         """What is made before and read after each place."""
@@ -267,16 +291,20 @@ class _Finder:
                         change[last + 1 - begin] -= _nbytes(self.program, v)
         return np.cumsum(change)
 
-    def _extend(self, start: int, period: int, end: int) -> _Run | None:
-        """The longest run from here; None where the second layer is not like the first."""
+    def _extend(self, start: int, period: int, end: int) -> list[_Run]:
+        """The longest run from here, and before it those in which more is the same for each layer; or none."""
         roles, values = self._first_two(start, period)
         if roles is None or not self._are_apart(roles, values):
-            return None
-        layers = 2
-        while start + (layers + 1) * period <= end and self._goes_on(start, period, layers, roles, values):
-            layers += 1
-        run = _Run(start, period, layers, roles, values)
-        return run if self._covers_stacks(run) else None
+            return []
+        runs = [_Run(start, period, 2, roles, values)]
+        while start + (runs[-1].layers + 1) * period <= end and (following := self._following(runs[-1])) is not None:
+            run, (roles, values) = runs[-1], following
+            if roles != run.roles:
+                runs.append(_Run(start, period, run.layers, roles, [list(before) for before in run.values]))
+            for before, v in zip(runs[-1].values, values):
+                before.append(v)
+            runs[-1].layers += 1
+        return [run for run in runs if self._covers_stacks(run)]
 
     def _first_two(self, start: int, period: int) -> tuple[Any, Any]:
         roles, values = [], []
@@ -318,30 +346,30 @@ class _Finder:
         alike = self._may_be_scanned(v, start, period) and self._may_be_scanned(w, start + period, period)
         return ("scanned",) if alike and self._follows(v, w, 1) else None
 
-    def _goes_on(
-        self, start: int, period: int, layer: int, roles: Sequence[tuple[Any, ...]], values: list[list[int]]
-    ) -> bool:
-        begin, found = start + layer * period, []
-        inputs = (v for k in range(begin, begin + period) for v in self.ordered.equations[k].inputs)
-        for v, role, before in zip(inputs, roles, values, strict=True):
-            source = self._source(v, start, period, layer)
+    def _following(self, run: _Run) -> tuple[list[tuple[Any, ...]], list[int]] | None:
+        """The roles and the values of the layer after a run; what was the same until there may be another for each."""
+        begin, roles, found = run.start + run.layers * run.period, [], []
+        inputs = (v for k in range(begin, begin + run.period) for v in self.ordered.equations[k].inputs)
+        for v, role, before in zip(inputs, run.roles, run.values, strict=True):
+            source = self._source(v, run.start, run.period, run.layers)
             if role[0] in ("made", "carried"):
                 fits = source == role
             elif source[0] != "there":
                 fits = False
-            elif role[0] == "constant":
-                fits = self._same(v, before[0])
+            elif role[0] == "constant" and self._same(v, before[0]):
+                fits = True
             else:
-                fits = self._may_be_scanned(v, begin, period) and self._follows(before[0], v, layer)
-                fits = fits and not (v in self.parameters and v in before)
+                role, is_new = ("scanned",), role[0] == "constant"
+                fits = self._may_be_scanned(v, begin, run.period) and self._follows(before[0], v, run.layers)
+                fits = fits and not (v in self.parameters and (is_new or v in before))
+                fits = fits and (not is_new or self._may_be_scanned(before[0], run.start, run.period))
             if not fits:
-                return False
+                return None
+            roles.append(role)
             found.append(v)
-        if not self._are_apart(roles, [[v] for v in found], values):
-            return False
-        for v, before in zip(found, values):
-            before.append(v)
-        return True
+        if not self._are_apart(roles, [[v] for v in found], run.values):
+            return None
+        return roles, found
 
     def _are_apart(self, roles: Sequence[tuple[Any, ...]], *of_layers: Sequence[Sequence[int]]) -> bool:
         """Whether each parameter is a layer of one stack: what is read twice in a layer is so in each, alike."""

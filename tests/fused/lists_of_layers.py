@@ -236,6 +236,46 @@ def shared():
     return model(4, loss, of_layer("layers/0", 4), shared=matrix(60, DIM, DIM))
 
 
+def in_parts():
+    """Each layer reads the rows of a matrix of its own, one after the other."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        for p in params["layers"]:
+            gate, shift = p["rows"]
+            x = apply(p, x * gate + shift)
+        return error(x @ params["head"])
+
+    found = model(4, loss, of_layer("layers/0", 4) | {"layers/0/rows": 4})
+    for i, p in enumerate(found.params["layers"]):
+        p["rows"] = 1 + 0.1 * matrix(90 + i, 2, DIM)
+    return found
+
+
+def other_constants():
+    """Layers that are given a mask, the first two the same, and then others."""
+
+    def loss(params, x, key):
+        x = x @ params["into"]
+        near = jnp.arange(DIM) < 3
+        for p, mask in zip(params["layers"], [near, near, ~near, near]):
+            x = apply(p, jnp.where(mask, x, 0.5 * x))
+        return error(x @ params["head"])
+
+    return model(4, loss, of_layer("layers/0", 4))
+
+
+def side_by_side():
+    """Products of one value with a bias each: they repeat, and none makes anything of another."""
+
+    def loss(params, x, key):
+        x = jnp.tile(x, 4)
+        q, k, v = (x @ w + b for w, b in params["products"])
+        return error((jnp.tanh(q * k) + v) @ params["head"])
+
+    return model(0, loss, {}, products=[(matrix(i, 4 * DIM, DIM), matrix(50 + i, DIM)) for i in range(3)])
+
+
 def tied():
     """The third layer's matrix is the head's, too: it stays by itself."""
 
@@ -298,6 +338,9 @@ MODELS = {
     "encoder and decoder": encoder_and_decoder,
     "adapters": adapters,
     "shared": shared,
+    "in parts": in_parts,
+    "other constants": other_constants,
+    "side by side": side_by_side,
     "tied": tied,
     "the one before last": reads_the_one_before_last,
     "other derivative": other_derivative,

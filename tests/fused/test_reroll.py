@@ -52,7 +52,7 @@ def stacks_in(plan):
 
 
 ALWAYS = ["plain, remat layer", "plain, remat loop", "key carried", "all outputs", "local and global, one over"]
-ALWAYS += ["adapters", "tied", "other derivative"]
+ALWAYS += ["adapters", "in parts", "other constants", "side by side", "tied", "other derivative"]
 
 
 @pytest.mark.parametrize("name", always(MODELS, ALWAYS))
