@@ -20,6 +20,9 @@ from adalomo_jax.fused.signatures import Signatures
 _CUTS = 8
 """So many places to cut a period are tried: those at which the least is handed from a layer to the next."""
 
+_FEWEST = 3
+"""So many layers of a list are stacked. Of two, one is copied whenever it is read from the stack: nothing is gained."""
+
 
 class Parameter(NamedTuple):
     """A value that may be one layer's share of a stack: a parameter, or one layer of a parameter that is a stack."""
@@ -215,14 +218,11 @@ class _Finder:
         return sum(self.parameters[v].nbytes for v in self._read_first(begin, end))
 
     def _bytes_with(self, run: _Run, begin: int, end: int) -> int:
-        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies.
-
-        A layer's weights are copied, too, when they are read from their stacks: two layers alone gain nothing.
-        """
+        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies."""
         inside = {v for role, values in zip(run.roles, run.values) if self._is_parameter(role, values) for v in values}
         one_layer = {values[0] for role, values in zip(run.roles, run.values) if self._is_parameter(role, values)}
         outside = [v for v in self._read_first(begin, end) if v not in inside]
-        size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer, *one_layer])
+        size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
         carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
         # Of a parameter that all layers read, one layer's share of the gradient is alive beside the sum.
         shared = {values[0] for role, values in zip(run.roles, run.values) if role[0] == "constant"}
@@ -304,7 +304,7 @@ class _Finder:
             for before, v in zip(runs[-1].values, values):
                 before.append(v)
             runs[-1].layers += 1
-        return [run for run in runs if self._covers_stacks(run)]
+        return [run for run in runs if self._gains(run)]
 
     def _first_two(self, start: int, period: int) -> tuple[Any, Any]:
         roles, values = [], []
@@ -404,11 +404,12 @@ class _Finder:
             return False
         return picks[0] is None or picks[1] == picks[0]._replace(index=picks[0].index + layer)
 
-    def _covers_stacks(self, run: _Run) -> bool:
-        """Whether a stack that is there already is scanned over as a whole."""
+    def _gains(self, run: _Run) -> bool:
+        """Whether there are enough layers, or a stack that is there already is scanned over as a whole."""
         picks = [self.ordered.picks.get(vs[0]) for r, vs in zip(run.roles, run.values) if self._is_parameter(r, vs)]
         whole = lambda pick: pick.index == 0 and self.program.avals[pick.source].shape[pick.axis] == run.layers
-        return all(pick is None or whole(pick) for pick in picks)
+        fewest = _FEWEST if all(pick is None for pick in picks) else 2
+        return run.layers >= fewest and all(pick is None or whole(pick) for pick in picks)
 
     def repeat(self, run: _Run) -> Repeat:
         """With numbers for what a layer receives."""

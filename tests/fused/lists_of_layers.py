@@ -277,15 +277,15 @@ def side_by_side():
 
 
 def tied():
-    """The third layer's matrix is the head's, too: it stays by itself."""
+    """The fourth layer's matrix is the head's, too: it stays by itself."""
 
     def loss(params, x, key):
         x = x @ params["into"]
         for p in params["layers"]:
             x = apply(p, x)
-        return error(x @ params["layers"][2]["up"])
+        return error(x @ params["layers"][3]["up"])
 
-    return model(6, loss, of_layer("layers/0", 2) | of_layer("layers/3", 3))
+    return model(6, loss, of_layer("layers/0", 3))
 
 
 def reads_the_one_before_last():
@@ -297,18 +297,18 @@ def reads_the_one_before_last():
             x, before = apply(p, x) + 0.1 * before, x
         return error(x @ params["head"])
 
-    return model(5, loss, of_layer("layers/0", 2) | of_layer("layers/1", 2))
+    return model(7, loss, of_layer("layers/0", 3) | of_layer("layers/1", 3))
 
 
 def other_derivative():
     """Layers that compute the same, with derivatives of their own, of which one is another."""
 
     def activation_of(i):
-        activation, factor = jax.custom_vjp(jnp.tanh), 3.0 if i == 2 else 1.0
+        activation, factor = jax.custom_vjp(jnp.tanh), 3.0 if i == 3 else 1.0
         activation.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d: (factor * d / jnp.cosh(x) ** 2,))
         return activation
 
-    return model(5, loop(activation_of), of_layer("layers/0", 2) | of_layer("layers/3", 2))
+    return model(7, loop(activation_of), of_layer("layers/0", 3) | of_layer("layers/4", 3))
 
 
 def two_shapes():
@@ -331,8 +331,8 @@ MODELS = {
     "scaled by depth": scaled_by_depth,
     "all outputs": all_outputs,
     "mask and position": mask_and_position,
-    "local and global": lambda: local_and_global(6),
-    "local and global, one over": lambda: local_and_global(7),
+    "local and global": lambda: local_and_global(9),
+    "local and global, one over": lambda: local_and_global(10),
     "other ends": other_ends,
     "interrupted": interrupted,
     "encoder and decoder": encoder_and_decoder,
