@@ -12,9 +12,10 @@ from typing import NamedTuple
 from adalomo_jax.fused.jaxpr import Equation, Program
 
 ELEMENTWISE = frozenset(
-    "abs add and ceil clamp convert_element_type copy copy_p cos div eq erf exp exp2 expm1 floor ge gt".split()
-    + "integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow reduce_precision round".split()
-    + "rsqrt select_n sign sin sqrt square sub tanh".split()
+    "abs acos add and asin atan atan2 cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erfc".split()
+    + "exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p log2 logistic lt max min mul ne neg".split()
+    + "not one_minus_square or pow reduce_precision rem round rsqrt select_n".split()
+    + "sign sin sinh sqrt square sub tan tanh".split()
 )
 """Primitives that make each entry of the entries at its place, and of scalars."""
 

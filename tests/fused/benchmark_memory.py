@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,12 +51,16 @@ def models(dim: int, length: int) -> dict[str, Callable[[], Model]]:
     # Of twice the width, since they have fewer layers: each more takes seconds to compile.
     listed = Sizes(layers=LAYERS_OF_LIST, dim=2 * dim, batch=1, length=length)
     lists_of_layers.DIM, lists_of_layers.LENGTH, lists_of_layers.BATCH = 2 * dim, length, 1
-    found = {name: lambda make=make: make(scanned) for name, make in models_as_found.MODELS.items()}
-    found["nnx list"] = lambda: models_as_found.MODELS["nnx list"](listed)
-    found |= {f"list: {name}": lambda make=make: make(listed) for name, make in lists_as_found.MODELS.items()}
-    of_list = lambda model: Model(model.loss_fn, model.params, lists_of_layers.data, {})
-    found |= {f"list: {name}": lambda make=make: of_list(make()) for name, make in lists_of_layers.MODELS.items()}
-    return found
+    found = {name: partial(make, scanned) for name, make in models_as_found.MODELS.items()}
+    found["nnx list"] = partial(models_as_found.MODELS["nnx list"], listed)
+    found |= {f"list: {name}": partial(make, listed) for name, make in lists_as_found.MODELS.items()}
+    return found | {f"list: {name}": partial(of_list, make) for name, make in lists_of_layers.MODELS.items()}
+
+
+def of_list(make: Callable[[], lists_of_layers.ListModel]) -> Model:
+    """As the other models are described."""
+    model = make()
+    return Model(model.loss_fn, model.params, lists_of_layers.data, {})
 
 
 def abstract(make: Callable[[], Model]) -> Model:
