@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import sys
-from typing import Any, cast
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -41,11 +40,11 @@ def loss_of(graphdef):
     """The mean cross-entropy of the next token, the logits in chunks."""
 
     def loss_fn(params, tokens):
-        model = cast(Any, nnx.merge(graphdef, params))
+        model = nnx.merge(graphdef, params)
         positions, mask = jnp.arange(LENGTH)[None], jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
         if "output_hidden_states" in inspect.signature(model).parameters:
             model(tokens, positions, None, mask, output_hidden_states=True)  # its logits are not read, so not computed
-            (x,) = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()
+            (x,) = jax.tree.leaves(nnx.pop(model, nnx.Intermediate))
         else:
             x = model.embedder.encode(tokens)
             for layer in model.layers:  # of a Llama

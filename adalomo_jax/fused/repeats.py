@@ -118,17 +118,16 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
     if not in_parts:
         return found
     as_wholes = _find(program, leaves, kinds, [v for v in leaves if v not in in_parts])
-    return max(found, as_wholes, key=lambda found: sum(_nbytes(found.program, v) for v in _layers_in(found)))
+    return max(found, as_wholes, key=_stacked)
 
 
 def _in_parts(found: Found, leaves: Collection[int]) -> set[int]:
     """The leaves of which a single entry is read, but not as a layer: a layer's own, such as a bias with two rows."""
-    stacks = {found.ordered.picks[v].source for v in _layers_in(found) if v in found.ordered.picks}
-    return {pick.source for pick in found.ordered.picks.values() if pick.source in leaves} - stacks
-
-
-def _layers_in(found: Found) -> set[int]:
-    return {v for repeat in found.repeats for scanned in repeat.scanned if scanned.is_parameter for v in scanned.values}
+    picks = found.ordered.picks
+    scanned = {v for repeat in found.repeats for scanned in repeat.scanned for v in scanned.values}
+    return {pick.source for pick in picks.values() if pick.source in leaves} - {
+        picks[v].source for v in scanned.intersection(picks)
+    }
 
 
 def _find(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable], pickable: Collection[int]) -> Found:
