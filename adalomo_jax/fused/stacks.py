@@ -196,26 +196,23 @@ def once_written(x: jax.Array, written: Any) -> jax.Array:
     return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
 
 
-def known_together(xs: list[jax.Array]) -> list[jax.Array]:
-    """The scalars themselves, on a CPU known only when all are: where writes wait for each other, less is alive."""
-
-    def add_zero(xs: list[jax.Array]) -> list[jax.Array]:
-        zero = _after_by_arithmetic(jnp.zeros_like(xs[0]), xs)
-        return [x + zero for x in xs]
-
-    return lax.platform_dependent(xs, cpu=add_zero, default=lambda xs: xs)
+def each_known(test: Callable[[jax.Array], jax.Array], xs: list[jax.Array]) -> list[jax.Array]:
+    """A test of each of some scalars. On a CPU none is known before all are: where writes wait, less is alive."""
+    together = lambda xs: list(test(jnp.stack(xs)))
+    return lax.platform_dependent(xs, cpu=together, default=lambda xs: [test(x) for x in xs])
 
 
 def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
     """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
 
-    What is added is always 0, the sign bit shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
+    What is added is always 0, the sign bits shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
     of stacks where this fails.
     """
-    for y in computed:
-        bits = lax.bitcast_convert_type(jnp.real(y).ravel()[:1].astype(jnp.float32), jnp.uint32)
-        x = x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
-    return x
+    if not computed:
+        return x
+    entries = jnp.concatenate([jnp.real(y).ravel()[:1].astype(jnp.float32) for y in computed])
+    bits = lax.bitcast_convert_type(entries, jnp.uint32)
+    return x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
 
 
 def _is_explicit(x: jax.Array) -> bool:

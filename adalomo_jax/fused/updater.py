@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacks import Part, UpdateLayer, known_together, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, each_known, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.precision import promoted
@@ -98,11 +98,12 @@ class Updater:
             return written, new_own, statistics
         # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
         scaled = [beyond and self.clip is None for beyond in keeps_none]
-        known = known_together([x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)])
+        known = [x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)]
         # To clip, the norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
-        finite = [jnp.isfinite(x) if self.clip is None else x >= 0 for x in known]
-        ok = {i: self.proceed & x for i, x in zip(group.leaves, finite)}
-        all_ok = self.proceed & jnp.all(jnp.stack(finite))
+        is_right = jnp.isfinite if self.clip is None else lambda x: x >= 0
+        proceed = self.proceed
+        ok = dict(zip(group.leaves, each_known(lambda x: proceed & is_right(x), known)))
+        all_ok = jnp.all(jnp.stack([*ok.values()]))
         own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
         written = list(map(jnp.where, ok.values(), written, weights))
         return (
