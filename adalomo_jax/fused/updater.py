@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacks import Part, UpdateLayer, each_known, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.precision import promoted
@@ -101,8 +101,7 @@ class Updater:
         known = [x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)]
         # To clip, the norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
         is_right = jnp.isfinite if self.clip is None else lambda x: x >= 0
-        proceed = self.proceed
-        ok = dict(zip(group.leaves, each_known(lambda x: proceed & is_right(x), known)))
+        ok = {i: self.proceed & is_right(x) for i, x in zip(group.leaves, known)}
         all_ok = jnp.all(jnp.stack([*ok.values()]))
         own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
         written = list(map(jnp.where, ok.values(), written, weights))
