@@ -14,35 +14,11 @@ from adalomo_jax.fused.sharding import constrain
 from adalomo_jax.fused.stacks import layer_at
 
 
-def read_by(stage: LayerScan, segment: int) -> frozenset[int]:
-    """The stacks, by the number in the program, that a segment of the body reads a layer of."""
-    made_of = _made_of(stage)
-    outer = dict(stage.layers)
-    inputs = [outer[v] for v in stage.body[segment].inputs if v in outer]
-    return frozenset(stack for value in inputs for stack in made_of[value])
-
-
-def homes(stage: LayerScan) -> dict[int, int]:
-    """Of each stack the first segment of the body that reads it: once that is pulled back, its gradient is there.
-
-    Stacks that are made into one value before the scan have one home.
-    """
-    found = {stack.value: len(stage.body) for stack in stage.stacks}
-    for s in reversed(range(len(stage.body))):
-        found |= dict.fromkeys(read_by(stage, s), s)
-    found = {value: home % len(stage.body) for value, home in found.items()}
-    together = [stacks for stacks in _made_of(stage).values() if len(stacks) > 1]
-    for _ in together:
-        for stacks in together:
-            found |= dict.fromkeys(stacks, min(found[value] for value in stacks))
-    return found
-
-
 def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
     """The trained stacks, by their positions, in sets that are updated one after another.
 
-    Each with the others of its home (`homes`). One by one, for stacks in host memory. In halves if a segment makes
-    something large, as attention's scores are: the gradients of what it reads last are there first, and need not wait
+    Each with the others of its home (`LayerScan.homes`). One by one, for stacks in host memory. In halves if a segment
+    makes something large, as attention's scores are: the gradients of what it reads last are there first, and need not wait
     while those are alive; nor need the copies of weights that products have read (`stacks.read_again`). Else all
     together, and each weight is read for its update once.
     """
@@ -53,9 +29,9 @@ def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[l
     order = sorted(range(len(stage.trained)), key=lambda k: -of_value.get(stage.trained[k].value, 0))
     if one_by_one:
         return [[k] for k in order]
-    home, sets = homes(stage), list[list[int]]()
+    sets = list[list[int]]()
     for s in reversed(range(len(stage.body))):
-        at_home = [k for k in order if home[stage.trained[k].value] == s]
+        at_home = [k for k in order if stage.homes[stage.trained[k].value] == s]
         sets += _in_halves(stage, program, s, at_home)
     return sets
 
@@ -85,8 +61,7 @@ def received(
 
     The pullback gives the gradient of the layer of each trained stack among them, by the number in the program.
     """
-    made_of = _made_of(stage)
-    there = {value for value, stacks in made_of.items() if stacks <= slices.keys()}
+    there = {value for value, stacks in stage.made_of.items() if stacks <= slices.keys()}
     chain = [equation for equation in stage.chain if there.issuperset(equation.outputs)]
     layers = [(v, value) for v, value in stage.layers if value in there]
     made = {v for equation in chain for v in equation.outputs}.intersection(v for _, v in layers)
@@ -113,12 +88,3 @@ def received(
         return {stack.value: jnp.squeeze(gradients[stack.value], stack.axis) for stack in trained}
 
     return {v: jnp.squeeze(values[value], 0) for v, value in layers}, pull_chain
-
-
-def _made_of(stage: LayerScan) -> dict[int, frozenset[int]]:
-    """Of each value, a stack or made of stacks by the chain, the stacks that it is made of."""
-    found = {stack.value: frozenset([stack.value]) for stack in stage.stacks}
-    for equation in stage.chain:
-        sources = frozenset[int]().union(*(found[v] for v in equation.inputs if v in found))
-        found |= dict.fromkeys(equation.outputs, sources)
-    return found

@@ -77,6 +77,41 @@ class LayerScan:
         others = [outer for v, outer in zip(self.scan.body.inputs, self.operands) if v not in from_stacks]
         return (*(stack.value for stack in self.stacks), *others)
 
+    @cached_property
+    def made_of(self) -> dict[int, frozenset[int]]:
+        """Of each value, a stack or made of stacks by the chain, the stacks that it is made of."""
+        found = {stack.value: frozenset([stack.value]) for stack in self.stacks}
+        for equation in self.chain:
+            sources = frozenset[int]().union(*(found[v] for v in equation.inputs if v in found))
+            found |= dict.fromkeys(equation.outputs, sources)
+        return found
+
+    @cached_property
+    def read_by(self) -> tuple[frozenset[int], ...]:
+        """Of each segment of the body the stacks that it reads a layer of."""
+        outer = dict(self.layers)
+        values = [[outer[v] for v in segment.inputs if v in outer] for segment in self.body]
+        return tuple(frozenset(stack for value in read for stack in self.made_of[value]) for read in values)
+
+    @cached_property
+    def homes(self) -> dict[int, int]:
+        """Of each stack the first segment of the body that reads it: once that is pulled back, its gradient is there.
+
+        Stacks that are made into one value before the scan have one home.
+        """
+        found = {stack.value: 0 for stack in self.stacks}
+        for s in reversed(range(len(self.body))):
+            found |= dict.fromkeys(self.read_by[s], s)
+        together = [stacks for stacks in self.made_of.values() if len(stacks) > 1]
+        for _ in together:
+            for stacks in together:
+                found |= dict.fromkeys(stacks, min(found[value] for value in stacks))
+        return found
+
+    def last_read(self, stack: int) -> int:
+        """The last segment of the body that reads a stack: while that is pulled back, its gradient begins."""
+        return max((s for s, read in enumerate(self.read_by) if stack in read), default=self.homes[stack])
+
 
 Stage = Segment | LayerScan
 
@@ -163,7 +198,19 @@ class Plan:
     @property
     def gradient_bytes(self) -> int:
         """The most bytes of gradients alive at once: of one layer, and of whole leaves until they are updated."""
-        return max((sum(leaf.gradient_bytes_at(s) for leaf in self.leaves) for s in range(len(self.stages))), default=0)
+        return max(map(self._gradient_bytes_at, range(len(self.stages))), default=0)
+
+    def _gradient_bytes_at(self, index: int) -> int:
+        """While a stage is pulled back: of a scan, those of the segment of its body that has the most."""
+        stage, of_leaves = self.stages[index], [leaf.gradient_bytes_at(index) for leaf in self.leaves]
+        if not isinstance(stage, LayerScan):
+            return sum(of_leaves)
+        stacks = [stack for stack in stage.trained if self.leaves[stack.leaf].layers and of_leaves[stack.leaf]]
+        of_stacks = [
+            sum(of_leaves[x.leaf] for x in stacks if stage.homes[x.value] <= s <= stage.last_read(x.value))
+            for s in range(len(stage.body))
+        ]
+        return sum(of_leaves) - sum(of_leaves[stack.leaf] for stack in stacks) + max(of_stacks)
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "dtype", "updated", "because")

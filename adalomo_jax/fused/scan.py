@@ -14,7 +14,7 @@ from jax import lax
 from adalomo_jax.fused import segment
 from adalomo_jax.fused.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.jaxpr import evaluate
-from adalomo_jax.fused.layers import homes, read_by, received, slices_at
+from adalomo_jax.fused.layers import received, slices_at
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan import LayerScan
 from adalomo_jax.fused.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
@@ -112,10 +112,11 @@ def backward(
     d_ys = {p: _swap_if_batched(context, body.outputs[p], d) for p, d in d_outputs.items() if p >= scan.num_carry}
     constants, axes = _invariant(stage, consts), [stack.axis for stack in stage.trained]
     first, stride = (0, 1) if scan.reverse else (scan.length - 1, -1)
-    numbers, home = [stack.value for stack in stage.trained], homes(stage)
-    read = [read_by(stage, s) | {v for v in home if home[v] == s} for s in range(len(stage.body))]
+    numbers, home = [stack.value for stack in stage.trained], stage.homes
+    read = [stage.read_by[s] | {v for v in home if home[v] == s} for s in range(len(stage.body))]
     several = sum(map(bool, read)) > 1
-    home_of_part = [min(home[numbers[k]] for k in part.weights) for part in parts or ()]
+    all_parts = parts or ()
+    home_of_part = [min(home[numbers[k]] for k in part.weights) for part in all_parts]
 
     def iteration(state, x):
         d_carry, d_consts, stacks, frozen = state
@@ -135,7 +136,7 @@ def backward(
                 layers[k], gradients[k] = slices[numbers[k]], of_layers[numbers[k]]
             due = [p for p, at_home in enumerate(home_of_part) if at_home == s]
             if due:
-                parts_due = [parts[p] for p in due]
+                parts_due = [all_parts[p] for p in due]
                 stacks, of_due = update_parts(stacks, axes, i, i + stride, layers, gradients, parts_due, made)
                 statistics |= zip(due, of_due)
                 written = [stacks.weights[k] for part in parts_due for k in part.weights]
@@ -146,7 +147,7 @@ def backward(
         if parts is None:
             found = measure([gradients[k] for k in range(len(numbers))])
             return (d_carry, d_consts, barrier(stacks), barrier(frozen)), (d_xs, found)
-        return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, [statistics[p] for p in range(len(parts))])
+        return (d_carry, d_consts, stacks, barrier(frozen)), (d_xs, [statistics[p] for p in range(len(all_parts))])
 
     stacks = start([tape.stacks[stack.value] for stack in stage.trained], own, first)
     frozen = {stack.value: tape.stacks[stack.value] for stack in stage.stacks if not stack.trained}

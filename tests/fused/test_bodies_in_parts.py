@@ -1,0 +1,102 @@
+"""A scan's body with several checkpoints: each is pulled back by itself, and what it reads is updated at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from comparison import copied, relative_error
+from compiled import memory_of, tree_bytes
+
+from adalomo_jax import fuse
+
+LAYERS, DIM, PARTS = 4, 64, 4
+MATRIX = 4 * DIM * DIM
+NAMES = [f"part{k}" for k in range(PARTS)]
+
+
+def matrices(scale=0.3):
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(scale * rng.normal(size=(LAYERS, DIM, DIM)) / 8, jnp.float32) for name in NAMES}
+
+
+def part(x, w):
+    return x + jnp.tanh(x @ w)
+
+
+def loss_of(remat, read=lambda w, k: w[NAMES[k]]):
+    """Under ``jax.checkpoint`` each part, the whole layer, or nothing."""
+    one = jax.checkpoint(part) if remat == "parts" else part
+
+    def layer(x, w):
+        for k in range(PARTS):
+            x = one(x, read(w, k))
+        return x, None
+
+    layer = jax.checkpoint(layer) if remat == "layer" else layer
+    return lambda params, x: jnp.mean(jnp.square(jax.lax.scan(layer, x, params)[0] - 1))
+
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, DIM)), jnp.float32)
+
+
+@pytest.mark.parametrize("remat, alive", [("parts", 1), ("layer", PARTS), ("none", PARTS)])
+def test_gradients_alive_at_once(remat, alive):
+    plan = fuse(loss_of(remat), optax.adamw(1e-2)).plan(matrices(), X)
+    assert plan.gradient_bytes == alive * MATRIX
+
+
+def test_the_compiled_step_has_fewer_gradients_at_once():
+    """Its temporaries, but for the inputs of the parts that are saved, of which there are more."""
+    temporaries = {}
+    for remat in ("parts", "layer"):
+        step = fuse(loss_of(remat), optax.sgd(1e-2))
+        args = (matrices(), step.init(matrices(), X), X)
+        memory = memory_of(step.jit.lower(*args).compile())
+        assert memory.alias_size_in_bytes >= tree_bytes(args[0])
+        temporaries[remat] = memory.temp_size_in_bytes
+    saved = LAYERS * (PARTS - 1) * X.nbytes
+    assert temporaries["parts"] <= temporaries["layer"] + saved - 1.5 * MATRIX
+
+
+def shared_by_parts(w, k):
+    """The first part and the last read one matrix."""
+    return w[NAMES[0 if k == PARTS - 1 else k]]
+
+
+def of_two_matrices(w, k):
+    """The second part reads a matrix that is made, outside of its checkpoint, of two that others read, too."""
+    return w[NAMES[1]] @ w[NAMES[2]] if k == 1 else w[NAMES[k]]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"microbatches": 2, "batch_argnums": 1}])
+@pytest.mark.parametrize("read", [shared_by_parts, of_two_matrices])
+def test_equals_optax(read, options):
+    loss, tx = loss_of("parts", read), optax.sgd(0.1, momentum=0.9)
+    expected = params = matrices()
+    of_optax = tx if "max_grad_norm" not in options else optax.chain(optax.clip_by_global_norm(0.1), tx)
+    state = of_optax.init(expected)
+    step = fuse(loss, tx, **options)
+    params, fused = copied(params), step.init(params, X)
+    for _ in range(3):
+        gradients = jax.grad(loss)(expected, X)
+        updates, state = of_optax.update(gradients, state, expected)
+        expected = optax.apply_updates(expected, updates)
+        params, fused, *_ = step.jit(params, fused, X)
+    assert relative_error(params, expected) < 1e-5
+
+
+def test_stacks_that_are_made_into_one_value_before_the_scan_are_updated_together():
+    """Their gradients are there only when the last part that reads either has been pulled back."""
+
+    def loss(params, x):
+        both = params["part0"] + params["part1"]
+        layer = lambda x, w: (jax.checkpoint(part)(jax.checkpoint(part)(x, w[0]), w[1]), None)
+        return jnp.mean(jnp.square(jax.lax.scan(layer, x, (both, params["part1"]))[0] - 1))
+
+    tx, params = optax.sgd(0.1), {name: x for name, x in matrices().items() if name in ("part0", "part1")}
+    step = fuse(loss, tx)
+    gradients = jax.grad(loss)(params, X)
+    expected = optax.apply_updates(params, tx.update(gradients, tx.init(params), params)[0])
+    fused = step.jit(copied(params), step.init(params, X), X)
+    assert relative_error(fused.params, expected) < 1e-5
