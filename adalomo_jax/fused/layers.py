@@ -18,8 +18,8 @@ def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[l
     """The trained stacks, by their positions, in sets that are updated one after another.
 
     Each with the others of its home (`LayerScan.homes`). One by one, for stacks in host memory. In halves if a segment
-    makes something large, as attention's scores are: the gradients of what it reads last are there first, and need not wait
-    while those are alive; nor need the copies of weights that products have read (`stacks.read_again`). Else all
+    makes something large, as attention's scores are: the gradients of what it reads last are there first, and need not
+    wait while those are alive; nor need the copies of weights that products have read (`stacks.read_again`). Else all
     together, and each weight is read for its update once.
     """
     reads = reads_in_order(stage.scan.body)
