@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from adalomo_jax.fused.chain import Chain, chain_to
+from adalomo_jax.fused.chain import Chain, arrays_in, chain_to
 from adalomo_jax.fused.jaxpr import Equation, Program, scan_of
 
 
@@ -75,14 +75,15 @@ def _why_whole(program: Program, leaf: int) -> tuple[str, bool]:
 
 
 def _reason_without_scan(program: Program, leaf: int) -> tuple[str, bool]:
-    """Follows the leaf through the operations that keep its size, to a scan over what they make."""
+    """Follows the leaf through operations on it alone that keep its size, to a scan over what they make."""
     size = program.avals[leaf].size
-    made, names = {leaf}, set()
+    made, names, alone = {leaf}, set(), {leaf, *program.constants}
     for equation in program.equations:
         if equation.name == "scan":
             if made.intersection(equation.inputs[scan_of(equation).first_xs :]):
                 return f"a scan runs over it only after {', '.join(sorted(names))}", True
-        elif made.intersection(equation.inputs):
+        elif made.intersection(equation.inputs) and alone.issuperset(arrays_in(program, equation)):
             made.update(v for v in equation.outputs if program.avals[v].size == size)
+            alone.update(equation.outputs)
             names.add(equation.name)
     return "no scan reads it", False

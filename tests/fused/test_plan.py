@@ -33,6 +33,7 @@ LEAF_LOSSES = {
         5,
         "a scan runs over its 5 layers, after convert_element_type",
     ),
+    "of the size of what is scanned": (lambda p: scan_sum(jnp.ones((5, 5)) @ p["w"]), None, "no scan reads it"),
     "unread": (lambda p: jnp.float32(0.0) * 2.0, None, "the loss does not read it"),
     "two scans": (lambda p: scan_sum(p["w"]) + scan_sum(p["w"]), None, "2 scans read it"),
     "also read beside": (lambda p: scan_sum(p["w"]) + jnp.max(p["w"]), None, "a scan reads it, but so does reduce_max"),
