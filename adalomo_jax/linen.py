@@ -1,6 +1,7 @@
 """`TrainState`: what `flax.training.train_state.TrainState` is to a Linen loop, with the fused step inside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -83,6 +84,7 @@ class TrainState(struct.PyTreeNode):
         tx: optax.GradientTransformation,
         apply_fn: Callable[..., Any] | None = None,
         roll: bool = False,
+        extra_args: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> "TrainState":
         """The state to begin with.
@@ -95,13 +97,14 @@ class TrainState(struct.PyTreeNode):
           apply_fn: kept in the state.
           roll: whether layers that a loop in Python calls are stacked, where they repeat. The stacks are copies: drop
             your own ``params`` after it, or their layers are in memory twice.
+          extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
           **options: of :func:`adalomo_jax.fuse`.
 
         Raises:
           ValueError: as :func:`adalomo_jax.fuse` does.
         """
         fused = fuse(loss_fn, tx, roll=roll, **options)
-        params = fused.place(params, *batch) if roll else params
+        params = fused.place(params, *batch, **extra_args) if roll else params
         return cls(params=params, opt_state=fused.init(params, *batch), fused=fused, apply_fn=apply_fn)
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,7 @@ class FusedOptimizer(nnx.Pytree):
       wrt: an NNX filter of what is trained.
       has_aux: whether ``loss_fn`` returns something beside the loss.
       roll: whether layers in a Python list that repeat are stacked between the steps.
+      extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
       **options: of :func:`adalomo_jax.fuse`.
 
     Raises:
@@ -119,6 +121,7 @@ class FusedOptimizer(nnx.Pytree):
         wrt: Any = nnx.Param,
         has_aux: bool = False,
         roll: bool = False,
+        extra_args: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ):
         with nnx.update_context(_TAG):
@@ -149,7 +152,8 @@ class FusedOptimizer(nnx.Pytree):
             self._microbatched = options.get("microbatches") is not None
             self._fused = fuse(functional_loss, tx, has_aux=True, roll=roll, **options)
             self._expected = tuple(expected.items())
-            placed = self._fused.place(shapes_of(params), *args) if roll else params  # shapes: the model stays as it is
+            # Of shapes: the model stays as it is.
+            placed = self._fused.place(shapes_of(params), *args, **extra_args) if roll else params
             self._stacking = stacking_of(placed) if is_stacked(placed) else None
             self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(placed, *args)))
 

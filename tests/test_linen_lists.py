@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState as Flax
@@ -146,3 +147,20 @@ def test_weights_from_elsewhere_are_placed():
     state = state.replace(params=state.fused.place(new, X, stats, KEY))
     chex.assert_trees_all_equal(state.unplaced_params, new)
     assert int(run(state, stats, 1)[0].count) == 1
+
+
+def test_a_tx_that_demands_an_argument_by_name():
+    update = lambda updates, state, params=None, *, rate, **_: (jax.tree.map(lambda g: -rate * g, updates), state)
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    params = {"layers": [0.1 * jnp.eye(X.shape[-1]) for _ in range(4)]}
+
+    def loss_fn(params, x):
+        for w in params["layers"]:
+            x = x + jnp.tanh(x @ w)
+        return jnp.mean(jnp.square(x))
+
+    expected = jax.tree.map(lambda w, g: w - 0.2 * g, params, jax.grad(loss_fn)(params, X))
+    state = TrainState.create(X, loss_fn=loss_fn, params=params, tx=tx, roll=True, extra_args={"rate": 0.1})
+    state, _ = state.step(X, rate=0.2)
+    assert any(leaf.layer_paths for leaf in state.fused.plan(state.params, X).leaves)
+    chex.assert_trees_all_close(state.unplaced_params, expected, rtol=1e-5)

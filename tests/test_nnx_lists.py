@@ -73,8 +73,8 @@ def loss_fn(model, x):
 class Reference:
     """The same model under nnx.Optimizer, with plain Optax."""
 
-    def __init__(self, model, wrt: Any = nnx.Param):
-        self.model, self.optimizer = model, nnx.Optimizer(model, TX, wrt=wrt)
+    def __init__(self, model, wrt: Any = nnx.Param, tx=TX):
+        self.model, self.optimizer = model, nnx.Optimizer(model, tx, wrt=wrt)
 
         @nnx.jit
         def train(model, optimizer, x):
@@ -389,3 +389,21 @@ def test_a_tx_of_which_a_layer_is_treated_otherwise():
     optimizer.step(model, X)
     assert stacks(optimizer, model) and set(stacks(optimizer, model).values()) == {LAYERS - 1}
     assert model.layers[0].up.kernel[...].shape == (WIDTH, 2 * WIDTH)
+
+
+def test_a_tx_that_demands_an_argument_by_name():
+    """It is asked which layers it treats alike, at construction, too; a step may give another value."""
+
+    def update(updates, state, params=None, *, rate, **_):
+        return jax.tree.map(lambda g: -rate * g, updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    with pytest.raises(ValueError, match="was not given 'rate'"):
+        FusedOptimizer(Model(), tx, loss_fn, X, roll=True)
+    model, reference = Model(), Reference(Model(), tx=optax.sgd(0.2))
+    optimizer = FusedOptimizer(model, tx, loss_fn, X, roll=True, extra_args={"rate": 0.1})
+    optimizer.step(model, X, rate=0.2)
+    reference.step()
+    assert stacks(optimizer, model)
+    optimizer.unplace(model)
+    assert_equal(model, reference.model)
