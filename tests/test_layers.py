@@ -46,7 +46,7 @@ MODULES = {
             "homes",
             "readers",
         ),
-        *("leafwise", "plan", "stages", "cotangents"),
+        *("differences", "lists", "leafwise", "plan", "stages", "cotangents"),
         *(
             "checks",
             "stacked",

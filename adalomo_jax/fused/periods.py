@@ -21,7 +21,6 @@ class Search:
     def __post_init__(self):
         layers = self.layers
         self.program, self.equations, self.parameters = layers.program, layers.ordered.equations, layers.parameters
-        self.codes = np.array([layers.signatures.of(layers.program, e) for e in self.equations], dtype=np.int64)
 
     def runs(self, begin: int, end: int) -> list[Run]:
         """The runs within a part of the program: the best one, and those before and after it."""
@@ -75,7 +74,7 @@ class Search:
         return sorted(p for p in periods if 0 < 2 * p <= end - begin)
 
     def _runs(self, period: int, begin: int, end: int) -> Iterator[Run]:
-        codes = self.codes[begin:end]
+        codes = self.layers.codes[begin:end]
         alike = np.concatenate([[False], codes[period:] == codes[:-period], [False]])
         edges = np.flatnonzero(alike[1:] != alike[:-1])
         for first, last in zip(edges[::2], edges[1::2]):
@@ -84,15 +83,18 @@ class Search:
 
     def _runs_within(self, period: int, begin: int, end: int) -> Iterator[Run]:
         """Of a part in which each equation is like the one a period later."""
-        handed = self._bytes_handed(begin, end)
-        last = min(begin + period, end - 2 * period + 1)
-        cuts = sorted(range(begin, last), key=lambda cut: (handed[cut + period - begin], cut))
-        for start in cuts[:_CUTS]:
+        for start in self.cuts(period, begin, end):
             at = start
             while at + 2 * period <= end:
                 runs = self.layers.extend(at, period, end)
                 yield from filter(self._is_chain, runs)
                 at += period * (runs[-1].layers if runs else 1)
+
+    def cuts(self, period: int, begin: int, end: int) -> list[int]:
+        """The places at which the first layer of such a part may begin, the best first."""
+        handed = self._bytes_handed(begin, end)
+        last = min(begin + period, end - 2 * period + 1)
+        return sorted(range(begin, last), key=lambda cut: (handed[cut + period - begin], cut))[:_CUTS]
 
     def _is_chain(self, run: Run) -> bool:
         """Whether a layer has parameters of its own, and hands on what it makes of what it was handed.

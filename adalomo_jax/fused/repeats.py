@@ -71,10 +71,18 @@ class Repeat:
 class Found(NamedTuple):
     """A program, and what repeats in it."""
 
-    program: Program
-    """The one that was searched, but a checkpoint around a loop is opened, and checkpoints are given constants."""
-    ordered: Ordered
+    layers: Layers
     repeats: list[Repeat]
+
+    @property
+    def program(self) -> Program:
+        """The one that was searched, but a checkpoint around a loop is opened, and checkpoints are given constants."""
+        return self.layers.program
+
+    @property
+    def ordered(self) -> Ordered:
+        """Its equations."""
+        return self.layers.ordered
 
 
 def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable]) -> Found:
@@ -114,7 +122,7 @@ def _find(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable], pi
     }
     layers = Layers(program, ordered, frozenset(leaves), parameters, signatures)
     repeats = [_repeat(layers, run) for run in Search(layers).runs(0, len(ordered.equations))]
-    found = Found(program, ordered, repeats)
+    found = Found(layers, repeats)
     loops = [e for e in _outside(ordered, repeats) if is_checkpoint(e) and _is_loop(e, program, ordered, parameters)]
     if not loops:
         return found

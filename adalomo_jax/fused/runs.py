@@ -5,9 +5,11 @@ before the run: the same for each layer (constant), or for each another (scanned
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from adalomo_jax.fused.jaxpr import Program
 from adalomo_jax.fused.order import Ordered
@@ -49,6 +51,7 @@ class Layers:
 
     def __post_init__(self):
         equations = self.ordered.equations
+        self.codes = np.array([self.signatures.of(self.program, e) for e in equations], dtype=np.int64)
         self.maker = {v: (k, o) for k, e in enumerate(equations) for o, v in enumerate(e.outputs)}
         self.readers: dict[int, list[int]] = defaultdict(list)
         for k, equation in enumerate(equations):
@@ -77,16 +80,19 @@ class Layers:
 
     def _first_two(self, start: int, period: int) -> tuple[Any, Any]:
         roles, values = [], []
-        for k in range(start, start + period):
-            pairs = zip(self.ordered.equations[k].inputs, self.ordered.equations[k + period].inputs)
-            for v, w in pairs:
-                source, following = self._source(v, start, period, 0), self._source(w, start, period, 1)
-                role = self._role(v, w, source, following, start, period)
-                if role is None:
-                    return None, None
-                roles.append(role)
-                values.append([v, w])
+        for _, v, w, role in self.first_two(start, period):
+            if role is None:
+                return None, None
+            roles.append(role)
+            values.append([v, w])
         return roles, values
+
+    def first_two(self, start: int, period: int) -> Iterator[tuple[int, int, int, tuple[Any, ...] | None]]:
+        """Of each input of two layers the equation's position, both values, and the role; None where they differ."""
+        for k in range(start, start + period):
+            for v, w in zip(self.ordered.equations[k].inputs, self.ordered.equations[k + period].inputs):
+                source, following = self._source(v, start, period, 0), self._source(w, start, period, 1)
+                yield k, v, w, self._role(v, w, source, following, start, period)
 
     def _source(self, v: int, start: int, period: int, layer: int) -> tuple[Any, ...]:
         """Where a layer's value comes from."""
@@ -112,7 +118,7 @@ class Layers:
             return None
         if self._same(v, w):
             return ("constant",)
-        alike = self._may_be_scanned(v, start, period) and self._may_be_scanned(w, start + period, period)
+        alike = self.may_be_scanned(v, start, period) and self.may_be_scanned(w, start + period, period)
         return ("scanned",) if alike and self._follows(v, w, 1) else None
 
     def _following(self, run: Run) -> tuple[list[tuple[Any, ...]], list[int]] | None:
@@ -129,9 +135,9 @@ class Layers:
                 fits = True
             else:
                 role, is_new = ("scanned",), role[0] == "constant"
-                fits = self._may_be_scanned(v, begin, run.period) and self._follows(before[0], v, run.layers)
+                fits = self.may_be_scanned(v, begin, run.period) and self._follows(before[0], v, run.layers)
                 fits = fits and not (v in self.parameters and (is_new or v in before))
-                fits = fits and (not is_new or self._may_be_scanned(before[0], run.start, run.period))
+                fits = fits and (not is_new or self.may_be_scanned(before[0], run.start, run.period))
             if not fits:
                 return None
             roles.append(role)
@@ -156,7 +162,7 @@ class Layers:
             return False
         return self.signatures.constant(self.program, v) == self.signatures.constant(self.program, w)
 
-    def _may_be_scanned(self, v: int, begin: int, period: int) -> bool:
+    def may_be_scanned(self, v: int, begin: int, period: int) -> bool:
         """Whether a layer may read this value as its own: a parameter only if nothing else reads it."""
         if v in self.parameters:
             return all(begin <= k < begin + period for k in self.readers[v])
