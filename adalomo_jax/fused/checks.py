@@ -289,9 +289,10 @@ def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool
 
 def check_strict(plan: Plan) -> None:
     """Refuses a plan in which layers, of a scan or of a list, are not updated one by one."""
-    if plan.lists:
+    repeats = plan.lists.repeats if plan.may_repeat else []
+    if repeats:
         raise ValueError(
-            f"strict=True, but {plan.lists[0].layers} layers repeat in a list, whose gradients may all be alive at "
+            f"strict=True, but {repeats[0].layers} layers repeat in a list, whose gradients may all be alive at "
             "once. Stack them with params = step.place(params, *args) (FusedOptimizer and TrainState: roll=True), or "
             "leave strict out."
         )

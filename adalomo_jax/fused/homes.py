@@ -6,6 +6,9 @@ from typing import NamedTuple
 from adalomo_jax.fused.chain import Chain, arrays_in, chain_to
 from adalomo_jax.fused.jaxpr import Equation, Program, scan_of
 
+NO_SCAN = "no scan reads it"
+"""The reason of what is no stack."""
+
 
 class Home(NamedTuple):
     """Where a parameter can be updated."""
@@ -86,4 +89,4 @@ def _reason_without_scan(program: Program, leaf: int) -> tuple[str, bool]:
             made.update(v for v in equation.outputs if program.avals[v].size == size)
             alone.update(equation.outputs)
             names.add(equation.name)
-    return "no scan reads it", False
+    return NO_SCAN, False

@@ -63,6 +63,28 @@ def picks_layers(program: Program, leaves: Sequence[int]) -> bool:
     return any(pick.source in leaves for pick in _picks(program, leaves, leaves)[0].values())
 
 
+def with_layers_as_inputs(program: Program, layers: Sequence[int | None]) -> tuple[Program, list[int]]:
+    """The program whose first inputs, where they are stacks, are replaced by their layers, and the numbers of these.
+
+    Args:
+      program: reads of a stack single layers only, along the first axis.
+      layers: of each parameter how many it has, in the order of the inputs; None of what is no stack.
+    """
+    stacks = {v for v, n in zip(program.inputs, layers) if n is not None}
+    picks, _ = _picks(program, stacks, stacks)
+    made = {(pick.source, pick.index): v for v, pick in picks.items() if pick.axis == 0}
+    avals, inputs = list(program.avals), []
+    for v, n in zip(program.inputs, layers):
+        for i in [None] if n is None else range(n):
+            if i is not None and (v, i) not in made:  # the loss does not read it
+                made[v, i] = len(avals)
+                avals.append(program.avals[v].update(shape=program.avals[v].shape[1:], sharding=None))
+            inputs.append(v if i is None else made[v, i])
+    equations = tuple(e for e in program.equations if not {*e.outputs} & {*inputs} and not {*e.inputs} & stacks)
+    rest = program.inputs[len(layers) :]
+    return Program((*inputs, *rest), program.outputs, equations, program.constants, avals), inputs
+
+
 def _depending(program: Program, leaves: Sequence[int]) -> set[int]:
     depends = set(leaves)
     for equation in program.equations:

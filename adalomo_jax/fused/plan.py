@@ -1,14 +1,17 @@
 """Where each parameter is updated: a value, made from the traced loss before anything is compiled."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from adalomo_jax.fused.homes import NO_SCAN
 from adalomo_jax.fused.jaxpr import Equation, Program, Scan
-from adalomo_jax.fused.repeats import Repeat, find_repeats
+from adalomo_jax.fused.lists import Lists
+from adalomo_jax.fused.repeats import find_repeats
 from adalomo_jax.fused.sharding import Sharding, of_layer
 from adalomo_jax.optimizers.per_layer import Group
 
@@ -171,6 +174,8 @@ class Plan:
     """The values of the program that depend on a trained parameter."""
     batched: frozenset[int] = field(repr=False, compare=False)
     """The values of the program that differ between microbatches."""
+    find_lists: Callable[[], Lists] = field(default=Lists, repr=False, compare=False)
+    """Says what `lists` is: it searches, so it is asked only by those who read that."""
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -215,8 +220,8 @@ class Plan:
     def __str__(self) -> str:
         header = ("parameter", "shape", "dtype", "updated", "because")
         rows = [
-            (leaf.path, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype, self._where(leaf), leaf.reason)
-            for leaf in self.leaves
+            (leaf.path, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype, self._where(leaf), reason)
+            for leaf, reason in zip(self.leaves, self.reasons)
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
@@ -226,19 +231,37 @@ class Plan:
         lines += [
             f"{repeat.layers} layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
             " (FusedOptimizer and TrainState: roll=True)"
-            for repeat in self.lists
+            for repeat in self.lists.repeats
         ]
         return "\n".join(lines)
 
+    @cached_property
+    def lists(self) -> Lists:
+        """Layers that repeat in a list, and that `FusedStep.place` would stack; and why others are not stacked."""
+        return self.find_lists()
+
     @property
-    def lists(self) -> list[Repeat]:
-        """Layers that repeat in a list, and that `FusedStep.place` would stack."""
-        return find_repeats(
-            self.program, self.program.inputs[: len(self.leaves)], [leaf.trained for leaf in self.leaves]
-        ).repeats
+    def may_repeat(self) -> bool:
+        """Whether layers in a list repeat as far as is known without asking the optimizer: sooner known than `lists`."""
+        of_leaves = self.program.inputs[: len(self.leaves)]
+        return bool(find_repeats(self.program, of_leaves, [leaf.trained for leaf in self.leaves]).repeats)
+
+    @cached_property
+    def reasons(self) -> tuple[str, ...]:
+        """Of each parameter why it is updated where it is; of a layer of a list by itself, why it is in no stack."""
+        of_lists = self.lists.reasons or [None] * len(self.leaves)
+        return tuple(map(_with_reason, self.leaves, of_lists))
 
     def _where(self, leaf: LeafPlan) -> str:
         if not leaf.trained:
             return "not"
         scans = [s for s, stage in enumerate(self.stages) if isinstance(stage, LayerScan)]
         return f"scan {scans.index(leaf.stage)}, layer by layer" if leaf.layers else "whole"
+
+
+def _with_reason(leaf: LeafPlan, of_list: str | None) -> str:
+    if of_list is None or leaf.axis is not None:
+        return leaf.reason
+    if leaf.trained:
+        return of_list if leaf.reason == NO_SCAN else leaf.reason
+    return of_list if of_list.startswith(leaf.reason) else f"{leaf.reason}, nor stacked: {of_list}"

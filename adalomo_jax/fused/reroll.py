@@ -26,7 +26,7 @@ def reroll(program: Program, leaves: Sequence[int]) -> Program:
     found = find_repeats(program, leaves, [None] * len(leaves))
     if not found.repeats:
         return program
-    return retrace(found.program, lambda values: _run(*found, values), len(leaves))
+    return retrace(found.program, lambda values: _run(found.program, found.ordered, found.repeats, values), len(leaves))
 
 
 def _run(program: Program, ordered: Ordered, repeats: Sequence[Repeat], values: dict[int, Any]) -> list[Any]:

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adalomo_jax.fused.checks import trained_leaves
-from adalomo_jax.fused.jaxpr import trace
+from adalomo_jax.fused.checks import path_name, trained_leaves
+from adalomo_jax.fused.differences import Leaf
+from adalomo_jax.fused.jaxpr import Program, trace
 from adalomo_jax.fused.leafwise import rules_of_leaves
+from adalomo_jax.fused.lists import Lists, why_not_stacked
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.order import with_layers_as_inputs
 from adalomo_jax.fused.repeats import find_repeats
-from adalomo_jax.fused.sharding import sharding_of
-from adalomo_jax.optimizers.per_layer import Group, PerLayer
+from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.fused.stacked import layers_of, unstack_layers
+from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
 
 
 def find_stacks(
@@ -42,6 +46,50 @@ def find_stacks(
     position = {v: i for i, v in enumerate(of_params)}
     scanned = [scanned.values for repeat in repeats for scanned in repeat.scanned]
     return [tuple(position[v] for v in values) for values in scanned if all(v in position for v in values)]
+
+
+def lists_of(
+    tx: optax.GradientTransformationExtraArgs,
+    options: Options,
+    program: Program,
+    treedef: Any,
+    shardings: Sequence[Sharding],
+    extra_args: Mapping[str, Any],
+) -> Lists:
+    """What is known of the lists of layers of a loss: what could be stacked and is not, and why other leaves are not.
+
+    Args:
+      tx: the optimizer.
+      options: of the step.
+      program: the loss, with nothing rolled up yet.
+      treedef: of its parameters, placed or not.
+      shardings: of each.
+      extra_args: those of ``tx.update`` that are known.
+    """
+    types = [program.avals[v] for v in program.inputs[: len(shardings)]]
+    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = treedef.unflatten(list(map(shape, types, shardings)))
+    positions, unplaced = layers_of(params), unstack_layers(params)
+    layers = [len(of_stack) if len(of_stack) > 1 else None for of_stack in positions]
+    program, inputs = with_layers_as_inputs(program, layers)
+    order = [k for k, _ in sorted(enumerate(i for of_stack in positions for i in of_stack), key=lambda pair: pair[1])]
+    values = [inputs[k] for k in order]
+    trained = trained_leaves(unplaced, options.trainable)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(unplaced)
+    try:
+        rules = _rules(tx, treedef, [leaf for _, leaf in paths_and_leaves], trained, extra_args)
+    except ExtraArgumentMissing:  # before a step they may not be known: then what `tx` does is not told apart
+        rules = [None] * len(values)
+    leaves = [
+        Leaf(path_name(path), v, program.avals[v].str_short(), is_trained, rule, str(sharding_of(x)))
+        for (path, x), v, is_trained, rule in zip(paths_and_leaves, values, trained, rules, strict=True)
+    ]
+    found = find_repeats(program, values, [leaf.kind for leaf in leaves])
+    stacked = {i for of_stack in positions if len(of_stack) > 1 for i in of_stack}
+    reasons = why_not_stacked(found, leaves, stacked)
+    numbers = {leaf.value for i, leaf in enumerate(leaves) if i not in stacked}
+    repeats = [repeat for repeat in found.repeats if any(numbers.issuperset(s.values) for s in repeat.scanned)]
+    return Lists(repeats, [reasons[of_stack[0]] for of_stack in positions])
 
 
 def _rules(

@@ -12,6 +12,7 @@ from adalomo_jax.fused.jaxpr import (
     is_checkpoint,
     scan_of,
 )
+from adalomo_jax.fused.lists import Lists, nth, period_of
 from adalomo_jax.fused.plan import LayerScan, LeafPlan, Plan, Segment, Stack, Stage
 from adalomo_jax.fused.sharding import Sharding, of_layer
 
@@ -23,6 +24,7 @@ def make_plan(
     batched_inputs: Collection[int] = (),
     shardings: Sequence[Sharding] = (),
     layer_paths: Sequence[tuple[str, ...]] = (),
+    find_lists: Callable[[], Lists] = Lists,
 ) -> Plan:
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
 
@@ -33,6 +35,7 @@ def make_plan(
       batched_inputs: the inputs that differ between microbatches; none where there are no microbatches.
       shardings: of each parameter, where they are known.
       layer_paths: of each parameter the paths of its layers, where layers of a list were stacked.
+      find_lists: searches the lists of layers for what is not stacked.
     """
     shardings, layer_paths = shardings or [None] * len(paths), layer_paths or [()] * len(paths)
     values = program.inputs[: len(paths)]
@@ -66,23 +69,24 @@ def make_plan(
                 axis=home.axis if in_scan else None,
                 stage=min(read_by, default=0),
                 read_by=read_by,
-                reason=_reason(home, trained[i], bool(layer_paths[i])),
+                reason=_reason(home, trained[i], layer_paths[i]),
                 misplaced=trained[i] and (home.misplaced or bool(layer_paths[i] and home.axis is None)),
                 sharding=shardings[i],
                 layer_paths=layer_paths[i],
             )
         )
-    return Plan(tuple(leaves), program, stages, active, batched or frozenset())
+    return Plan(tuple(leaves), program, stages, active, batched or frozenset(), find_lists)
 
 
-def _reason(home: Home, is_trained: bool, is_of_list: bool) -> str:
+def _reason(home: Home, is_trained: bool, of_list: Sequence[str]) -> str:
     if not is_trained:
         return "it is not trained"
-    if not is_of_list:
+    if not of_list:
         return home.reason
-    return (
-        f"{home.reason}, which a list had" if home.axis is not None else "layers of a list do not repeat in this loss"
-    )
+    if home.axis is None:
+        return "layers of a list do not repeat in this loss"
+    period = period_of(of_list)
+    return f"{home.reason}, {f'every {nth(period)} of a list' if period and period > 1 else 'which a list had'}"
 
 
 def _stages(

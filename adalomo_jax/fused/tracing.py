@@ -1,7 +1,7 @@
 """A call of the loss, traced and planned, and the optimizer lifted to the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,7 @@ from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan import Plan
 from adalomo_jax.fused.readers import fold_readers
 from adalomo_jax.fused.reroll import reroll
+from adalomo_jax.fused.rolling import lists_of
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.fused.stacked import is_stacked, layer_paths, unstack_layers
 from adalomo_jax.fused.stages import make_plan
@@ -95,6 +96,7 @@ def trace_call(
         return result
 
     program, result_treedef = trace(on_leaves, shapes_on_device(leaves), *args_treedef.unflatten(of_one))
+    as_written = program
     if options.roll or is_stacked(params):
         program = reroll(program, program.inputs[: len(leaves)])
     program = fold_readers(program, program.inputs[: len(leaves)], trained)
@@ -104,14 +106,15 @@ def trace_call(
         check_signature(made_for, signature)
     of_args = program.inputs[len(leaves) :]
     batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]
-    plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params))
+    extra = jax.tree.map(_type, {"value": program.avals[program.outputs[0]], **(extra_args or {})})
+    find_lists = partial(lists_of, tx, options, as_written, treedef, known.shardings, extra)
+    plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params), find_lists)
     if options.strict:
         check_strict(plan)
     dtypes = [program.avals[v].dtype for v in program.inputs]  # those of typed PRNG keys have no name to go by
     tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, dtype) for leaf, dtype in zip(plan.leaves, dtypes))
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
-    extra = {"value": program.avals[program.outputs[0]], **(extra_args or {})}
-    _prove_leafwise(optimizer, paths, jax.tree.map(_type, extra), options, extra_args is not None)
+    _prove_leafwise(optimizer, paths, extra, options, extra_args is not None)
     return Traced(plan, optimizer, leaves, treedef, flat, args_treedef, sliced, result_treedef, signature)
 
 
