@@ -52,7 +52,7 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
         inner = dict(values)
         evaluate(same, inner)
         inner |= carry | xs
-        evaluate_layer(others, inner, [*stacked, *(c.made for c in repeat.carried)])
+        evaluate_layer(program, repeat, others, inner, stacked)
         return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
 
     carry = {c.received: _strong(values[c.initial]) for c in repeat.carried}

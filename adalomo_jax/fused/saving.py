@@ -1,11 +1,11 @@
-"""What a layer without checkpoints saves for the way back, once it is the body of a scan.
+"""What layers without checkpoints save for the way back, once they are the body of a scan.
 
 Of a loop in Python, XLA saves what it likes: it computes again what is elementwise of something else that is saved.
 What a scan saves is an array for all layers, chosen by JAX: of gelu alone six. So here a layer's products, reductions
 and the like are saved, and what lies between is computed again. The number of products is the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,23 +13,30 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from adalomo_jax.fused.chain import ELEMENTWISE
-from adalomo_jax.fused.jaxpr import Equation, evaluate, is_checkpoint
+from adalomo_jax.fused.jaxpr import Equation, Program, evaluate, is_checkpoint
+from adalomo_jax.fused.repeats import Repeat
+from adalomo_jax.fused.runs import nbytes
 
 _OF_LAYOUT = frozenset("broadcast_in_dim copy expand_dims reshape rev squeeze transpose".split())
 _OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
 
 
-def evaluate_layer(equations: Sequence[Equation], values: dict[int, Any], wanted: Iterable[int]) -> None:
-    """Runs a layer's equations on ``values``, and adds to it what is wanted.
+def evaluate_layer(
+    program: Program, repeat: Repeat, equations: Sequence[Equation], values: dict[int, Any], stacked: Collection[int]
+) -> None:
+    """Runs a layer's equations on ``values``, and adds to it what is carried, and what is stacked.
 
-    Between its checkpoints, and what has effects, it saves what `_is_saved` says.
+    What has no checkpoint, and no effects, is put under one that saves what `_is_saved` says; one for each part of the
+    layer that hands on no more than the layer does, such as attention. So each part is pulled back by itself, and its
+    weights are updated before the way back goes on to the part before.
     """
-    runs = list(_runs(equations))
+    runs = list(_runs(program, repeat, equations))
+    wanted = {*stacked, *(c.made for c in repeat.carried)}
     for k, run in enumerate(runs):
         if _stands_alone(run[0]):
             evaluate(run, values)
             continue
-        later = {v for others in runs[k + 1 :] for equation in others for v in equation.inputs}.union(wanted)
+        later = {v for others in runs[k + 1 :] for equation in others for v in equation.inputs} | wanted
         outputs = [v for equation in run for v in equation.outputs if v in later]
         read = dict.fromkeys(v for equation in run for v in equation.inputs if isinstance(values.get(v), Tracer))
         compute = _computing(run, values, outputs)
@@ -55,16 +62,36 @@ def _computing(run: Sequence[Equation], values: dict[int, Any], outputs: Sequenc
     return compute
 
 
-def _runs(equations: Iterable[Equation]) -> Iterator[list[Equation]]:
-    """Cut before and after each that stands alone."""
-    run: list[Equation] = []
-    for equation in equations:
-        if run and (_stands_alone(equation) or _stands_alone(run[-1])):
+def _runs(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> Iterator[list[Equation]]:
+    """Cut around what stands alone; and, behind what reads matrices of the layer, where no more is handed on."""
+    matrices = {s.received for s in repeat.scanned if s.is_parameter and program.avals[s.values[0]].ndim > 1}
+    handed, run = _bytes_handed(program, repeat, equations), list[Equation]()
+    for k, equation in enumerate(equations):
+        reads_matrices = any(v in matrices for before in run for v in before.inputs)
+        is_cut = _stands_alone(equation) or bool(run and _stands_alone(run[-1]))
+        if run and (is_cut or (reads_matrices and handed[k] <= handed[0])):
             yield run
             run = []
         run.append(equation)
     if run:
         yield run
+
+
+def _bytes_handed(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> list[int]:
+    """What is carried, or made, before each equation, and read by it or after it."""
+    last_read = {v: k for k, equation in enumerate(equations) for v in equation.inputs}
+    last_read |= {c.made: len(equations) for c in repeat.carried}
+    change = [0] * (len(equations) + 1)
+    made = [(-1, v) for v in {c.received for c in repeat.carried}]
+    made += [(k, v) for k, equation in enumerate(equations) for v in equation.outputs]
+    size = {c.received: nbytes(program, c.made) for c in repeat.carried}
+    for k, v in made:
+        if last_read.get(v, -1) > k:
+            bytes_of_value = size[v] if v in size else nbytes(program, v)
+            change[k + 1] += bytes_of_value
+            if last_read[v] < len(equations):
+                change[last_read[v] + 1] -= bytes_of_value
+    return [sum(change[: k + 1]) for k in range(len(equations))]
 
 
 def _stands_alone(equation: Equation) -> bool:
