@@ -4,15 +4,16 @@ The words are of what the search for layers that repeat compares, in its order: 
 each of them reads.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from adalomo_jax.fused.jaxpr import Equation, Program, called_as_it_is, has_own_derivative, program_of
+from adalomo_jax.fused.jaxpr import Equation, Program, called_as_it_is, has_own_derivative, is_checkpoint, program_of
 from adalomo_jax.fused.periods import Search
-from adalomo_jax.fused.runs import Layers
+from adalomo_jax.fused.runs import FEWEST, Layers
+from adalomo_jax.fused.signatures import Signatures
 
 
 class Leaf(NamedTuple):
@@ -36,7 +37,7 @@ class Leaf(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of a list: its leaves are read from one equation on, and the last of them first in another."""
+    """A layer of a list: from the equation that first uses one of its leaves to that which first uses the last."""
 
     name: str
     first: int
@@ -79,6 +80,9 @@ class Differences:
         """
         earlier, period, is_later = min(x, y, key=lambda layer: layer.first), abs(x.first - y.first), x.first > y.first
         codes = self.layers.codes
+        if not period and is_checkpoint(self.layers.ordered.equations[x.first]):
+            few = f"in it fewer than {FEWEST} layers repeat"
+            return Comparison(False, f"one checkpoint runs {x.name} and {y.name}, and {few}")
         if not 0 < period < len(codes):
             return Comparison(False)
         differ = np.flatnonzero(codes[period:] != codes[:-period])
@@ -100,8 +104,17 @@ class Differences:
             return Comparison(False)
         differ = np.flatnonzero(codes[start : start + period] != codes[start + period : start + 2 * period])
         if len(differ):
-            return self._of_equations(start + int(differ[0]), period, is_later)
-        return self._within(start, period, is_later)
+            return self._of_equations(start + int(differ[0]), period, is_later, start)
+        found = self._within(start, period, is_later)
+        if not found.alike:
+            return found
+        in_run = self.layers.first_two(start - period if is_later else start + period, period)
+        for (k, *_, role), (*_, usual) in zip(self.layers.first_two(start, period), in_run):
+            if role != usual and {"made", "carried"} & {of[0] for of in (role, usual) if of}:
+                here, there = self._places(k, period, is_later, start)
+                name = _name(self.layers.ordered.equations[k])
+                return Comparison(False, f"{here} computes {name} of another value than {there}")
+        return found
 
     def _within(self, start: int, period: int, is_later: bool) -> Comparison:
         """Of layers whose equations are alike: by what these read."""
@@ -117,54 +130,87 @@ class Differences:
         for v, begin in zip(inputs, (start, start + period)):
             if v in self.leaves and not self.layers.may_be_scanned(v, begin, period):
                 return f"{self.leaves[v].path} is read elsewhere, too"
-        here, there = self._places(k, period, is_later)
-        return f"{here} computes `{self.layers.ordered.equations[k].name}` of another value than {there}"
+        here, there = self._places(k, period, is_later, start)
+        return f"{here} computes {_name(self.layers.ordered.equations[k])} of another value than {there}"
 
-    def _of_equations(self, k: int, period: int, is_later: bool) -> Comparison:
+    def _of_equations(self, k: int, period: int, is_later: bool, start: int | None = None) -> Comparison:
         one, other = (self.layers.ordered.equations[at] for at in ((k + period, k) if is_later else (k, k + period)))
-        here, there = self._places(k, period, is_later)
+        here, there = self._places(k, period, is_later, start)
         program, signatures = self.layers.program, self.layers.signatures
-        for (p, x), (q, y) in zip(_opened(program, one), _opened(program, other)):
-            if x.name != y.name:
-                return Comparison(False, f"{here} computes `{x.name}` where {there} computes `{y.name}`")
-            if x.has_effects or y.has_effects:
-                return Comparison(False, f"{here} computes `{x.name}`, which has effects")
-            types = [" and ".join(a.avals[v].str_short() for v in e.inputs) for a, e in ((p, x), (q, y))]
-            if types[0] != types[1]:
-                return Comparison(False, f"{here} computes `{x.name}` of {types[0]}, and {there} of {types[1]}")
-            if signatures.of(p, x) != signatures.of(q, y):
-                return Comparison(False, f"{here} computes `{x.name}` with another {_parameter(x, y)} than {there}")
-            both = [(v, w) for v, w in zip(x.inputs, y.inputs) if v in p.constants and w in q.constants]
-            if p is not program and any(signatures.constant(p, v) != signatures.constant(q, w) for v, w in both):
-                return Comparison(False, f"{here} computes `{x.name}` with another constant than {there}")
-        names = " and ".join(dict.fromkeys(f"`{e.name}`" for _, e in _opened(program, one)))
-        how = "with another derivative" if has_own_derivative(one) else "otherwise"
-        return Comparison(False, f"{here} computes {names} {how} than {there}")
+        what, how = _told_apart(signatures, (program, one), (program, other)) or (_name(one), "otherwise")
+        if how.startswith("`"):  # another operation
+            return Comparison(False, f"{here} computes {what} where {there} computes {how}")
+        return Comparison(False, f"{here} computes {what} {how} than {there}")
 
-    def _places(self, k: int, period: int, is_later: bool) -> tuple[str, str]:
-        """Where the equation is, and where the one that it is compared with."""
-        first, second = self._place(k), self._place(k + period)
+    def _places(self, k: int, period: int, is_later: bool, start: int | None) -> tuple[str, str]:
+        """Where the equation is, and where the one that it is compared with; of layers that begin there, if known."""
+        first = self._place(k, start, period)
+        second = self._place(k + period, None if start is None else start + period, period)
         return (second, first) if is_later else (first, second)
 
-    def _place(self, k: int) -> str:
+    def _place(self, k: int, start: int | None, period: int) -> str:
+        within = [] if start is None else [x for x in self.of_list if start <= x.first < start + period]
+        if within:
+            return next((layer for layer in reversed(within) if layer.first <= k), within[0]).name
         for layer in self.of_list:
             if k <= layer.last:
                 return layer.name if k >= layer.first else f"the loss before {layer.name}"
         return f"the loss after {self.of_list[-1].name}"
 
 
-def _opened(program: Program, equation: Equation) -> Iterator[tuple[Program, Equation]]:
-    """The equation, or those that it runs: of a checkpoint, of a function with a derivative of its own."""
+_Within = tuple[Program, Equation]
+"""An equation of a program."""
+
+
+def _told_apart(signatures: Signatures, one: _Within, other: _Within) -> tuple[str, str] | None:
+    """What an equation computes, and how otherwise, or what another does in its place; None if they are not told apart.
+
+    Of those that run others, the first of these that differ.
+    """
+    (p, x), (q, y) = one, other
+    within, within_other = _run_by(*one), _run_by(*other)
+    if within is None or within_other is None:
+        names = [_names(within or [one]), _names(within_other or [other])]
+        differ = [(a, b) for a, b in zip(*names) if a != b]
+        return differ[0] if differ else None if within or within_other else _operations_apart(signatures, one, other)
+    for a, b in zip(within, within_other):
+        if (apart := _told_apart(signatures, a, b)) is not None:
+            return apart
+    if has_own_derivative(x) and has_own_derivative(y) and signatures.of(p, x) != signatures.of(q, y):
+        return _names(within)[0], "with another derivative"
+    return None
+
+
+def _operations_apart(signatures: Signatures, one: _Within, other: _Within) -> tuple[str, str] | None:
+    """Of equations of the same name that run no others."""
+    (p, x), (q, y) = one, other
+    of_types = [" and ".join(program.avals[v].str_short() for v in e.inputs) for program, e in (one, other)]
+    if of_types[0] != of_types[1]:
+        return f"{_name(x)} of {of_types[0]}", f"{_name(y)} of {of_types[1]}"
+    if signatures.of(p, x) != signatures.of(q, y):
+        names = sorted(x.params.keys() | y.params.keys())
+        unequal = [name for name in names if str(x.params.get(name)) != str(y.params.get(name))]
+        return _name(x), f"with another `{unequal[0]}`" if unequal else "otherwise"
+    of_both = [(v, w) for v, w in zip(x.inputs, y.inputs) if v in p.constants and w in q.constants]
+    if any(signatures.constant(p, v) != signatures.constant(q, w) for v, w in of_both):
+        return _name(x), "with another constant"
+    return None
+
+
+def _run_by(program: Program, equation: Equation) -> list[_Within] | None:
+    """What a checkpoint, or a function with a derivative of its own, runs; None of what runs nothing."""
     called = called_as_it_is(equation)
     if called is None:
-        yield program, equation
-        return
+        return None
     inner = program_of(called)
-    for e in inner.equations:
-        yield from _opened(inner, e)
+    return [(inner, e) for e in inner.equations] or None
 
 
-def _parameter(x: Equation, y: Equation) -> Any:
-    """The name of the first parameter of a primitive that is printed otherwise."""
-    of_both = x.params.keys() | y.params.keys()
-    return next((f"`{name}`" for name in sorted(of_both) if str(x.params.get(name)) != str(y.params.get(name))), "way")
+def _names(equations: Sequence[_Within]) -> list[str]:
+    """What is computed, in order."""
+    inner = ((e, _run_by(program, e)) for program, e in equations)
+    return [name for e, within in inner for name in (_names(within) if within else [_name(e)])]
+
+
+def _name(equation: Equation) -> str:
+    return "`checkpoint`" if is_checkpoint(equation) else f"`{equation.name}`"

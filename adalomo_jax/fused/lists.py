@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from adalomo_jax.fused.differences import Comparison, Differences, Layer, Leaf, of_leaves
 from adalomo_jax.fused.repeats import Found, Repeat
-from adalomo_jax.fused.runs import FEWEST
+from adalomo_jax.fused.runs import FEWEST, Layers
 
 _NUMBER = re.compile(r"(?:^|(?<=[/_]))\d+(?=/|$)")
 """Of a layer, in a path: ``layers/3/up``, ``layers_3/up``."""
@@ -78,7 +78,8 @@ class _List:
     """A list of layers."""
 
     def __init__(self, found: Found, leaves: Sequence[Leaf], places: Mapping[int, _Place]):
-        self.leaves, self.places, self.readers = leaves, places, found.layers.readers
+        self.leaves, self.places = leaves, places
+        self.readers, self.first_use = found.layers.readers, found.layers.first_use
         self.at = {(place.number, place.after): i for i, place in places.items()}
         self.numbers = sorted({place.number for place in places.values()})
         self.run_of: dict[int, Repeat] = {}
@@ -87,18 +88,18 @@ class _List:
         for repeat in found.repeats:
             of_stacks = [v for scanned in repeat.scanned if scanned.is_parameter for v in scanned.values]
             self.run_of |= {position[v]: repeat for v in of_stacks if position.get(v) in places}
-        self.layers = self._layers()
+        self.layers = self._layers(found.layers)
         in_order = sorted(self.layers.values(), key=lambda layer: layer.first)
         self.differences = Differences(found.layers, {leaf.value: leaf for leaf in leaves}, in_order)
 
-    def _layers(self) -> dict[int, Layer]:
-        """By their numbers, those that are read."""
-        firsts: dict[int, list[int]] = defaultdict(list)
+    def _layers(self, found: Layers) -> dict[int, Layer]:
+        """By their numbers, those that are used."""
+        uses: dict[int, list[int]] = defaultdict(list)
         for i, place in self.places.items():
-            if readers := self.readers.get(self.leaves[i].value):
-                firsts[place.number].append(min(readers))
+            if self.leaves[i].value in self.readers:
+                uses[place.number].append(found.first_use(self.leaves[i].value))
         name = next(iter(self.places.values())).before
-        return {n: Layer(f"{name}{n}", min(at), max(at)) for n, at in firsts.items() if min(at) >= 0}
+        return {n: Layer(f"{name}{n}", min(at), max(at)) for n, at in uses.items() if 0 <= min(at) < len(found.codes)}
 
     def why(self, i: int) -> str | None:
         """Why a leaf is in no stack."""
@@ -147,8 +148,8 @@ class _List:
             return Comparison(False, difference)
         start = run.stop - run.period if n > last else run.start - run.period
         window = range(run.stop, run.stop + run.period) if n > last else range(start, run.start)
-        if min(self.readers[self.leaves[i].value]) not in window:
-            return None
+        if start < 0 or self.first_use(self.leaves[i].value) not in window:
+            return self._compare(i, other)
         return self.differences.beside(start, run.period, is_later=n > last)
 
     def _period(self, run: Repeat) -> int | None:
@@ -188,14 +189,18 @@ def _places(path: str) -> list[_Place]:
 
 
 def _places_in_lists(leaves: Sequence[Leaf]) -> dict[int, _Place]:
-    """Of each leaf that has its like in a list, its place there: in the longest, if there are several."""
+    """Of each leaf that has its like in a list of layers, its place there: in the longest, if there are several.
+
+    A list of arrays is one of layers only if all are of one type: Keras keeps all that a model has in one.
+    """
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     for leaf in leaves:
         for place in _places(leaf.path):
             members[place.list_and_leaf].append(leaf.type)
-    places = {}
-    for i, leaf in enumerate(leaves):
-        of_lists = [p for p in _places(leaf.path) if len(set(members[p.list_and_leaf])) < len(members[p.list_and_leaf])]
-        if of_lists:
-            places[i] = max(of_lists, key=lambda place: len(members[place.list_and_leaf]))
-    return places
+
+    def is_of_layers(place: _Place) -> bool:
+        types = members[place.list_and_leaf]
+        return len(set(types)) < len(types) and (place.after != "" or len(set(types)) == 1)
+
+    of_leaves = ((i, list(filter(is_of_layers, _places(leaf.path)))) for i, leaf in enumerate(leaves))
+    return {i: max(of, key=lambda place: len(members[place.list_and_leaf])) for i, of in of_leaves if of}

@@ -136,7 +136,7 @@ class LeafPlan:
     read_by: tuple[int, ...]
     """The stages of the forward pass that read it."""
     reason: str
-    """Why it is updated there."""
+    """Why it is updated there; of a layer of a list that is not stacked `Plan.reasons` says more."""
     misplaced: bool
     """Whether a scan runs over its layers, and yet it has to be updated whole."""
     sharding: Sharding = field(default=None, repr=False)
@@ -242,7 +242,7 @@ class Plan:
 
     @property
     def may_repeat(self) -> bool:
-        """Whether layers in a list repeat as far as is known without asking the optimizer: sooner known than `lists`."""
+        """Whether layers in a list repeat, as far as is known without asking the optimizer."""
         of_leaves = self.program.inputs[: len(self.leaves)]
         return bool(find_repeats(self.program, of_leaves, [leaf.trained for leaf in self.leaves]).repeats)
 

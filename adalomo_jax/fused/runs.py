@@ -63,6 +63,12 @@ class Layers:
         for v in self.program.outputs:
             self.readers[v].append(len(equations))
 
+    def first_use(self, v: int) -> int:
+        """The first equation that reads a value, or what is made of parameters alone, and has made of this one."""
+        k = min(self.readers.get(v, ()), default=len(self.codes))
+        made = self.ordered.equations[k].outputs if 0 <= k < len(self.codes) else ()
+        return min(map(self.first_use, made)) if made and self.ordered.of_leaves.issuperset(made) else k
+
     def extend(self, start: int, period: int, end: int) -> list[Run]:
         """The longest run from here, and before it those in which more is the same for each layer; or none."""
         roles, values = self._first_two(start, period)

@@ -67,8 +67,9 @@ class FusedStep:
         becomes the stack of all, and an :class:`InStack` stands in the place of each other one. The step scans over
         such a stack, in the memory, and with the time to compile, of a model that was written so. The loss still gets
         its own tree, and `unplace` gives it back; masks, ``trainable`` and metrics go by its paths. A layer that is
-        trained otherwise, that ``tx`` treats otherwise, or that is read elsewhere, too, stays by itself. Arrays are
-        copied, a stack at a time; those that were given stay. Arguments by name are those of ``tx.update``.
+        trained otherwise, that ``tx`` treats otherwise, that is read elsewhere, too, or that computes something else
+        stays by itself, as do fewer than three that are alike: `plan` says which and why. Arrays are copied, a stack at
+        a time; those that were given stay. Arguments by name are those of ``tx.update``.
 
         With ``offload="params"`` those that `Plan.stacks_of_matrices` names go to the host's memory (the memory kind
         ``"pinned_host"``), all others to the devices'; arrays that are there already are returned as they are. Of a
@@ -107,6 +108,15 @@ class FusedStep:
           InStack(stack="['layers'][0]", layer=2)
           >>> len(step.unplace(params)["layers"]), step.unplace(params)["layers"][2].shape
           (12, (4, 4))
+
+          A mask that names one of them:
+
+          >>> step = fuse(loss_fn, adalomo(1e-2), trainable=lambda path: path != "layers/3")
+          >>> print(step.plan(step.place({"layers": [jnp.full((4, 4), 0.1) for _ in range(4)]}, x), x))
+          parameter  shape  dtype    updated                 because
+          layers/0   3x4x4  float32  scan 0, layer by layer  a scan runs over its 3 layers, which a list had
+          layers/3   4x4    float32  not                     it is not trained, and layers/2 is
+          gradients alive at once: 64 of 192 bytes
         """
         check_not_deleted(params, "params")
         if self.options.roll and not is_stacked(params):
