@@ -5,6 +5,8 @@ What a scan saves is an array for all layers, chosen by JAX: of gelu alone six. 
 and the like are saved, and what lies between is computed again. The number of products is the same.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -26,9 +28,9 @@ def evaluate_layer(
 ) -> None:
     """Runs a layer's equations on ``values``, and adds to it what is carried, and what is stacked.
 
-    What has no checkpoint, and no effects, is put under one that saves what `_is_saved` says; one for each part of the
-    layer that hands on no more than the layer does, such as attention. So each part is pulled back by itself, and its
-    weights are updated before the way back goes on to the part before.
+    What has no checkpoint, and no effects, is put under one that saves what `_is_saved` says. If the layer is a period
+    of several with matrices of the same shapes, each of those has one: so each is pulled back by itself, and its
+    weights are updated before the way back goes on to the one before.
     """
     runs = list(_runs(program, repeat, equations))
     wanted = {*stacked, *(c.made for c in repeat.carried)}
@@ -63,16 +65,20 @@ def _computing(run: Sequence[Equation], values: dict[int, Any], outputs: Sequenc
 
 
 def _runs(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> Iterator[list[Equation]]:
-    """Cut around what stands alone; and, behind what reads matrices of the layer, where no more is handed on."""
-    matrices = {s.received for s in repeat.scanned if s.is_parameter and program.avals[s.values[0]].ndim > 1}
-    handed, run = _bytes_handed(program, repeat, equations), list[Equation]()
+    """Cut around what stands alone, and behind each of several layers, as far as no more is handed on there."""
+    shapes = {s.received: program.avals[s.values[0]].shape for s in repeat.scanned if s.is_parameter}
+    matrices = {v: shape for v, shape in shapes.items() if len(shape) > 1}
+    of_all, of_run, run = Counter(matrices.values()), dict[int, Any](), list[Equation]()
+    several = math.gcd(*of_all.values()) if of_all else 1
+    of_one = Counter({shape: n // several for shape, n in of_all.items()})
+    handed = _bytes_handed(program, repeat, equations)
     for k, equation in enumerate(equations):
-        reads_matrices = any(v in matrices for before in run for v in before.inputs)
-        is_cut = _stands_alone(equation) or bool(run and _stands_alone(run[-1]))
-        if run and (is_cut or (reads_matrices and handed[k] <= handed[0])):
+        is_next = several > 1 and Counter(of_run.values()) == of_one and handed[k] <= handed[0]
+        if run and (is_next or _stands_alone(equation) or _stands_alone(run[-1])):
             yield run
-            run = []
+            run, of_run = [], {}
         run.append(equation)
+        of_run |= {v: matrices[v] for v in equation.inputs if v in matrices}
     if run:
         yield run
 
