@@ -150,7 +150,7 @@ def test_weights_from_elsewhere_are_placed():
 
 
 def test_a_tx_that_demands_an_argument_by_name():
-    update = lambda updates, state, params=None, *, rate, **_: (jax.tree.map(lambda g: -rate * g, updates), state)
+    update: Any = lambda updates, state, params=None, *, rate, **_: (jax.tree.map(lambda g: -rate * g, updates), state)
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     params = {"layers": [0.1 * jnp.eye(X.shape[-1]) for _ in range(4)]}
 

@@ -394,9 +394,7 @@ def test_a_tx_of_which_a_layer_is_treated_otherwise():
 def test_a_tx_that_demands_an_argument_by_name():
     """It is asked which layers it treats alike, at construction, too; a step may give another value."""
 
-    def update(updates, state, params=None, *, rate, **_):
-        return jax.tree.map(lambda g: -rate * g, updates), state
-
+    update: Any = lambda updates, state, params=None, *, rate, **_: (jax.tree.map(lambda g: -rate * g, updates), state)
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     with pytest.raises(ValueError, match="was not given 'rate'"):
         FusedOptimizer(Model(), tx, loss_fn, X, roll=True)

@@ -296,3 +296,15 @@ def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
     assert step.saved_bytes(placed, *data(0)) <= 4 * rows * (4 * (DIM + 2 * DIM) + of_rows) + 1000
     calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, found.params)]
     assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
+
+
+def test_the_step_does_not_grow_with_the_layers():
+    """So neither does the time to compile it."""
+
+    def equations(layers, roll):
+        found = model(layers, loop(lambda i: jax.nn.gelu), {})
+        step = fuse(found.loss_fn, optax.sgd(1e-2), roll=roll)
+        params = step.place(found.params, *data(0))
+        return step.jit.lower(params, step.abstract_state(params, *data(0)), *data(0)).as_text().count("\n")
+
+    assert equations(3, True) == equations(9, True) < equations(9, False) / 2
