@@ -63,7 +63,7 @@ class FusedStep:
     def place(self, params: Any, *args: Any, **extra_args: Any) -> Any:
         """The parameters as a step wants them: layers of a list stacked, each in the memory that ``offload`` says.
 
-        Where layers repeat in the loss, because a loop in Python runs over a list of them, the leaf of the first layer
+        Where three layers or more repeat in the loss, as a loop in Python over a list has them, the leaf of the first
         becomes the stack of all, and an :class:`InStack` stands in the place of each other one. The step scans over
         such a stack, in the memory, and with the time to compile, of a model that was written so. The loss still gets
         its own tree, and `unplace` gives it back; masks, ``trainable`` and metrics go by its paths. A layer that is
