@@ -196,6 +196,12 @@ def once_written(x: jax.Array, written: Any) -> jax.Array:
     return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
 
 
+def each_known(test: Callable[[jax.Array], jax.Array], xs: list[jax.Array]) -> list[jax.Array]:
+    """A test of each of some scalars. On a CPU none is known before all are: where writes wait, less is alive."""
+    together = lambda xs: list(test(jnp.stack(xs)))
+    return lax.platform_dependent(xs, cpu=together, default=lambda xs: [test(x) for x in xs])
+
+
 def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
     """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
 

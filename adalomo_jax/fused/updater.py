@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
-from adalomo_jax.fused.stacks import Part, UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.stacks import Part, UpdateLayer, each_known, layer_at, start, update
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.precision import promoted
@@ -99,9 +99,12 @@ class Updater:
         # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
         scaled = [beyond and self.clip is None for beyond in keeps_none]
         known = [x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)]
-        # To clip, the norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
-        is_right = jnp.isfinite if self.clip is None else lambda x: x >= 0
-        ok = {i: self.proceed & is_right(x) for i, x in zip(group.leaves, known)}
+        proceed = self.proceed
+        if self.clip is None:
+            flags = [proceed & jnp.isfinite(x) for x in known]
+        else:  # The norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
+            flags = each_known(lambda x: proceed & (x >= 0), known)
+        ok = dict(zip(group.leaves, flags))
         all_ok = jnp.all(jnp.stack([*ok.values()]))
         own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
         written = list(map(jnp.where, ok.values(), written, weights))
