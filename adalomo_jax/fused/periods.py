@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adalomo_jax.fused.runs import Layers, Run, nbytes
+from adalomo_jax.fused.runs import Layers, Run, bytes_handed, nbytes
 
 _CUTS = 8
 """So many places to cut a period are tried: those at which the least is handed from a layer to the next."""
@@ -112,12 +112,7 @@ class Search:
 
     def _bytes_handed(self, begin: int, end: int) -> np.ndarray:
         """What is made before and read after each place."""
-        change = np.zeros(end - begin + 1, np.int64)
-        for k in range(begin, end):
-            for v in self.equations[k].outputs:
-                last = min(max(self.layers.readers[v], default=k), end)
-                if last > k:
-                    change[k + 1 - begin] += nbytes(self.program, v)
-                    if last < end:
-                        change[last + 1 - begin] -= nbytes(self.program, v)
-        return np.cumsum(change)
+        made = [(k, v) for k in range(begin, end) for v in self.equations[k].outputs]
+        last_read = lambda v, k: min(max(self.layers.readers[v], default=k), end)
+        spans = ((k - begin, last_read(v, k) - begin, nbytes(self.program, v)) for k, v in made)
+        return bytes_handed(spans, end - begin)

@@ -5,7 +5,7 @@ before the run: the same for each layer (constant), or for each another (scanned
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -200,3 +200,20 @@ def nbytes(program: Program, v: int) -> int:
     """Of a value; of keys their number."""
     aval = program.avals[v]
     return aval.size * getattr(aval.dtype, "itemsize", 1)
+
+
+def bytes_handed(spans: Iterable[tuple[int, int, int]], n: int) -> np.ndarray:
+    """What is handed on before each of ``n`` places, and behind the last: made before it, read there or after it.
+
+    Args:
+      spans: of each value the place that makes it (-1 if it was there before), the last one that reads it (n: what
+        comes after), and its bytes.
+      n: the number of places.
+    """
+    change = np.zeros(n + 1, np.int64)
+    for made_at, last_read, size in spans:
+        if last_read > made_at:
+            change[made_at + 1] += size
+            if last_read < n:
+                change[last_read + 1] -= size
+    return np.cumsum(change)

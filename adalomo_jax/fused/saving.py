@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from adalomo_jax.fused.chain import ELEMENTWISE
 from adalomo_jax.fused.jaxpr import Equation, Program, evaluate, is_checkpoint
 from adalomo_jax.fused.repeats import Repeat
-from adalomo_jax.fused.runs import nbytes
+from adalomo_jax.fused.runs import bytes_handed, nbytes
 
 _OF_LAYOUT = frozenset("broadcast_in_dim copy expand_dims reshape rev squeeze transpose".split())
 _OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
@@ -83,21 +84,14 @@ def _runs(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> It
         yield run
 
 
-def _bytes_handed(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> list[int]:
+def _bytes_handed(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> np.ndarray:
     """What is carried, or made, before each equation, and read by it or after it."""
     last_read = {v: k for k, equation in enumerate(equations) for v in equation.inputs}
     last_read |= {c.made: len(equations) for c in repeat.carried}
-    change = [0] * (len(equations) + 1)
-    made = [(-1, v) for v in {c.received for c in repeat.carried}]
-    made += [(k, v) for k, equation in enumerate(equations) for v in equation.outputs]
-    size = {c.received: nbytes(program, c.made) for c in repeat.carried}
-    for k, v in made:
-        if last_read.get(v, -1) > k:
-            bytes_of_value = size[v] if v in size else nbytes(program, v)
-            change[k + 1] += bytes_of_value
-            if last_read[v] < len(equations):
-                change[last_read[v] + 1] -= bytes_of_value
-    return [sum(change[: k + 1]) for k in range(len(equations))]
+    carried = {c.received: nbytes(program, c.made) for c in repeat.carried}
+    made = [(k, v) for k, equation in enumerate(equations) for v in equation.outputs]
+    spans = [(-1, last_read.get(v, -1), size) for v, size in carried.items()]
+    return bytes_handed([*spans, *((k, last_read.get(v, -1), nbytes(program, v)) for k, v in made)], len(equations))
 
 
 def _stands_alone(equation: Equation) -> bool:
