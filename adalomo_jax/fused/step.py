@@ -257,7 +257,9 @@ class FusedStep:
                 "are trained. Leave it at None to round where there are such."
             )
         key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
-        keys = [jax.random.fold_in(key, i) if is_rounded else None for i, is_rounded in enumerate(rounded)]
+        # All at once: each alone would be some 150 instructions of scalars for a compiler.
+        folded = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rounded)))
+        keys = [folded[i] if is_rounded else None for i, is_rounded in enumerate(rounded)]
         scale, of_tensors = self._scale(state), tuple(leaf.tensor_sharding for leaf in plans)
         return Updater(
             optimizer=traced.optimizer,

@@ -198,7 +198,9 @@ class Updater:
     ) -> list[Any]:
         keys = [self.keys[i] for i in group.leaves]
         if layer is not None:
-            keys = [None if key is None else jax.random.fold_in(key, layer) for key in keys]
+            some = [key for key in keys if key is not None]
+            folded = iter(jax.vmap(jax.random.fold_in, (0, None))(jnp.stack(some), layer) if some else ())
+            keys = [None if key is None else next(folded) for key in keys]
         with jax.numpy_dtype_promotion("standard"):
             return list(map(apply_update, weights, updates, keys))
 
