@@ -83,7 +83,7 @@ class TrainState(struct.PyTreeNode):
         params: Any,
         tx: optax.GradientTransformation,
         apply_fn: Callable[..., Any] | None = None,
-        roll: bool = False,
+        roll: bool | int = False,
         extra_args: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> "TrainState":
@@ -95,8 +95,9 @@ class TrainState(struct.PyTreeNode):
           params: a pytree of arrays of floats, usually ``model.init(...)["params"]``; the first step donates them.
           tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
           apply_fn: kept in the state.
-          roll: whether layers that a loop in Python calls are stacked, where they repeat. The stacks are copies: drop
-            your own ``params`` after it, or their layers are in memory twice.
+          roll: whether layers that a loop in Python calls are stacked, where they repeat: True, or from how many on, as
+            of :func:`adalomo_jax.fuse`. The stacks are copies: drop your own ``params`` after it, or their layers are
+            in memory twice.
           extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
           **options: of :func:`adalomo_jax.fuse`.
 

@@ -90,7 +90,8 @@ class FusedOptimizer(nnx.Pytree):
       *batch: arguments as `step` will get them, or of ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
       wrt: an NNX filter of what is trained.
       has_aux: whether ``loss_fn`` returns something beside the loss.
-      roll: whether layers in a Python list that repeat are stacked between the steps.
+      roll: whether layers in a Python list that repeat are stacked between the steps: True, or from how many on, as of
+        :func:`adalomo_jax.fuse`.
       extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
       **options: of :func:`adalomo_jax.fuse`.
 
@@ -120,7 +121,7 @@ class FusedOptimizer(nnx.Pytree):
         *batch: Any,
         wrt: Any = nnx.Param,
         has_aux: bool = False,
-        roll: bool = False,
+        roll: bool | int = False,
         extra_args: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ):

@@ -27,9 +27,6 @@ MODULES = {
     "fused": [
         *(
             "loss_scale",
-            "options",
-            "offload",
-            "buffers",
             "jaxpr",
             "dependence",
             "terms",
@@ -37,6 +34,9 @@ MODULES = {
             "folded_keys",
             "order",
             "runs",
+            "options",
+            "offload",
+            "buffers",
             "periods",
             "repeats",
             "sharding",

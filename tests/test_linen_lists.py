@@ -160,7 +160,7 @@ def test_a_tx_that_demands_an_argument_by_name():
         return jnp.mean(jnp.square(x))
 
     expected = jax.tree.map(lambda w, g: w - 0.2 * g, params, jax.grad(loss_fn)(params, X))
-    state = TrainState.create(X, loss_fn=loss_fn, params=params, tx=tx, roll=True, extra_args={"rate": 0.1})
+    state = TrainState.create(X, loss_fn=loss_fn, params=params, tx=tx, roll=4, extra_args={"rate": 0.1})
     state, _ = state.step(X, rate=0.2)
     assert any(leaf.layer_paths for leaf in state.fused.plan(state.params, X).leaves)
     chex.assert_trees_all_close(state.unplaced_params, expected, rtol=1e-5)

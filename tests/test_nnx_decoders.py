@@ -52,7 +52,7 @@ def test_fused_optimizer(cached):
     steps = 2 if cached else 5  # as many as the cache has room for
     cache, its_cache = (caches(CONFIG) if cached else None for _ in range(2))
     expected, model = reference(steps, its_cache), Decoder(CONFIG, nnx.Rngs(0))
-    optimizer = FusedOptimizer(model, adalomo(1e-2), cross_entropy, cache, roll=True)
+    optimizer = FusedOptimizer(model, adalomo(1e-2), cross_entropy, cache, roll=CONFIG.layers)
     for _ in range(steps):
         optimizer.step(model, cache)
     stacks = [leaf for leaf in optimizer.plan(model, cache).leaves if leaf.layer_paths]

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from adalomo_jax.fused.jaxpr import Program, reads_references, varying_axes
+from adalomo_jax.fused.lists import Lists
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options, is_bool, shown
 from adalomo_jax.fused.plan import Plan
@@ -289,12 +290,13 @@ def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool
 
 def check_strict(plan: Plan) -> None:
     """Refuses a plan in which layers, of a scan or of a list, are not updated one by one."""
-    repeats = plan.lists.repeats if plan.may_repeat else []
-    if repeats:
+    lists = plan.lists if plan.may_repeat else Lists()
+    for repeat in [*lists.repeats, *lists.too_few]:
+        roll = f"={repeat.layers}" if repeat in lists.too_few else "=True"
         raise ValueError(
-            f"strict=True, but {repeats[0].layers} layers repeat in a list, whose gradients may all be alive at "
-            "once. Stack them with params = step.place(params, *args) (FusedOptimizer and TrainState: roll=True), or "
-            "leave strict out."
+            f"strict=True, but {repeat.layers} layers repeat in a list, whose gradients may all be alive at once. "
+            f"Stack them with roll{roll} and params = step.place(params, *args) (FusedOptimizer and TrainState: "
+            f"roll{roll} alone), or leave strict out."
         )
     misplaced = [f"{leaf.path!r} ({leaf.reason})" for leaf in plan.leaves if leaf.misplaced]
     if misplaced:

@@ -17,7 +17,9 @@ class Lists(NamedTuple):
     """What is known of a loss's lists of layers."""
 
     repeats: Sequence[Repeat] = ()
-    """Those that could be stacked, and are not."""
+    """Those that `place` would stack, and has not."""
+    too_few: Sequence[Repeat] = ()
+    """Those that it would not, since their layers are too few to gain by it."""
     reasons: Sequence[str | None] = ()
     """Of each parameter, if it is one of a list's and is not stacked, why; None where that is not known."""
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.runs import FEWEST
 
 
 class Range(NamedTuple):
@@ -118,7 +119,11 @@ OPTIONS = {
         "'params', 'activations', or a tuple of both",
         "It names what is kept in host memory; None keeps all on the device.",
     ),
-    "roll": _FLAG,
+    "roll": Range(
+        lambda x: is_bool(x) or (_is_whole(x) and bool(x >= FEWEST)),
+        f"True, False, or a whole number of layers, from {FEWEST} on",
+        "A number stacks all lists of so many layers.",
+    ),
 }
 """By name what each option may be."""
 
@@ -154,7 +159,7 @@ class Options:
     stochastic_rounding: bool | None
     seed: int
     offload: str | tuple[str, ...] | None
-    roll: bool
+    roll: bool | int
 
     def __post_init__(self):
         for name, allowed in OPTIONS.items():

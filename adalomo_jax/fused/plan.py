@@ -233,11 +233,16 @@ class Plan:
             " (FusedOptimizer and TrainState: roll=True)"
             for repeat in self.lists.repeats
         ]
+        lines += [
+            f"{repeat.layers} layers in a list repeat, too few to gain by a stack without jax.checkpoint around each: "
+            f"fuse(..., roll={repeat.layers}) and step.place(params, *args) make one all the same"
+            for repeat in self.lists.too_few
+        ]
         return "\n".join(lines)
 
     @cached_property
     def lists(self) -> Lists:
-        """Layers that repeat in a list, and that `FusedStep.place` would stack; and why others are not stacked."""
+        """Layers that repeat in a list, which `FusedStep.place` would stack or not; and why others are not stacked."""
         return self.find_lists()
 
     @property

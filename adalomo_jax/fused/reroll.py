@@ -1,6 +1,6 @@
 """Layers that a Python loop left side by side in a program, rolled up again into a scan over their stacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 
 from adalomo_jax.fused.jaxpr import Equation, Program, evaluate, retrace
 from adalomo_jax.fused.order import Ordered, picks_layers
-from adalomo_jax.fused.repeats import Repeat, Scanned, find_repeats
+from adalomo_jax.fused.repeats import Found, Repeat, Scanned, find_repeats
 from adalomo_jax.fused.saving import evaluate_layer
 
 
@@ -26,27 +26,28 @@ def reroll(program: Program, leaves: Sequence[int]) -> Program:
     found = find_repeats(program, leaves, [None] * len(leaves))
     if not found.repeats:
         return program
-    return retrace(found.program, lambda values: _run(found.program, found.ordered, found.repeats, values), len(leaves))
+    return retrace(found.program, lambda values: _run(found, values), len(leaves))
 
 
-def _run(program: Program, ordered: Ordered, repeats: Sequence[Repeat], values: dict[int, Any]) -> list[Any]:
-    evaluate(ordered.first, values)
+def _run(found: Found, values: dict[int, Any]) -> list[Any]:
+    equations = found.ordered.equations
+    evaluate(found.ordered.first, values)
     at = 0
-    for repeat in repeats:
-        evaluate(ordered.equations[at : repeat.start], values)
-        _scan(program, ordered, repeat, values)
+    for repeat in found.repeats:
+        evaluate(equations[at : repeat.start], values)
+        _scan(found, repeat, values)
         at = repeat.stop
-    evaluate(ordered.equations[at:], values)
-    return [values[v] for v in program.outputs]
+    evaluate(equations[at:], values)
+    return [values[v] for v in found.program.outputs]
 
 
-def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, Any]) -> None:
+def _scan(found: Found, repeat: Repeat, values: dict[int, Any]) -> None:
     """Runs a scan in the place of a run, and adds what is read after it to the values."""
+    program, ordered = found.program, found.ordered
     handed_on = {c.made: c.received for c in repeat.carried}
     last = {r.value: handed_on[r.made] for r in repeat.read if r.layer == repeat.layers - 1 and r.made in handed_on}
     stacked = list(dict.fromkeys(r.made for r in repeat.read if r.value not in last))
-
-    same, others = _split_same(repeat)
+    same, others = _split_same(repeat, {*found.layers.leaves, *ordered.of_leaves})
 
     def body(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
         inner = dict(values)
@@ -64,9 +65,13 @@ def _scan(program: Program, ordered: Ordered, repeat: Repeat, values: dict[int, 
             values[r.value] = lax.index_in_dim(ys[stacked.index(r.made)], r.layer, 0, keepdims=False)
 
 
-def _split_same(repeat: Repeat) -> tuple[list[Equation], list[Equation]]:
-    """A layer's equations that compute the same in each, and the others."""
-    varies = {received.received for received in (*repeat.carried, *repeat.scanned)}
+def _split_same(repeat: Repeat, of_leaves: Collection[int]) -> tuple[list[Equation], list[Equation]]:
+    """A layer's equations that compute the same in each, and the others.
+
+    What is made of parameters counts as the others. Outside of them it would be saved by each layer: a shared matrix's
+    transpose, say, where the matrix itself is there again.
+    """
+    varies = {received.received for received in (*repeat.carried, *repeat.scanned)}.union(of_leaves)
     same, others = [], []
     for equation in repeat.layer:
         if varies.isdisjoint(equation.inputs) and not equation.has_effects:

@@ -9,16 +9,20 @@ import optax
 
 from adalomo_jax.fused.checks import path_name, trained_leaves
 from adalomo_jax.fused.differences import Leaf
-from adalomo_jax.fused.jaxpr import Program, trace
+from adalomo_jax.fused.jaxpr import Program, is_checkpoint, trace
 from adalomo_jax.fused.leafwise import rules_of_leaves
 from adalomo_jax.fused.lists import Lists, why_not_stacked
 from adalomo_jax.fused.offload import shapes_on_device
-from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.options import Options, is_bool
 from adalomo_jax.fused.order import with_layers_as_inputs
-from adalomo_jax.fused.repeats import find_repeats
+from adalomo_jax.fused.repeats import Repeat, find_repeats
 from adalomo_jax.fused.sharding import Sharding, sharding_of
 from adalomo_jax.fused.stacked import layers_of, unstack_layers
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
+
+FEWEST_WITHOUT_CHECKPOINTS = 6
+"""So many layers are stacked if they save more than their inputs. Unrolled, XLA saves less of each layer than a scan
+does; what a stack spares, gradients, outweighs that from here on (tests/fused/benchmark_few_layers.py)."""
 
 
 def find_stacks(
@@ -38,11 +42,12 @@ def find_stacks(
     trained = trained_leaves(params, options.trainable)
     program, _ = trace(lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args), shapes_on_device(leaves), *args)
     of_params = program.inputs[: len(leaves)]
-    if not find_repeats(program, of_params, trained).repeats:
+    if not any(_are_enough(repeat, options.roll) for repeat in find_repeats(program, of_params, trained).repeats):
         return []  # as most models: then tx need not be asked
     rules = _rules(tx, treedef, [program.avals[v] for v in of_params], trained, extra_args)
     kinds = list(zip(trained, rules, map(str, map(sharding_of, leaves)), strict=True))
-    repeats = find_repeats(program, of_params, kinds).repeats
+    found = find_repeats(program, of_params, kinds)
+    repeats = [repeat for repeat in found.repeats if _are_enough(repeat, options.roll)]
     position = {v: i for i, v in enumerate(of_params)}
     scanned = [scanned.values for repeat in repeats for scanned in repeat.scanned]
     return [tuple(position[v] for v in values) for values in scanned if all(v in position for v in values)]
@@ -89,7 +94,18 @@ def lists_of(
     reasons = why_not_stacked(found, leaves, stacked)
     numbers = {leaf.value for i, leaf in enumerate(leaves) if i not in stacked}
     repeats = [repeat for repeat in found.repeats if any(numbers.issuperset(s.values) for s in repeat.scanned)]
-    return Lists(repeats, [reasons[of_stack[0]] for of_stack in positions])
+    enough = [repeat for repeat in repeats if _are_enough(repeat, options.roll)]
+    too_few = [repeat for repeat in repeats if repeat not in enough]
+    return Lists(enough, too_few, [reasons[of_stack[0]] for of_stack in positions])
+
+
+def _are_enough(repeat: Repeat, roll: bool | int) -> bool:
+    """Whether so many layers are stacked: if it takes less memory, or from as many on as the user says."""
+    if not is_bool(roll):
+        return repeat.layers >= roll
+    own = {scanned.received for scanned in repeat.scanned if scanned.is_parameter}
+    unchecked = any(own.intersection(equation.inputs) for equation in repeat.layer if not is_checkpoint(equation))
+    return repeat.layers >= FEWEST_WITHOUT_CHECKPOINTS or not unchecked
 
 
 def _rules(

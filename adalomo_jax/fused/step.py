@@ -353,7 +353,7 @@ def fuse(
     stochastic_rounding: bool | None = None,
     seed: int = 0,
     offload: Literal["params", "activations"] | tuple[str, ...] | None = None,
-    roll: bool = True,
+    roll: bool | int = True,
 ) -> FusedStep:
     """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
 
@@ -407,7 +407,9 @@ def fuse(
         before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
         what each layer of a scan saves for the way back. Or both, as a tuple.
       roll: whether ``step.place`` stacks the layers of lists that a loop in Python runs over, so that the step can scan
-        over them, as it does over a stack of yours whose layers such a loop takes one by one. False leaves both as they
+        over them, as it does over a stack of yours whose layers such a loop takes one by one. True does so if it takes
+        less memory: from 3 layers on that read their weights under ``jax.checkpoint``, from 6 on of others. A number
+        stacks from so many on, whatever their kind: for the time to compile. False leaves lists and stacks as they
         are: then each parameter is updated as a whole.
 
     Returns:

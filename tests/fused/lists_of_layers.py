@@ -1,12 +1,19 @@
 """Losses of models whose layers are in Python lists, as people write them; and of such as only look like it."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adalomo_jax import fuse
+from adalomo_jax.fused.runs import FEWEST
+
 DIM, LENGTH, BATCH = 8, 5, 2
+
+fuse_lists = partial(fuse, roll=FEWEST)
+"""For so few layers, most without checkpoints, as the models here have: by default they are left in their lists."""
 
 
 class ListModel(NamedTuple):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from comparison import copied, relative_error
 from compiled import memory_of, tree_bytes
-from lists_of_layers import MODELS, data
+from lists_of_layers import MODELS, data, fuse_lists
 
 from adalomo_jax import fuse
 from adalomo_jax.fused.plan import LayerScan
@@ -107,7 +107,7 @@ def test_stacks_that_are_made_into_one_value_before_the_scan_are_updated_togethe
 def test_a_period_of_layers_without_remat_is_pulled_back_layer_by_layer():
     """It saves what it would in one part, as its layers hand on what they save: their inputs."""
     found = MODELS["local and global"]()
-    step = fuse(found.loss_fn, optax.sgd(1e-2))
+    step = fuse_lists(found.loss_fn, optax.sgd(1e-2))
     placed = step.place(found.params, *data(0))
     of_layer = sum(x.nbytes for x in jax.tree.leaves(found.params["layers"][0]))
     assert step.plan(placed, *data(0)).gradient_bytes == of_layer
@@ -116,7 +116,7 @@ def test_a_period_of_layers_without_remat_is_pulled_back_layer_by_layer():
 def test_a_layer_of_unlike_parts_without_remat_is_pulled_back_as_one():
     """What lies between its parts would have to be saved, too."""
     found = MODELS["in parts"]()
-    step = fuse(found.loss_fn, optax.sgd(1e-2))
+    step = fuse_lists(found.loss_fn, optax.sgd(1e-2))
     placed = step.place(found.params, *data(0))
     scan = next(stage for stage in step.plan(placed, *data(0)).stages if isinstance(stage, LayerScan))
     assert sum(map(bool, scan.read_by)) == 1

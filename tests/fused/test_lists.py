@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from lists_of_layers import DIM, MODELS, apply, data, error, local_and_global, loop, matrix, model
+from lists_of_layers import DIM, MODELS, apply, data, error, fuse_lists, local_and_global, loop, matrix, model
 
-from adalomo_jax import adalomo, fuse
+from adalomo_jax import adalomo
 from adalomo_jax.fused.lists import nth, period_of
 
 
 def reasons(loss_fn, params, tx=None, *, placed=True, **options):
     """Of each leaf why it is updated where it is."""
-    step = fuse(loss_fn, adalomo(1e-2) if tx is None else tx, **options)
+    step = fuse_lists(loss_fn, adalomo(1e-2) if tx is None else tx, **options)
     plan = step.plan(step.place(params, *data(0)) if placed else params, *data(0))
     found = dict(zip((leaf.path for leaf in plan.leaves), plan.reasons, strict=True))
     assert all(reason in str(plan) for reason in plan.reasons)
@@ -191,19 +191,19 @@ def test_strict_refuses_only_what_place_would_stack():
     found = model(3, loop(lambda i: jnp.sin), {})
     labels = {"into": "fast", "head": "fast", "layers": ["fast", "slow", "fast"]}
     tx = optax.multi_transform({"slow": optax.sgd(1e-3), "fast": optax.sgd(1e-2)}, labels)
-    step = fuse(found.loss_fn, tx, strict=True)
+    step = fuse_lists(found.loss_fn, tx, strict=True)
     step.init(step.place(found.params, *data(0)), *data(0))
     assert "repeat" not in str(step.plan(found.params, *data(0)))
     with pytest.raises(ValueError, match="3 layers repeat in a list"):
-        fuse(found.loss_fn, optax.sgd(1e-2), strict=True).init(found.params, *data(0))
+        fuse_lists(found.loss_fn, optax.sgd(1e-2), strict=True).init(found.params, *data(0))
 
 
 def test_a_stack_for_another_loss_has_no_reasons_of_this_one():
     """Where the search does not find what was stacked, the plan says less."""
     found, other = MODELS["plain, remat layer"](), model(4, loop(lambda i: jnp.sin if i == 1 else jax.nn.relu), {})
-    step = fuse(found.loss_fn, adalomo(1e-2), trainable=lambda path: "3" not in path)
+    step = fuse_lists(found.loss_fn, adalomo(1e-2), trainable=lambda path: "3" not in path)
     placed = step.place(found.params, *data(0))
-    plan = fuse(other.loss_fn, adalomo(1e-2), trainable=lambda path: "3" not in path).plan(placed, *data(0))
+    plan = fuse_lists(other.loss_fn, adalomo(1e-2), trainable=lambda path: "3" not in path).plan(placed, *data(0))
     of_leaves = dict(zip((leaf.path for leaf in plan.leaves), plan.reasons))
     assert of_leaves["layers/0/up"] == "layers of a list do not repeat in this loss"
     assert of_leaves["layers/3/up"] == "it is not trained"

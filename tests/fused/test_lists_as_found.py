@@ -6,8 +6,9 @@ import pytest
 from comparison import copied, relative_error
 from found_model import Sizes
 from lists_as_found import MODELS
+from lists_of_layers import fuse_lists
 
-from adalomo_jax import adalomo, fuse
+from adalomo_jax import adalomo
 
 SIZES = Sizes(layers=4, batch=2, length=5)
 OF_LAYER = {"linen": 5, "lm1b": 12, "haiku": 6, "equinox": 6}
@@ -17,7 +18,7 @@ OF_LAYER = {"linen": 5, "lm1b": 12, "haiku": 6, "equinox": 6}
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_optax_on_the_models_own_tree(name):
     loss_fn, params, batch, *_ = MODELS[name](SIZES)
-    step, tx, x = fuse(loss_fn, adalomo(1e-2)), adalomo(1e-2), batch(0)
+    step, tx, x = fuse_lists(loss_fn, adalomo(1e-2)), adalomo(1e-2), batch(0)
     placed = copied(step.place(params, *x))
     stacked = [leaf for leaf in step.plan(placed, *x).leaves if leaf.layers == SIZES.layers]
     assert len(stacked) == OF_LAYER[name] and all(len(leaf.layer_paths) == SIZES.layers for leaf in stacked)

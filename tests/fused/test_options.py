@@ -44,7 +44,7 @@ WRONG = {
     "stochastic_rounding": (["x", 0], "must be True, False or None, got"),
     "seed": ([1.5, -1, "x", None, True, 2**32], "must be a whole number from 0 to 2"),
     "offload": ([3, "all", ("params", 1), True], "must be 'params', 'activations', or a tuple of both, got"),
-    "roll": (["x", None], A_FLAG),
+    "roll": (["x", None, 2, 0, 3.0], "must be True, False, or a whole number of layers, from 3 on, got"),
 }
 CASES = [(name, value) for name, (values, _) in WRONG.items() for value in values]
 

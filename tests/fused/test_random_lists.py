@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
-from lists_of_layers import data
+from lists_of_layers import data, fuse_lists
 from random_lists import DEFAULTS, loops, loss_of, params_of, trainable_of
 
-from adalomo_jax import fuse, lomo
+from adalomo_jax import lomo
 from adalomo_jax.fused import signatures
 from adalomo_jax.fused.jaxpr import program_of
 from adalomo_jax.fused.stacked import layers_of
@@ -33,7 +33,7 @@ def check(loop):
     """The step of LOMO on what was rolled up, and on the loop's own list; how many layers were rolled."""
     loop = DEFAULTS | loop
     loss, params, is_trained = loss_of(loop), params_of(loop), trainable_of(loop)
-    step = fuse(loss, lomo(1.0), trainable=is_trained)
+    step = fuse_lists(loss, lomo(1.0), trainable=is_trained)
     placed = step.place(params, *data(0))
     result = jax.jit(step)(placed, step.init(placed, *data(0)), *data(0))
     loss_of_list, gradient = jax.value_and_grad(loss)(params, *data(0))  # one operation at a time: nothing to compile

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from comparison import RULES, copied, relative_error
-from lists_of_layers import DIM, MODELS, apply, data, error, loop, matrix, model, of_layer
+from lists_of_layers import DIM, MODELS, apply, data, error, fuse_lists, loop, matrix, model, of_layer
 from tiers import always, slow
 
 from adalomo_jax import adalomo, fuse
@@ -60,7 +60,7 @@ def test_equals_optax_on_the_list(name):
     found = MODELS[name]()
     frozen = "layers" if name == "adapters" else "none"
     trainable = lambda path: not path.startswith(frozen)
-    step = fuse(found.loss_fn, adalomo(1e-2), trainable=trainable)
+    step = fuse_lists(found.loss_fn, adalomo(1e-2), trainable=trainable)
     rolled, plan = by_fuse(step, found.params)
     assert stacks_in(plan) == found.stacks
     assert all(leaf.layers == len(leaf.layer_paths) for leaf in plan.leaves if leaf.layer_paths and leaf.trained)
@@ -72,7 +72,7 @@ def test_equals_optax_on_the_list(name):
 @pytest.mark.parametrize("rule", ["adamw", slow("adalomo")])
 def test_a_state_is_converted_both_ways(rule):
     found = MODELS["other ends"]()
-    step = fuse(found.loss_fn, RULES[rule], loss_scale=1.0)
+    step = fuse_lists(found.loss_fn, RULES[rule], loss_scale=1.0)
     params, state = copied(found.params), step.init(found.params, *data(0))
     params, state, *_ = step.jit(params, state, *data(0))
     placed = step.place(params, *data(0))
@@ -102,14 +102,14 @@ def test_policies_made_for_each_layer(policy):
         return error(x @ params["head"])
 
     params = MODELS["plain, remat layer"]().params
-    plan = by_plan(fuse(loss, adalomo(1e-2)), params)
+    plan = by_plan(fuse_lists(loss, adalomo(1e-2)), params)
     assert stacks_in(plan) == of_layer("layers/0", 4 if policy == "equal" else 3)
 
 
 def test_a_layer_that_is_not_trained_stays_by_itself():
     found = MODELS["plain, remat layer"]()
     trainable = lambda path: not path.startswith("layers/3/up")
-    rolled, plan = by_fuse(fuse(found.loss_fn, adalomo(1e-2), trainable=trainable), found.params)
+    rolled, plan = by_fuse(fuse_lists(found.loss_fn, adalomo(1e-2), trainable=trainable), found.params)
     assert stacks_in(plan) == of_layer("layers/0", 3)
     expected = by_optax(found.loss_fn, adalomo(1e-2), found.params, trainable)
     assert relative_error(rolled, expected) < 1e-5
@@ -127,7 +127,7 @@ def test_a_layer_that_tx_treats_otherwise_stays_by_itself(how):
         tx = optax.chain(
             optax.scale_by_adam(), optax.masked(optax.scale(0.1), is_other(found.params)), optax.scale(-1e-2)
         )
-    rolled, plan = by_fuse(fuse(found.loss_fn, tx), found.params)
+    rolled, plan = by_fuse(fuse_lists(found.loss_fn, tx), found.params)
     assert stacks_in(plan) == of_layer("layers/1", 3)
     assert relative_error(rolled, by_optax(found.loss_fn, tx, found.params)) < 1e-5
 
@@ -145,7 +145,7 @@ OPTIONS = {
 def test_equals_the_unfused_step_on_the_list(name, option):
     """Options, each against plain gradients of the list, all at once."""
     found = MODELS[name]()
-    step = fuse(found.loss_fn, adalomo(1e-2), rms_metrics=True, **OPTIONS[option])
+    step = fuse_lists(found.loss_fn, adalomo(1e-2), rms_metrics=True, **OPTIONS[option])
     placed = copied(step.place(found.params, *data(0)))
     state, of_list = step.init(placed, *data(0)), step.init(found.params, *data(0))
     params = copied(found.params)
@@ -162,7 +162,7 @@ def test_place_gives_back_what_it_was_given():
     """Bit by bit, also in bfloat16; and again placed it is the same, as is a tree without lists."""
     found = MODELS["interrupted"]()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), found.params)
-    step = fuse(found.loss_fn, adalomo(1e-2))
+    step = fuse_lists(found.loss_fn, adalomo(1e-2))
     placed = step.place(params, *data(0))
     assert "InStack(stack=\"['layers'][0]['up']\", layer=2)" in str(placed["layers"][2])
     jax.tree.map(np.testing.assert_array_equal, step.unplace(placed), params)
@@ -183,7 +183,7 @@ def test_stochastic_rounding_is_that_of_a_scan():
     of_stack = lambda params, x: error(jax.lax.scan(layer, x, params["layers"])[0])
     layers = [matrix(i, DIM, DIM).astype(jnp.bfloat16) for i in range(4)]
     x = data(0)[0].astype(jnp.bfloat16)
-    listed, scanned = fuse(of_list, adalomo(1e-2)), fuse(of_stack, adalomo(1e-2))
+    listed, scanned = fuse_lists(of_list, adalomo(1e-2)), fuse_lists(of_stack, adalomo(1e-2))
     p, q = listed.place({"layers": layers}, x), {"layers": jnp.stack(layers)}
     s, t = listed.init(p, x), scanned.init(q, x)
     for _ in range(3):
@@ -193,12 +193,12 @@ def test_stochastic_rounding_is_that_of_a_scan():
 
 def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
     found = MODELS["plain, remat None"]()
-    step = fuse(found.loss_fn, adalomo(1e-2), strict=True)
+    step = fuse_lists(found.loss_fn, adalomo(1e-2), strict=True)
     with pytest.raises(
         ValueError, match=r"strict=True, but 4 layers repeat in a list, .* step\.place\(params, \*args\)"
     ):
         step.init(found.params, *data(0))
-    plan = str(fuse(found.loss_fn, adalomo(1e-2)).plan(found.params, *data(0)))
+    plan = str(fuse_lists(found.loss_fn, adalomo(1e-2)).plan(found.params, *data(0)))
     all_bytes = 4 * (4 * (2 * DIM * 2 * DIM + DIM) + 2 * DIM * DIM)
     assert plan.endswith(
         f"gradients alive at once: {all_bytes:,} of {all_bytes:,} bytes\n"
@@ -207,6 +207,28 @@ def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
     )
     one_layer = 4 * (2 * DIM * 2 * DIM + DIM)
     assert str(by_plan(step, found.params)).endswith(f"gradients alive at once: {one_layer:,} of {all_bytes:,} bytes")
+
+
+def test_few_layers_without_checkpoints_stay_in_their_list():
+    """They take less memory so. The plan says how to stack them; strict refuses them, whose gradients may be alive."""
+    few, enough = (model(n, loop(lambda i: jax.nn.gelu), {}) for n in (5, 6))
+    step = fuse(few.loss_fn, adalomo(1e-2))
+    assert jax.tree.structure(step.place(few.params, *data(0))) == jax.tree.structure(few.params)
+    plan = step.plan(few.params, *data(0))
+    assert "\n5 layers in a list repeat, too few to gain by a stack" in str(plan) and "fuse(..., roll=5)" in str(plan)
+    assert "it is one of 5 layers in a list that repeat" in plan.reasons
+    with pytest.raises(ValueError, match=r"strict=True, but 5 layers repeat in a list, .* roll=5 and params = step"):
+        fuse(few.loss_fn, adalomo(1e-2), strict=True).init(few.params, *data(0))
+    assert stacks_in(by_plan(fuse(few.loss_fn, adalomo(1e-2), roll=5), few.params)) == of_layer("layers/0", 5)
+    assert stacks_in(by_plan(fuse(few.loss_fn, adalomo(1e-2), roll=6), few.params)) == {}
+    assert stacks_in(by_plan(fuse(enough.loss_fn, adalomo(1e-2)), enough.params)) == of_layer("layers/0", 6)
+
+
+def test_few_layers_with_checkpoints_are_stacked():
+    """From three on, if the checkpoints read all weights."""
+    checked, in_part = MODELS["plain, remat layer"](), MODELS["plain, remat part"]()
+    assert stacks_in(by_plan(fuse(checked.loss_fn, adalomo(1e-2)), checked.params)) == checked.stacks
+    assert stacks_in(by_plan(fuse(in_part.loss_fn, adalomo(1e-2)), in_part.params)) == {}
 
 
 @pytest.mark.parametrize("roll", [True, False])
@@ -222,7 +244,7 @@ def test_a_loop_over_a_stack_of_ones_own(roll):
     plan = fuse(loss, adalomo(1e-2), roll=roll).plan(params, *data(0))
     assert plan.leaves[0].layers == (4 if roll else None)
     if roll:
-        rolled, _ = by_fuse(fuse(loss, adalomo(1e-2)), params)
+        rolled, _ = by_fuse(fuse_lists(loss, adalomo(1e-2)), params)
         layers = [params["layers"][i] for i in range(4)]
         of_list = lambda params, x, key: loss({"layers": jnp.stack(params)}, x, key)
         assert relative_error(rolled["layers"], jnp.stack(by_optax(of_list, adalomo(1e-2), layers))) < 1e-5
@@ -248,14 +270,14 @@ def test_derivatives_within_a_shard_map():
         return error(x)
 
     params = {"layers": [matrix(i, DIM, DIM) for i in range(3)]}
-    updated, plan = by_fuse(fuse(loss, adalomo(1e-2)), params)
+    updated, plan = by_fuse(fuse_lists(loss, adalomo(1e-2)), params)
     assert stacks_in(plan) == {} and "gradients alive at once" in str(plan)
     assert relative_error(updated, by_optax(loss, adalomo(1e-2), params)) < 1e-5
 
 
 def test_stacks_that_another_loss_does_not_run_over_are_told_of():
     found, other = MODELS["plain, remat layer"](), MODELS["other ends"]()
-    placed = fuse(found.loss_fn, adalomo(1e-2)).place(found.params, *data(0))
+    placed = fuse_lists(found.loss_fn, adalomo(1e-2)).place(found.params, *data(0))
     step = fuse(lambda params, x, key: other.loss_fn(params, x, key) + error(params["layers"][1]["up"]), adalomo(1e-2))
     with pytest.warns(UserWarning, match=r"'layers/0/up' is updated whole, though its layers are stacked: .* a list"):
         step.init(placed, *data(0))
@@ -266,7 +288,7 @@ def test_a_loop_under_remat_over_a_tree_that_was_cast_before():
     found = MODELS["plain, remat loop"]()
     cast = lambda params: jax.tree.map(lambda w: (w * 1.0).astype(jnp.bfloat16), params)
     loss = lambda params, x, key: found.loss_fn(cast(params), x.astype(jnp.bfloat16), key)
-    assert stacks_in(by_plan(fuse(loss, adalomo(1e-2)), found.params)) == found.stacks
+    assert stacks_in(by_plan(fuse_lists(loss, adalomo(1e-2)), found.params)) == found.stacks
 
 
 def test_what_repeats_around_larger_parameters_stays():
@@ -282,20 +304,30 @@ def test_what_repeats_around_larger_parameters_stays():
     matrices = {name: matrix(i, 8 * DIM, 8 * DIM) for i, name in enumerate(("between", "head"))}
     params = {"layers": jnp.stack([matrix(3 + i, 8 * DIM, 8 * DIM) for i in range(4)]), **matrices}
     x = jnp.ones((2, 8 * DIM))
-    placed = fuse(loss, adalomo(1e-2)).place(params, x, None)
+    placed = fuse_lists(loss, adalomo(1e-2)).place(params, x, None)
     assert jax.tree.structure(placed) == jax.tree.structure(params)
 
 
 def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
     """Of a gelu all that its derivative reads would be: side by side, XLA computes such things again."""
     found = model(4, loop(lambda i: jax.nn.gelu), {})
-    step = fuse(found.loss_fn, adalomo(1e-2))
+    step = fuse_lists(found.loss_fn, adalomo(1e-2))
     placed = step.place(found.params, *data(0))
     rows = data(0)[0].size // DIM
     of_rows = 2 * 4  # the mean and the root of a norm
     assert step.saved_bytes(placed, *data(0)) <= 4 * rows * (4 * (DIM + 2 * DIM) + of_rows) + 1000
     calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, found.params)]
     assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
+
+
+def test_what_layers_make_of_a_shared_matrix_is_not_saved():
+    """It is made again: its transpose, say, else saved by each layer."""
+    with_shared, found = MODELS["shared"](), MODELS["plain, remat None"]()
+    steps = [fuse_lists(each.loss_fn, adalomo(1e-2)) for each in (with_shared, found)]
+    calls = [(step.place(each.params, *data(0)), *data(0)) for step, each in zip(steps, (with_shared, found))]
+    saved, without = (step.saved_bytes(*call) for step, call in zip(steps, calls))
+    products = 4 * data(0)[0].nbytes
+    assert saved - without == products
 
 
 def test_the_step_does_not_grow_with_the_layers():
@@ -307,4 +339,4 @@ def test_the_step_does_not_grow_with_the_layers():
         params = step.place(found.params, *data(0))
         return step.jit.lower(params, step.abstract_state(params, *data(0)), *data(0)).as_text().count("\n")
 
-    assert equations(3, True) == equations(9, True) < equations(9, False) / 2
+    assert equations(6, True) == equations(12, True) < equations(12, False) / 2

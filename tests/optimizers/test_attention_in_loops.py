@@ -121,7 +121,7 @@ def test_each_layer_of_a_list_that_fuse_stacks_is_its_matrices(options: dict[str
         return jnp.mean((x - 1) ** 2)
 
     layers = [jax.tree.map(lambda w, i=i: w[i], stack(0, 0)) for i in range(LAYERS)]
-    step = fuse(loss_fn, adalomo(LR, **options))
+    step = fuse(loss_fn, adalomo(LR, **options), roll=LAYERS)
     params = step.place(layers, X)
     state = step.init(params, X)
     assert state.inner[0].v_col[0]["self_attention"]["query"]["kernel"].shape == (LAYERS, 3, 4)
