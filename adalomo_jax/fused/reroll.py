@@ -47,13 +47,15 @@ def _scan(found: Found, repeat: Repeat, values: dict[int, Any]) -> None:
     handed_on = {c.made: c.received for c in repeat.carried}
     last = {r.value: handed_on[r.made] for r in repeat.read if r.layer == repeat.layers - 1 and r.made in handed_on}
     stacked = list(dict.fromkeys(r.made for r in repeat.read if r.value not in last))
-    same, others = _split_same(repeat, {*found.layers.leaves, *ordered.of_leaves})
+    shared = {*found.layers.leaves, *ordered.of_leaves}
+    same, others = _split_same(repeat, shared)
+    parameters = {*shared, *program.constants, *(s.received for s in repeat.scanned if s.is_parameter)}
 
     def body(carry: dict[int, Any], xs: dict[int, Any]) -> tuple[dict[int, Any], list[Any]]:
         inner = dict(values)
         evaluate(same, inner)
         inner |= carry | xs
-        evaluate_layer(program, repeat, others, inner, stacked)
+        evaluate_layer(program, repeat, others, parameters, inner, stacked)
         return {c.received: _strong(inner[c.made]) for c in repeat.carried}, [inner[v] for v in stacked]
 
     carry = {c.received: _strong(values[c.initial]) for c in repeat.carried}

@@ -25,25 +25,57 @@ _OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
 
 
 def evaluate_layer(
-    program: Program, repeat: Repeat, equations: Sequence[Equation], values: dict[int, Any], stacked: Collection[int]
+    program: Program,
+    repeat: Repeat,
+    equations: Sequence[Equation],
+    parameters: Collection[int],
+    values: dict[int, Any],
+    stacked: Collection[int],
 ) -> None:
     """Runs a layer's equations on ``values``, and adds to it what is carried, and what is stacked.
 
     What has no checkpoint, and no effects, is put under one that saves what `_is_saved` says. If the layer is a period
     of several with matrices of the same shapes, each of those has one: so each is pulled back by itself, and its
-    weights are updated before the way back goes on to the one before.
+    weights are updated before the way back goes on to the one before. What is made of ``parameters`` alone, a cast of
+    the layer's weights say, is made again in each part that reads it: a checkpoint saves what it is given.
     """
-    runs = list(_runs(program, repeat, equations))
     wanted = {*stacked, *(c.made for c in repeat.carried)}
+    again = _made_again(equations, parameters, wanted)
+    of_again = {v for equation in again for v in equation.outputs}
+    parts = [[e for e in run if of_again.isdisjoint(e.outputs)] for run in _runs(program, repeat, equations)]
+    runs = [_with_what_it_reads(part, again) for part in parts if part]
     for k, run in enumerate(runs):
-        if _stands_alone(run[0]):
+        stands_alone = _stands_alone(run[-1])
+        if stands_alone and (len(run) == 1 or run[-1].has_effects):
             evaluate(run, values)
             continue
         later = {v for others in runs[k + 1 :] for equation in others for v in equation.inputs} | wanted
-        outputs = [v for equation in run for v in equation.outputs if v in later]
+        outputs = [v for equation in run for v in equation.outputs if v in later and v not in of_again]
         read = dict.fromkeys(v for equation in run for v in equation.inputs if isinstance(values.get(v), Tracer))
         compute = _computing(run, values, outputs)
-        values |= jax.checkpoint(compute, policy=_is_saved, prevent_cse=False)({v: values[v] for v in read})
+        policy = None if stands_alone else _is_saved
+        values |= jax.checkpoint(compute, policy=policy, prevent_cse=False)({v: values[v] for v in read})
+
+
+def _made_again(equations: Sequence[Equation], parameters: Collection[int], wanted: Collection[int]) -> list[Equation]:
+    """Those that are cheap, and read nothing but parameters, or what such have made."""
+    known, again = set(parameters).difference(v for equation in equations for v in equation.outputs), []
+    for equation in equations:
+        is_cheap = equation.name in _OF_LAYOUT | ELEMENTWISE | {"convert_element_type"} and not equation.has_effects
+        if is_cheap and known.issuperset(equation.inputs) and not set(wanted).intersection(equation.outputs):
+            known.update(equation.outputs)
+            again.append(equation)
+    return again
+
+
+def _with_what_it_reads(run: list[Equation], again: Sequence[Equation]) -> list[Equation]:
+    """Behind what of the others it needs."""
+    read, needed = {v for equation in run for v in equation.inputs}, []
+    for equation in reversed(again):
+        if read.intersection(equation.outputs):
+            read.update(equation.inputs)
+            needed.append(equation)
+    return [*reversed(needed), *run]
 
 
 def _is_saved(primitive: Any, *avals: Any, **_: Any) -> bool:

@@ -330,6 +330,28 @@ def test_what_layers_make_of_a_shared_matrix_is_not_saved():
     assert saved - without == products
 
 
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
+    """A checkpoint saves what it is given: the cast is made again, and the layer no more often than without."""
+
+    def loss(params, x, key):
+        params, x = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (params, x))
+        x = x @ params["into"]
+        for p in params["layers"]:
+            x = jax.checkpoint(apply)(p, x)
+            x = jnp.tanh(x @ p["up"] @ p["down"]) if read_twice else x
+        return error(x @ params["head"])
+
+    params = model(4, loss, {}).params
+    step = fuse_lists(loss, adalomo(1e-2))
+    placed, rows = step.place(params, *data(0)), data(0)[0].size // DIM
+    calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, params)]
+    assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
+    saved_rows = 2 * 4 * rows * (DIM + (2 * DIM + 2 * DIM if read_twice else 0))
+    assert step.saved_bytes(placed, *data(0)) <= saved_rows + 1000
+    assert relative_error(by_fuse(step, params)[0], by_optax(loss, adalomo(1e-2), params)) < 0.02
+
+
 def test_the_step_does_not_grow_with_the_layers():
     """So neither does the time to compile it."""
 
