@@ -64,10 +64,9 @@ def of_list(make: Callable[[], lists_of_layers.ListModel]) -> Model:
 
 
 def abstract(make: Callable[[], Model]) -> Model:
-    """A model whose parameters are shapes."""
-    found: list[Model] = []
-    params = jax.eval_shape(lambda: found.append(make()) or found[0].params)
-    return found[0]._replace(params=params)
+    """A model whose parameters are shapes. It is made of arrays: its loss may hold some, as running means."""
+    model = make()
+    return model._replace(params=jax.eval_shape(lambda: model.params))
 
 
 def measure(name: str, model: Model, target: Target) -> Row:
