@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adalomo_jax.finetune.generate_config import GenerateConfig
 
 EXTRA = (
-    *("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "rich", "safetensors"),
+    *("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "pydantic", "rich", "safetensors"),
     *("tensorboardX", "tokenizers", "tyro"),
 )
 """What the extra ``finetune`` installs: the script is there without it."""

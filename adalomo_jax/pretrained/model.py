@@ -9,8 +9,8 @@ from adalomo_jax.models import PRESETS, LlamaConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
 from adalomo_jax.pretrained.export import copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
+from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.load import check_tensors
-from adalomo_jax.pretrained.source import read_json
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
 
 

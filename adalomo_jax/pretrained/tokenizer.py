@@ -12,7 +12,7 @@ import numpy as np
 
 from adalomo_jax.pretrained.chat import ChatText, chat_prompt, chat_text
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.source import read_json
+from adalomo_jax.pretrained.json_files import read_json
 
 if TYPE_CHECKING:
     import tokenizers
