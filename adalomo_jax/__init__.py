@@ -2,17 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from adalomo_jax.optimizers import MatrixAxes as MatrixAxes
-from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
-from adalomo_jax.optimizers import adalomo as adalomo
-from adalomo_jax.optimizers import apply_updates as apply_updates
-from adalomo_jax.optimizers import attention_axes as attention_axes
-from adalomo_jax.optimizers import lomo as lomo
-from adalomo_jax.optimizers import per_layer as per_layer
-from adalomo_jax.optimizers import scale_by_adalomo as scale_by_adalomo
-from adalomo_jax.optimizers import scale_by_param_rms as scale_by_param_rms
-from adalomo_jax.optimizers import stochastic_round as stochastic_round
-
 if TYPE_CHECKING:
     from adalomo_jax.fused import DynamicLossScale as DynamicLossScale
     from adalomo_jax.fused import FusedState as FusedState
@@ -21,18 +10,37 @@ if TYPE_CHECKING:
     from adalomo_jax.fused import Plan as Plan
     from adalomo_jax.fused import StepResult as StepResult
     from adalomo_jax.fused import fuse as fuse
+    from adalomo_jax.optimizers import MatrixAxes as MatrixAxes
+    from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
+    from adalomo_jax.optimizers import adalomo as adalomo
+    from adalomo_jax.optimizers import apply_updates as apply_updates
+    from adalomo_jax.optimizers import attention_axes as attention_axes
+    from adalomo_jax.optimizers import lomo as lomo
+    from adalomo_jax.optimizers import per_layer as per_layer
+    from adalomo_jax.optimizers import scale_by_adalomo as scale_by_adalomo
+    from adalomo_jax.optimizers import scale_by_param_rms as scale_by_param_rms
+    from adalomo_jax.optimizers import stochastic_round as stochastic_round
 
 _FUSED = ("DynamicLossScale", "FusedState", "FusedStep", "InStack", "Plan", "StepResult", "fuse")
+_OPTIMIZERS = (
+    *("MatrixAxes", "ScaleByAdalomoState", "adalomo", "apply_updates", "attention_axes", "lomo", "per_layer"),
+    *("scale_by_adalomo", "scale_by_param_rms", "stochastic_round"),
+)
 
 
 def __getattr__(name: str) -> Any:
-    """What is of `fuse` is imported when it is first named: the optimizers do without, and start sooner."""
-    if name not in _FUSED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import adalomo_jax.fused
+    """What is offered is imported when it is first named: optimizers do without the engine, and commands start sooner.
 
-    return getattr(adalomo_jax.fused, name)
+    JAX takes seconds to import, in which the commands would not hear Ctrl-C as they should.
+    """
+    if name in _FUSED:
+        import adalomo_jax.fused as home
+    elif name in _OPTIMIZERS:
+        import adalomo_jax.optimizers as home
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_FUSED})
+    return sorted({*globals(), *_FUSED, *_OPTIMIZERS})

@@ -6,9 +6,13 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -26,24 +30,59 @@ EXTRA = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """``adalomo-jax``: exits with 0, or after one line on stderr: 2, unusable input; 130, interrupted; 143, SIGTERM."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
-    from adalomo_jax.finetune.config import InputError, Stopped
+    """``adalomo-jax``: exits with 0, or after one line on stderr.
 
+    2: unusable input, no memory, or a file that could not be written; 130: interrupted; 141: nobody reads the output
+    any more; 143: SIGTERM.
+    """
     try:
-        _run(_parse(args))
+        with _interrupted_after():
+            missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+            if missing:
+                _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
+            from adalomo_jax.finetune.config import InputError, Stopped
+            from adalomo_jax.finetune.failures import reason_of
+
+            try:
+                run = _runner(_parse(args))
+            except InputError as error:
+                _stop(str(error), 2)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+    try:
+        run()
+        sys.stdout.flush()
     except InputError as error:
         _stop(str(error), 2)
     except Stopped as stopped:
         _stop(str(stopped), 143)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
-    except Exception as error:  # of any library that writes
-        if "No space left" not in str(error):
+    except BrokenPipeError:
+        # What is still to be written to it would fail once more at the end of Python.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop("nobody reads the output any more", 141)
+    except Exception as error:  # of any library that writes, or asks for memory
+        reason = reason_of(error)
+        if reason is None:
             raise
-        _stop(f"the disk is full: {' '.join(str(error).split())}", 2)
+        _stop(reason, 2)
+
+
+@contextlib.contextmanager
+def _interrupted_after() -> Iterator[None]:
+    """Holds Ctrl-C back until its body is done: libraries that are being imported end in tracebacks, or crash."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)
+        if asked:
+            raise KeyboardInterrupt
 
 
 def _parse(args: Sequence[str] | None) -> Any:
@@ -90,8 +129,8 @@ def _first_paragraph(box: str) -> str:
     return " ".join(first).rstrip(".")
 
 
-def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> None:
-    """Imports what a command needs only when it runs, so that ``--help`` is quick."""
+def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> Callable[[], object]:
+    """What a command runs. Imports what it needs, and nothing else, so that ``--help`` is quick."""
     from adalomo_jax.finetune.compare import PlotConfig, compare
     from adalomo_jax.finetune.compilation_cache import use_compilation_cache
     from adalomo_jax.finetune.config import FinetuneConfig
@@ -103,21 +142,20 @@ def _run(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | 
     if isinstance(command, FinetuneConfig):
         from adalomo_jax.finetune.run import run
 
-        run(command)
-    elif isinstance(command, GenerateConfig):
+        return partial(run, command)
+    if isinstance(command, GenerateConfig):
         from adalomo_jax.finetune.generate import run as run_generate
 
-        run_generate(command)
-    elif isinstance(command, PlotConfig):
-        compare(command)
-    elif isinstance(command, MemoryConfig):
+        return partial(run_generate, command)
+    if isinstance(command, PlotConfig):
+        return partial(compare, command)
+    if isinstance(command, MemoryConfig):
         from adalomo_jax.finetune.fit import run as run_memory
 
-        run_memory(command)
-    else:
-        from adalomo_jax.bench.run import run as run_bench
+        return partial(run_memory, command)
+    from adalomo_jax.bench.run import run as run_bench
 
-        run_bench(command)
+    return partial(run_bench, command)
 
 
 def _stop(message: str, status: int) -> NoReturn:

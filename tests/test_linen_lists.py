@@ -65,7 +65,7 @@ def start(model=MODEL, **options) -> tuple[Any, Any, Any]:
     variables = dict(jax.jit(model.init)({"params": jax.random.key(2), "dropout": KEY}, X))
     params, loss_fn = variables.pop("params"), loss_of(model)
     theirs = Flax.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=TX)
-    options = {"roll": True, "apply_fn": model.apply, **options}
+    options = {"roll": 4, "apply_fn": model.apply, **options}
     state = TrainState.create(X, variables, KEY, loss_fn=loss_fn, params=params, tx=TX, has_aux=True, **options)
     return state, theirs, variables
 

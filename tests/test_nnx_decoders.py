@@ -69,7 +69,7 @@ def test_split_and_placed():
     """The functional way."""
     graphdef, params, rest = nnx.split(Decoder(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
     loss_fn = lambda params, rest: cross_entropy(nnx.merge(graphdef, params, rest), None)
-    step = fuse(loss_fn, adalomo(1e-2))
+    step = fuse(loss_fn, adalomo(1e-2), roll=CONFIG.layers)
     params = step.place(params, rest)
     state = step.init(params, rest)
     for _ in range(5):

@@ -90,7 +90,7 @@ class Reference:
 
 def make(block: Any = Plain, wrt: Any = nnx.Param, remat=True, **options):
     model = Model(block, remat=remat)
-    return model, FusedOptimizer(model, TX, loss_fn, X, roll=True, wrt=wrt, **options)
+    return model, FusedOptimizer(model, TX, loss_fn, X, roll=4, wrt=wrt, **options)
 
 
 def arrays(node, *filters):

@@ -131,7 +131,7 @@ def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterat
         InputError: the folder cannot be used, or a checkpoint could not be written.
     """
     if is_first_process():
-        _remove_later(folder, after)
+        remove_later(folder, after)
     wait_for_all("checkpoints of later steps are removed")
     loss = lambda metrics: metrics["eval_loss"]
     policies = [
@@ -239,9 +239,10 @@ def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
     return _restore_items(path, record, {"params": shapes})["params"], config
 
 
-def _remove_later(folder: Path, after: int) -> None:
+def remove_later(folder: Path, after: int) -> None:
+    """Remove the checkpoints of later steps, the last one first: a kill leaves none that is above a gap."""
     _empty_removed(folder)  # what an earlier start was killed over
-    for step in steps_in(folder):
+    for step in reversed(steps_in(folder)):
         if step > after:
             (folder / _REMOVED).mkdir(exist_ok=True)
             (folder / str(step)).rename(folder / _REMOVED / str(step))

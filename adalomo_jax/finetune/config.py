@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import difflib
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,17 +19,9 @@ AXES = ("data", "fsdp", "tensor")
 
 Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
+MOST_STEPS = 2**31 - 1
 METRICS = "metrics.jsonl"
 """Of a run's output: its rows."""
-RUN_FILES = (
-    *(METRICS, "summary.json", "loss.png", "run.png", "model.safetensors", "config.json"),
-    "checkpoints",
-)
-"""What a run leaves in its output folder, beside a file for TensorBoard whose name has the time and the machine."""
-
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-"""How the files of a model end. A run writes its own last, when it has rows; before them it writes config.json."""
 
 
 class InputError(Exception):
@@ -157,8 +147,13 @@ def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
     number, is_told = process or 0, processes is not None and process is not None
     checks = {
         "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
-        f"--steps must be at least 1, got {config.steps}": config.steps >= 1,
+        f"--steps must be from 1 to {MOST_STEPS}, which are counted in 32 bits, got {config.steps}": (
+            1 <= config.steps <= MOST_STEPS
+        ),
         f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
+        f"--batch-size {config.batch_size} times --seq-len {config.seq_len} must be less than 2**31 tokens": (
+            config.batch_size * config.seq_len < 2**31
+        ),
         f"--microbatches must be at least 1 and divide the {config.batch_size} of --batch-size, got {parts}": (
             parts >= 1 and config.batch_size % parts == 0
         ),
@@ -188,6 +183,9 @@ def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
             not is_told or 0 <= number < (processes or 0)
         ),
         "--coordinator spreads a run over processes: say how with --mesh": config.coordinator is None or bool(sizes),
+        "--coordinator takes --output, the same folder for all processes": (
+            config.coordinator is None or config.find_lr or config.output is not None
+        ),
         f"--max-grad-norm must be above 0, got {config.max_grad_norm}": _is_positive(config.max_grad_norm),
         f"--evaluate-every must be at least 1 step, got {config.evaluate_every}": (
             config.evaluate_every is None or config.evaluate_every >= 1
@@ -234,42 +232,6 @@ def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
 def batch_parts(sizes: Mapping[str, int]) -> int:
     """Over how many devices a mesh of these sizes spreads a batch."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)
-
-
-def output_folder(config: FinetuneConfig) -> Path:
-    """The folder of this run, checked but not created."""
-    folder = config.output
-    if folder is None:
-        folder = Path("runs") / f"{Path(config.model).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    check_folder(folder)
-    held = [name for name in RUN_FILES if (folder / name).exists()]
-    if held and not config.resume:
-        raise InputError(
-            f"--output {folder} holds a run already ({', '.join(held)}); name another folder, or go on with --resume"
-        )
-    weights = next((path.name for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS), None)
-    if config.resume and weights is not None and not (folder / METRICS).exists():
-        raise InputError(
-            f"--resume: {folder} is no folder of a run, it holds {weights} and no {METRICS}; name another --output"
-        )
-    return folder
-
-
-def check_folder(folder: Path) -> None:
-    """Raise InputError for an ``--output`` that cannot be a folder; it need not be there."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file, not a folder")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output {folder} cannot be created: {existing} is no folder that may be written to")
-
-
-def check_picture(path: Path) -> None:
-    """Raise InputError for an ``--output`` that cannot be a file; one that is there is replaced."""
-    if path.is_dir():
-        raise InputError(f"--output {path} is a folder, not a file")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output {path} cannot be written: {path.parent} is no folder that may be written to")
 
 
 def _is_positive(number: float | None) -> bool:

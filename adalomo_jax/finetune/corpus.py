@@ -20,7 +20,9 @@ from adalomo_jax.finetune.documents import (
     document_of,
     lines_of,
     parse_record,
+    printable,
 )
+from adalomo_jax.finetune.output_folder import is_of_run
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -37,6 +39,8 @@ _COMPRESSED = {
 }
 """Endings, and how such files begin."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_OF_RUN = "the output of a run"
+_NO_PART = "a split that is neither trained nor evaluated on"
 _DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
 
 
@@ -46,11 +50,13 @@ class Source(NamedTuple):
     path: Path
     name: str
     """The start of its documents' names."""
-    kind: Literal["text", "lines", "dataset", "unread split"]
+    kind: Literal["text", "lines", "dataset", "unread"]
     in_folder: bool = False
     """Found there, not named by the user: what is no text is passed over."""
     evaluation: bool = False
     """Its data set says that this is what to evaluate on."""
+    reason: str = ""
+    """Why it is not read."""
 
 
 class Corpus(NamedTuple):
@@ -63,8 +69,10 @@ class Corpus(NamedTuple):
     passed_over: list[PassedOver]
 
 
-def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
+def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None) -> Corpus:
     """All documents of the paths, each file once, in the order given, folders in the order of their names.
+
+    Links are followed. Folders that a run has written are passed over, and named: its rows and sizes are no text.
 
     Args:
         paths: text files, files of JSON lines (``.jsonl``, ``.ndjson``, ``.json``, in letters of any case), folders,
@@ -72,6 +80,7 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
             and those that are compressed, UTF-16 or have zero bytes, which are named), and folders that ``datasets``
             has saved. None for the sources of the standard library.
         tokenizer: its chat template is applied to conversations.
+        output: the folder that is being written, passed over whatever it holds.
 
     Raises:
         InputError: a path that is missing, unreadable, empty, compressed or not text in UTF-8.
@@ -80,7 +89,7 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
         return Corpus(standard_library(), [], [], [])
     items: dict[Path, tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
-        sources = list_sources(path)
+        sources = list_sources(path, output)
         keys = [source.path.resolve() for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
@@ -98,9 +107,8 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer) -> Corpus:
 def standard_library() -> list[Document]:
     """The running Python's own ``*.py`` files, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = [
-        path for path in _walk(root) if path.suffix == ".py" and not _NOT_LIBRARY & set(path.relative_to(root).parts)
-    ]
+    of_library = lambda path: path.suffix == ".py" and not _NOT_LIBRARY & set(path.relative_to(root).parts)
+    paths = [entry.path for entry in _walk(root) if entry.reason is None and of_library(entry.path)]
     items = [item for path in paths for item in _text(Source(path, path.relative_to(root).as_posix(), "text", True))]
     documents = [item for item in items if isinstance(item, Document)]
     if not documents:
@@ -108,17 +116,26 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def list_sources(path: Path) -> list[Source]:
+def list_sources(path: Path, output: Path | None = None) -> list[Source]:
     """What a path of ``--data`` stands for. Reads no documents; raises InputError for one that there is not."""
-    if not path.exists():
-        raise InputError(f"--data {path}: no such file or folder")
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, links in a circle
+        raise InputError(f"--data {printable(path)}: {error.strerror}") from None
+    if not exists:
+        raise InputError(f"--data {printable(path)}: no such file or folder")
     if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"--data {printable(path)} is a device or a pipe: copy its text into a file")
         return [Source(path, path.name, "lines" if path.suffix.lower() in (*_LINES, ".json") else "text")]
+    if is_of_run(path) or (output is not None and path.resolve() == output.resolve()):
+        return [Source(path, "", "unread", True, reason=_OF_RUN)]
     if _holds(path, _DATASETS):
         return _splits(path)
     if _holds(path, _DATASET):
         return [Source(path, path.name, "dataset")]
-    return [_found(file, path) for file in _walk(path)]
+    unread = lambda entry: Source(entry.path, "", "unread", True, reason=entry.reason)
+    return [unread(entry) if entry.reason else _found(entry.path, path) for entry in _walk(path, output)]
 
 
 def _found(file: Path, folder: Path) -> Source:
@@ -135,7 +152,9 @@ def _splits(path: Path) -> list[Source]:
     """What is trained on, what is evaluated on, and the others, for the report of what was not read."""
     try:
         splits = json.loads(_read(path / _DATASETS[0]))["splits"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise TypeError
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"--data {path}: {_DATASETS[0]} names no splits") from error
     if "train" not in splits:
         raise InputError(f"--data {path} must have the split train, got {', '.join(splits)}; give one of its folders")
@@ -143,7 +162,7 @@ def _splits(path: Path) -> list[Source]:
     others = [split for split in splits if split not in chosen]
     return [
         *(Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen),
-        *(Source(path / name, f"{path.name}/{name}", "unread split") for name in others),
+        *(Source(path / name, f"{path.name}/{name}", "unread", reason=_NO_PART) for name in others),
     ]
 
 
@@ -159,8 +178,8 @@ def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> 
 
 def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken | PassedOver]:
     """The documents of a source, or what is wrong with them."""
-    if source.kind == "unread split":
-        yield PassedOver(str(source.path), "a split that is neither trained nor evaluated on")
+    if source.kind == "unread":
+        yield PassedOver(str(source.path), source.reason)
         return
     if source.kind == "text":
         yield from _text(source)
@@ -233,12 +252,35 @@ def _holds(folder: Path, names: Sequence[str]) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Regular files below a folder in the order of their names, without hidden ones."""
-    for folder, folders, names in os.walk(root, onerror=_raise_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        yield from (path for path in files if path.is_file())
+class _Entry(NamedTuple):
+    """Something below a folder."""
+
+    path: Path
+    reason: str | None
+    """Why it is not read."""
+
+
+def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
+    """What is below a folder, without hidden names: files in the order of their names, then those of its folders.
+
+    Links are followed, each folder once.
+    """
+    output, seen = output and output.resolve(), {root.resolve()}
+    for folder, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            is_broken = path.is_symlink() and not path.exists()
+            yield _Entry(path, None if path.is_file() else "a broken link" if is_broken else "no regular file")
+        to_read = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            path = Path(folder, name)
+            found = path.resolve()
+            if found == output or is_of_run(path):
+                yield _Entry(path, _OF_RUN)
+            elif found not in seen:
+                seen.add(found)
+                to_read.append(name)
+        folders[:] = to_read
 
 
 def _read(path: Path) -> bytes:
@@ -246,8 +288,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(f"cannot read {printable(path)}: {error.strerror}") from error
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+    raise InputError(f"cannot read {printable(error.filename)}: {error.strerror}") from error

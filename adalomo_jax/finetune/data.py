@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class DataReport(NamedTuple):
     train_sequences: int
     padding: float
     """Its share of the training sequences."""
+    in_both: int
+    """Documents to evaluate on whose text is to be trained on, too."""
     short: int
     """Tokens that were dropped because they were alone, of both parts."""
     unlearned: int
@@ -62,6 +65,11 @@ class DataReport(NamedTuple):
             lines.append(
                 f"dropped: {self.short:,} tokens that a cut left alone, {self.unlearned:,} in pieces of documents "
                 "where nothing is to be predicted"
+            )
+        if self.in_both:
+            lines.append(
+                f"{self.in_both:,} of the documents to evaluate on are to be trained on, too, with the same text: "
+                "the evaluation loss will be too low"
             )
         if self.broken:
             lines.append(f"left out: {_listed(self.broken)}")
@@ -86,7 +94,13 @@ class Data(NamedTuple):
 
 
 def load_data(
-    paths: Sequence[Path] | None, tokenizer: Tokenizer, *, seq_len: int, parts: int = 1, skip_bad: bool = False
+    paths: Sequence[Path] | None,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    parts: int = 1,
+    skip_bad: bool = False,
+    output: Path | None = None,
 ) -> Data:
     """Read, split, tokenize and pack the paths' documents, or the standard library's sources.
 
@@ -96,13 +110,14 @@ def load_data(
         seq_len: tokens of a sequence.
         parts: over how many devices a batch is spread.
         skip_bad: leave out broken records; the report counts them and names the first.
+        output: the run's own folder, which is passed over.
 
     Raises:
         InputError: a path that cannot be used; broken records, of all files at once, unless they are skipped; too
             little text for one sequence to train on, or for a sequence to evaluate on for each of the parts.
         ValueError: a tokenizer with tokens that are not in its vocabulary.
     """
-    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer)
+    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output)
     if broken and not skip_bad:
         raise InputError(f"{_listed(broken)}; mend them, or leave them out with --skip-bad")
     if not documents:
@@ -121,6 +136,7 @@ def load_data(
         evaluation_sequences=evaluation_packed.sequences,
         train_sequences=train_packed.sequences,
         padding=train_packed.padding,
+        in_both=_in_both(documents, evaluation),
         short=train_packed.short + evaluation_packed.short,
         unlearned=train_packed.unlearned + evaluation_packed.unlearned,
         passed_over=tuple(passed_over),
@@ -215,6 +231,12 @@ def _check_enough(train: Packed, evaluation: Packed, parts: int) -> None:
         )
 
 
+def _in_both(train: Sequence[Document], evaluation: Sequence[Document]) -> int:
+    digest = lambda document: hashlib.sha256(document.text.encode()).digest()
+    of_train = set(map(digest, train))
+    return sum(digest(document) in of_train for document in evaluation)
+
+
 def _fitting(documents: Sequence[Document], wanted: float) -> set[int]:
     """The first documents, by their hashes, that hold what is wanted, without those that hold far too much."""
     chosen, size = set(), 0
@@ -248,4 +270,4 @@ def _listed(broken: Sequence[Broken]) -> str:
 
 
 def _hash(document: Document) -> bytes:
-    return hashlib.sha256(document.name.encode()).digest()
+    return hashlib.sha256(os.fsencode(document.name)).digest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +46,48 @@ def wait_for_all(done: str) -> None:
     """Until all processes are here; ``done`` says what they have done, in the error that one of them is missing."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(done)
+
+
+_DIGEST, _MOST_PARTS = 32, 8
+
+
+def check_agreed(parts: Mapping[str, str] | None) -> None:
+    """Have all processes compare what they must have alike; of one, nothing.
+
+    Args:
+        parts: by the words for each, the same ones in all processes; None of a process that has failed, and stops.
+
+    Raises:
+        InputError: they differ, or another process has failed: in each process the same line.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(text.encode()).digest() for text in (parts or {}).values()]
+    mine = np.zeros((_MOST_PARTS, _DIGEST), np.uint8)
+    mine[: len(digests)] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, _DIGEST)
+    all_of_them = np.asarray(multihost_utils.process_allgather(mine))
+    if parts is None:
+        return
+    failed = [str(p) for p, of_process in enumerate(all_of_them) if not of_process.any()]
+    if failed:
+        raise InputError(f"process {', '.join(failed)} has stopped before training, and says why")
+    for name, of_part in zip(parts, np.moveaxis(all_of_them, 1, 0)):
+        other = [str(p) for p, digest in enumerate(of_part) if (digest != of_part[0]).any()]
+        if other:
+            raise InputError(
+                f"the processes of a run must be given the same, but process {', '.join(other)} has other {name} than "
+                "process 0"
+            )
+
+
+@contextlib.contextmanager
+def told_to_all() -> Iterator[None]:
+    """Where this process fails inside, the others hear so from `check_agreed`, which they call next."""
+    try:
+        yield
+    except InputError:
+        check_agreed(None)
+        raise
 
 
 class Rows(NamedTuple):

@@ -42,6 +42,16 @@ class PassedOver(NamedTuple):
     reason: str
 
 
+def printable(name: object) -> str:
+    """A file's name on one line that any terminal takes: its bytes may be no UTF-8, breaks, or what terminals obey.
+
+    >>> printable("a\\nb")
+    'a\\\\nb'
+    """
+    text = str(name).encode(errors="backslashreplace").decode()
+    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
+
+
 def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are.
 
@@ -49,8 +59,7 @@ def listed(names: Sequence[str]) -> str:
     'a; b; c; and 1 more'
     """
     more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
-    # A file's name may have bytes that are not UTF-8, which no terminal takes.
-    return "; ".join([*names[:NAMED], *more]).encode(errors="backslashreplace").decode()
+    return "; ".join([*map(printable, names[:NAMED]), *more])
 
 
 def lines_of(passed_over: Iterable[PassedOver]) -> list[str]:

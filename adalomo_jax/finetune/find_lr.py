@@ -23,7 +23,7 @@ from adalomo_jax.finetune.metrics import Row, StepRow, to_json
 from adalomo_jax.finetune.optimizer import make_range_schedule
 from adalomo_jax.finetune.plot import plot_range
 from adalomo_jax.finetune.program import build_program
-from adalomo_jax.finetune.report import progress_bar
+from adalomo_jax.finetune.report import progress_bar, warned_of
 from adalomo_jax.pretrained.files import write_whole
 from adalomo_jax.pretrained.model import Pretrained
 
@@ -182,4 +182,5 @@ def _write(folder: Path, rates: Sequence[Rate], suggestion: Suggestion, title: s
     lines = "".join(to_json(rate) + "\n" for rate in rates)
     write_whole(folder / FILES[0], lambda partial: partial.write_text(lines, encoding="utf-8"))
     curves = {"training batch": [rate.loss for rate in rates], "smoothed": [rate.smoothed for rate in rates]}
-    plot_range(folder / FILES[1], [rate.learning_rate for rate in rates], curves, suggestion.rate, title)
+    with warned_of(f"{FILES[1]} could not be drawn"):
+        plot_range(folder / FILES[1], [rate.learning_rate for rate in rates], curves, suggestion.rate, title)

@@ -13,12 +13,12 @@ from adalomo_jax.finetune.config import (
     InputError,
     Optimizer,
     batch_parts,
-    check_picture,
     check_preset,
     default,
     mesh_sizes,
     one_line,
 )
+from adalomo_jax.finetune.output_folder import check_picture
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig

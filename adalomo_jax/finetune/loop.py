@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 from adalomo_jax.finetune.checkpoints import Record
 from adalomo_jax.finetune.config import (
     FinetuneConfig,
+    InputError,
     batch_parts,
     checkpoint_interval,
     evaluation_interval,
@@ -34,6 +36,33 @@ class Trained(NamedTuple):
 
 
 Save = Callable[[int, Any, Any, Mapping[str, Any], float | None], None]
+
+
+class Reports(NamedTuple):
+    """Which rows a run has."""
+
+    steps: int
+    evaluate_every: int
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> Reports:
+        """Of a run with these options."""
+        return cls(config.steps, evaluation_interval(config))
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation comes after a step: it is the last one, or one of every so many."""
+        return step % self.evaluate_every == 0 or step == self.steps
+
+    def logs(self, step: int) -> bool:
+        """Whether a step has a row: some 200 have, and those that are evaluated."""
+        return step % max(1, self.steps // 200) == 0 or self.evaluates(step)
+
+    def until(self, step: int) -> list[tuple[type[Row], int]]:
+        """Kinds and steps of all rows up to a step, in their order."""
+        found: list[tuple[type[Row], int]] = [(EvaluationRow, 0)]
+        for i in range(1, step + 1):
+            found += [(StepRow, i)] * self.logs(i) + [(EvaluationRow, i)] * self.evaluates(i)
+        return found
 
 
 class Stopwatch:
@@ -89,10 +118,11 @@ def train(
     evaluation = spread(evaluation, spread_batches(program.batch_sharding))
     here = rows_here(program.batch_sharding, config.batch_size)
     batches, begin = _batches_from(here, config, data, start)
-    log_every, evaluate_every = max(1, config.steps // 200), evaluation_interval(config)
-    save_every = checkpoint_interval(config)
+    reports, save_every = Reports.of(config), checkpoint_interval(config)
     if start is None:
-        on_row(EvaluationRow.of(0, float(program.evaluate(params, evaluation))))
+        eval_loss = float(program.evaluate(params, evaluation))
+        on_row(EvaluationRow.of(0, eval_loss))
+        _check_first(eval_loss, "the evaluation loss before training")
     watch, last, tokens = Stopwatch(), begin, config.batch_size * config.seq_len
     stopped, step, result = False, begin, None
     while step < config.steps and not stopped:
@@ -101,12 +131,13 @@ def train(
         result = program.step(params, state, batch)
         params, state = result.params, result.state
         jax.block_until_ready(before and before.loss)  # one step waits for the device, so that a stop waits for one
-        at_end, eval_loss = step == config.steps, None
-        evaluating = step % evaluate_every == 0 or at_end
-        if step % log_every == 0 or evaluating:
+        if start is None and step == 1:
+            _check_first(float(result.loss), "the loss of the first step")
+        at_end, eval_loss, evaluating = step == config.steps, None, reports.evaluates(step)
+        if reports.logs(step):
             metrics = gather(result.metrics)
             rate = (step - last) * tokens / watch.lap()
-            on_row(step_row(step, metrics, float(program.learning_rates[step - 1]), rate))
+            on_row(step_row(step, metrics, program.learning_rate(step), rate))
             last = step
         if evaluating:
             eval_loss = float(program.evaluate(params, evaluation))
@@ -119,6 +150,15 @@ def train(
             watch.resume()
     rate = (step - begin) * tokens / watch.total if watch.total else 0.0
     return Trained(params, state, rate, step if stopped else None)
+
+
+def _check_first(loss: float, name: str) -> None:
+    """A model that starts so cannot be trained: each step would be left out."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"{name} is {loss}: the model's weights or sizes (rope_theta, rms_norm_eps) are broken, or its numbers too "
+            "large for --dtype; nothing was trained"
+        )
 
 
 def _batches_from(here: Rows, config: FinetuneConfig, data: Data, start: Record | None) -> tuple[Any, int]:

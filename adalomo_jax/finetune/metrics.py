@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
+from adalomo_jax.finetune.config import MOST_STEPS
 from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.pretrained.json_files import Fields, check
 
 MOST_NATS = 700.0
 """Above it, ``exp`` is more than a float holds."""
@@ -48,6 +51,25 @@ class EvaluationRow(NamedTuple):
 
 
 Row = StepRow | EvaluationRow
+
+
+class _Row(Fields):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _StepFields(_Row):
+    step: int = Field(ge=1, le=MOST_STEPS)
+    loss: float | None
+    grad_norm: float | None
+    learning_rate: float | None
+    tokens_per_second: float | None
+    update_rms: dict[str, float | list[float | None] | None] = {}
+
+
+class _EvaluationFields(_Row):
+    step: int = Field(ge=0, le=MOST_STEPS)
+    eval_loss: float | None
+    perplexity: float | None
 
 
 def append_row(path: Path, row: Row) -> None:
@@ -108,10 +130,15 @@ def _as_json(value: Any) -> Any:
 
 def _parse_row(line: str, place: str) -> Row:
     try:
-        found = {name: _parse_number(value) for name, value in json.loads(line).items()}
-        return EvaluationRow(**found) if "eval_loss" in found else StepRow(**found)
-    except (ValueError, TypeError, AttributeError) as error:
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is no row of a run: {' '.join(str(error).split())}") from None
+    is_evaluation = "eval_loss" in found
+    check(_EvaluationFields if is_evaluation else _StepFields, found, f"{place} is no row of a run")
+    numbers = {name: _parse_number(value) for name, value in found.items()}
+    return EvaluationRow(**numbers) if is_evaluation else StepRow(**numbers)
 
 
 def _parse_number(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,23 @@ from matplotlib.figure import Figure
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow, layer_medians
 from adalomo_jax.pretrained.files import write_whole
 
+_MOST = 1e100
+"""What is not smaller, as what is not finite, has no place in a picture: axes reach beyond it."""
+
 
 def plot_losses(path: Path, rows: Sequence[Row], title: str) -> None:
     """Write a PNG of the training and evaluation loss by step."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = _axes_of(figure.subplots(), "loss (nats a token)")
     _draw_losses(axes, rows)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     _write(path, figure)
 
 
 def plot_run(path: Path, rows: Sequence[Row], title: str) -> None:
     """Write a PNG of what a run did, step by step: loss, learning rate, gradient norm and updates by layer."""
     figure = Figure(figsize=(11, 7.4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     losses, rate, norm, updates = figure.subplots(2, 2).flat
     _draw_losses(_axes_of(losses, "loss (nats a token)"), rows)
     for axes, name, label in ((rate, "learning_rate", "learning rate"), (norm, "grad_norm", "norm of the gradient")):
@@ -55,10 +59,12 @@ def plot_runs(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
         _axes_of(axes, label)
         kind, marker = (EvaluationRow, "o") if name == "eval_loss" else (StepRow, None)
         for run, rows in runs.items():
-            axes.plot(*_series(rows, kind, name), linewidth=1, marker=marker, markersize=4, label=run)
+            axes.plot(*_series(rows, kind, name), linewidth=1, marker=marker, markersize=4, label=_label(run))
         if name in ("grad_norm", "learning_rate"):
             _set_log(axes)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend = figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _write(path, figure)
 
 
@@ -74,7 +80,7 @@ def plot_range(
     axes.set_xscale("log")
     finite = [loss for losses in curves.values() for loss in losses if np.isfinite(loss)]
     axes.set_ylim(min(finite) * 0.95, 1.5 * finite[0])  # a loss that diverges would press all others flat
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.legend()
     _write(path, figure)
 
@@ -82,7 +88,12 @@ def plot_range(
 def _series(rows: Iterable[Row], kind: type[Row], name: str) -> np.ndarray:
     """``[2, n]``: steps and values, without those that are not finite, which have no place in a picture."""
     found = np.array([(row.step, getattr(row, name)) for row in rows if isinstance(row, kind)], float).reshape(-1, 2)
-    return found[np.isfinite(found[:, 1])].T
+    return found[np.abs(found[:, 1]) < _MOST].T
+
+
+def _label(name: str) -> str:
+    """Of a run in a legend, which leaves out labels that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _draw_losses(axes: Any, rows: Sequence[Row]) -> None:
@@ -122,4 +133,6 @@ def _axes_of(axes: Any, label: str, below: str = "step") -> Any:
 
 
 def _write(path: Path, figure: Figure) -> None:
-    write_whole(path, lambda partial: FigureCanvasAgg(figure).print_png(partial))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for a letter of a run's name
+        write_whole(path, lambda partial: FigureCanvasAgg(figure).print_png(partial))

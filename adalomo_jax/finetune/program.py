@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -27,7 +26,7 @@ from adalomo_jax.models import (
     next_token_loss,
     param_shardings,
 )
-from adalomo_jax.models.attention import Kind, kind_for
+from adalomo_jax.models.attention import Kind, kind_for, splash_takes
 from adalomo_jax.models.sharding import everywhere
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import Pretrained
@@ -47,8 +46,8 @@ class Program(NamedTuple):
     """``evaluate(params, batches)``, of batches stacked on a new first axis: the mean loss in nats a token."""
     batch_sharding: NamedSharding | None
     """Of the batches that ``step`` takes; None on one device."""
-    learning_rates: np.ndarray
-    """Of each step."""
+    learning_rate: Callable[[int], float]
+    """Of a step, from 1."""
     attention: Kind
     gradient_bytes: int
     """Most bytes of gradients that are alive at once on a device."""
@@ -135,6 +134,20 @@ def attention_of(config: FinetuneConfig, model: LlamaConfig, platform: str) -> K
     return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype))
 
 
+def check_attention(config: FinetuneConfig, model: LlamaConfig, platform: str) -> None:
+    """Raise InputError for a kernel that this machine, or such a model, does not have."""
+    due = {"splash": ("a TPU", ("tpu",)), "cudnn": ("an NVIDIA GPU", ("gpu", "cuda"))}
+    if config.attention in due and platform not in due[config.attention][1]:
+        raise InputError(
+            f"--attention {config.attention} needs {due[config.attention][0]}, and this is a {platform}; leave it out"
+        )
+    if config.attention == "splash" and not splash_takes(config.seq_len, model.head_dim):
+        raise InputError(
+            f"--attention splash takes a --seq-len that is a multiple of 128 and heads 128 wide, got {config.seq_len} "
+            f"and {model.head_dim}; leave it out"
+        )
+
+
 def build_program(
     config: FinetuneConfig,
     model: Pretrained,
@@ -160,7 +173,7 @@ def build_program(
     jitted = step.jit if config.fused else jax.jit(step.unfused, donate_argnums=(0, 1))
     compiled = jitted.lower(params, state, *args).compile()
     release_freed_memory()
-    count = jax.jit(_count, out_shardings=args[1].sharding)
+    count, schedule = jax.jit(_count, out_shardings=args[1].sharding), jax.jit(training.schedule)
 
     @jax.jit
     def evaluate(params, batches: Batch):
@@ -173,7 +186,7 @@ def build_program(
         step=lambda params, state, batch: compiled(params, state, batch, count(batch)),
         evaluate=evaluate,
         batch_sharding=of_batch,
-        learning_rates=np.asarray(jax.vmap(training.schedule)(jnp.arange(config.steps))),
+        learning_rate=lambda step: float(schedule(step - 1)),
         attention=attention_of(config, model.config, platform),
         gradient_bytes=shares_of(step, params, state, args, config.fused).gradient,
         compiled_bytes=_compiled_bytes(compiled),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.config import FinetuneConfig, one_line
 from adalomo_jax.finetune.loop import Trained
 from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow, perplexity
@@ -48,6 +50,8 @@ class Summary(NamedTuple):
     mesh: str | None
     attention: str
     steps: int
+    skipped_steps: int
+    """In which something was not finite, and was not written."""
     first_eval_loss: float
     """Nats a token, before training."""
     eval_loss: float
@@ -75,6 +79,7 @@ def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trai
         mesh=config.mesh,
         attention=program.attention,
         steps=config.steps,
+        skipped_steps=int(trained.state.skipped),
         first_eval_loss=evaluations[0],
         eval_loss=evaluations[-1],
         tokens_per_second=trained.tokens_per_second,
@@ -90,13 +95,16 @@ def summary_table(summary: Summary) -> Table:
     """The figures on one screen."""
     how = "fused" if summary.fused else "unfused"
     where = f", {summary.mesh}: bytes a device" if summary.mesh else ""
-    table = Table(title=f"{summary.model}, {summary.optimizer}, {how}, {summary.dtype}{where}", show_header=False)
+    title = Text(f"{summary.model}, {summary.optimizer}, {how}, {summary.dtype}{where}")  # as it is: no markup
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     losses = (summary.first_eval_loss, summary.eval_loss)
     table.add_row("evaluation loss (nats a token)", " to ".join(f"{loss:.3f}" for loss in losses))
     table.add_row("evaluation perplexity", " to ".join(f"{perplexity(loss):.2f}" for loss in losses))
     table.add_row("training tokens a second", f"{summary.tokens_per_second:,.0f}")
+    if summary.skipped_steps:
+        table.add_row("steps in which something was not finite, and not written", f"{summary.skipped_steps:,}")
     table.add_row("attention", summary.attention)
     table.add_section()
     table.add_row("peak memory of this process", format_bytes(summary.process_bytes))
@@ -105,6 +113,15 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("optimizer state", format_bytes(summary.state_bytes))
     table.add_row("gradients alive at once", format_bytes(summary.gradient_bytes))
     return table
+
+
+@contextmanager
+def warned_of(what: str) -> Iterator[None]:
+    """Makes a warning of what goes wrong, where weights are there already, or are being trained."""
+    try:
+        yield
+    except Exception as error:
+        print(f"adalomo-jax: warning: {what}: {one_line(error)[:300]}", file=sys.stderr)
 
 
 def _now(row: StepRow) -> str:

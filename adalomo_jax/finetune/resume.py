@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +13,11 @@ from adalomo_jax.finetune.checkpoints import FOLDER, Origin, Record, foreign_in,
 from adalomo_jax.finetune.config import METRICS, FinetuneConfig, InputError, evaluation_interval, one_line
 from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.fingerprints import data_fingerprint
-from adalomo_jax.finetune.metrics import Row, read_rows
+from adalomo_jax.finetune.loop import Reports
+from adalomo_jax.finetune.metrics import EvaluationRow, Row, read_rows
 from adalomo_jax.finetune.optimizer import peak_learning_rate, warmup_steps
 from adalomo_jax.pretrained.model import Pretrained
-from adalomo_jax.pretrained.source import INDEX, SINGLE
+from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
 
 FREE = (
     *("fused", "attention", "mesh", "coordinator", "processes", "process"),
@@ -49,8 +51,13 @@ def _paths(config: FinetuneConfig) -> list[str]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has left its weights there, which are written last."""
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+    """Whether a run has left its weights there, whole, and its summary, which is written last."""
+    if not (folder / "summary.json").is_file():
+        return False
+    try:
+        return bool(SafetensorsSource(folder).shapes)
+    except ValueError:
+        return False
 
 
 def check_finished(config: FinetuneConfig, folder: Path, model: Pretrained, read: Callable[[], Data]) -> None:
@@ -139,17 +146,33 @@ def restored(folder: Path, record: Record, params: Any, state: Any) -> tuple[Any
         raise unusable(folder, record.step, error) from None
 
 
-def earlier_rows(folder: Path, start: Record | None) -> list[Row]:
-    """The rows of ``metrics.jsonl`` up to the step that a run goes on from."""
+def earlier_rows(config: FinetuneConfig, folder: Path, start: Record | None) -> list[Row]:
+    """The rows of ``metrics.jsonl`` up to the step that a run goes on from.
+
+    Raises:
+        InputError: they are not those that the run has written: some are missing, there twice, or of another run.
+    """
     if start is None:
         return []
     path = folder / METRICS
+    if not path.exists():
+        raise InputError(
+            f"{folder} has checkpoints and no {METRICS}, whose rows the run goes on with: copy it to there, too, from "
+            "where the run was"
+        )
     try:
-        rows = [row for row in (read_rows(path) if path.exists() else []) if row.step <= start.step]
+        rows = [row for row in read_rows(path) if row.step <= start.step]
     except ValueError as error:
         raise InputError(f"{one_line(error)}; remove what is broken there, and give the same command again") from None
-    if not rows:
-        raise InputError(f"{path} has no row up to step {start.step}, where the run is to go on: it is not of that run")
+    found, due = [(type(row), row.step) for row in rows], Reports.of(config).until(start.step)
+    if found != due:
+        at = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, due)) if x != y)
+        name = lambda row: f"the {'evaluation' if row[0] is EvaluationRow else 'row'} of step {row[1]}"
+        got = name(found[at]) if at < len(found) else f"no more up to step {start.step}"
+        raise InputError(
+            f"{path} must go on with {name(due[at]) if at < len(due) else 'none'} after {at} rows, got {got}: put the "
+            "file of that run there again, or go on from before that with --resume-step"
+        )
     return rows
 
 

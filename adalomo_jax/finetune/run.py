@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from adalomo_jax.finetune.checkpoints import Origin, Record, open_saver
+from adalomo_jax.finetune.checkpoints import Origin, Record, open_saver, remove_later
 from adalomo_jax.finetune.config import (
     METRICS,
     FinetuneConfig,
@@ -26,16 +28,25 @@ from adalomo_jax.finetune.config import (
     checkpoint_interval,
     mesh_sizes,
     one_line,
-    output_folder,
 )
 from adalomo_jax.finetune.data import Data, load_data
-from adalomo_jax.finetune.devices import connect, gather, is_first_process, mesh_of, wait_for_all
+from adalomo_jax.finetune.devices import (
+    check_agreed,
+    connect,
+    gather,
+    is_first_process,
+    mesh_of,
+    told_to_all,
+    wait_for_all,
+)
+from adalomo_jax.finetune.failures import reason_of
 from adalomo_jax.finetune.find_lr import find_lr
 from adalomo_jax.finetune.loop import Trained, train
 from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
+from adalomo_jax.finetune.output_folder import claimed, output_folder
 from adalomo_jax.finetune.plot import plot_losses, plot_run
-from adalomo_jax.finetune.program import Program, build_program
-from adalomo_jax.finetune.report import progress_bar, summarize, summary_table
+from adalomo_jax.finetune.program import Program, build_program, check_attention
+from adalomo_jax.finetune.report import progress_bar, summarize, summary_table, warned_of
 from adalomo_jax.finetune.resume import (
     check_finished,
     checkpoints_of,
@@ -70,34 +81,91 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     model = model_of(config.model)
     check_options(config, model.config)
     connect(config)
+    check_attention(config, model.config, jax.default_backend())
     mesh, is_first = mesh_of(config), is_first_process()
     console = (console or Console()) if is_first else Console(quiet=True)
     folder = output_folder(config)
     if config.resume and config.resume_step is None and is_finished(folder):
-        check_finished(config, folder, model, partial(data_of, config, model))
-        console.print(f"the run in {folder} is finished", highlight=False, soft_wrap=True)
+        check_finished(config, folder, model, partial(data_of, config, model, folder))
+        console.print(f"the run in {folder} is finished", markup=False, highlight=False, soft_wrap=True)
         return folder
-    data = data_of(config, model)
+    with claimed(folder) if is_first else contextlib.nullcontext():
+        if is_first:
+            output_folder(config)  # again: another run may have ended there meanwhile
+        try:
+            return _run_in(folder, config, model, mesh, console)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            reason = reason_of(error)
+            if reason is None or not (folder / METRICS).exists():
+                raise
+            raise InputError(
+                f"the run in {folder} has failed: {reason}; mend that, and give the same command with --output "
+                f"{folder} --resume"
+            ) from error
+
+
+def _run_in(folder: Path, config: FinetuneConfig, model: Pretrained, mesh: Mesh | None, console: Console) -> Path:
+    """The run, in a folder that it has for itself."""
+    with told_to_all():
+        data = data_of(config, model, folder)
+        origin = origin_of(config, model, data)
+        start = find_checkpoint(config, folder, origin)
+        rows = earlier_rows(config, folder, start)
+    check_agreed(agreement(config, origin, start))
     console.print(str(data.report), markup=False, highlight=False, soft_wrap=True)  # it has names of files
     if config.find_lr:
-        return find_lr(config, model, data, mesh, folder, console, writes=is_first)
-    origin = origin_of(config, model, data)
-    start = find_checkpoint(config, folder, origin)
-    rows = earlier_rows(folder, start)
+        return find_lr(config, model, data, mesh, folder, console, writes=is_first_process())
     if config.resume:
         where = f"after step {start.step}" if start else f"at the beginning: there is no checkpoint in {folder}"
-        console.print(f"going on {where}", highlight=False, soft_wrap=True)
+        console.print(f"going on {where}", markup=False, highlight=False, soft_wrap=True)
     console.print("compiling", highlight=False)
     program = build_program(config, model, mesh, restore=start and partial(restored, folder, start))
     wait_for_all("the output folder is checked")
-    if is_first:
-        folder.mkdir(parents=True, exist_ok=True)
+    if is_first_process():
         set_weights_aside(folder)  # first of all: a run that is cut off from here on is not finished
         export_rest(folder, model, config.dtype)
         if config.resume:
+            # In this order: a kill between them leaves rows of later steps, which do no harm, and no gap.
+            remove_later(checkpoints_of(folder), start.step if start else 0)
             write_rows(folder / METRICS, rows)
+    trained = _train_with_rows(program, config, data, rows, folder, origin, start, mesh, console)
+    if trained.stopped_at is not None:
+        raise Stopped(
+            f"stopped after step {trained.stopped_at}, which is saved; to go on, give the same options with "
+            f"--output {folder} --resume"
+        )
+    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first_process())
+    summary = summarize(config, model.name, program, trained, rows)
+    if is_first_process():
+        # From here on the weights are there, and nothing costs them.
+        title = f"{model.name}, {config.optimizer}"
+        for name, draw in (("loss.png", plot_losses), ("run.png", plot_run)):
+            with warned_of(f"{name} could not be drawn"):
+                draw(folder / name, rows, title)
+        # The last file: see is_finished.
+        write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n", encoding="utf-8"))
+    with warned_of("no sample of text could be made"):  # a program of its own
+        console.print(sample(model, trained.params, data, config), markup=False, highlight=False)
+    console.print(summary_table(summary))
+    console.print(f"written to {folder}", markup=False, highlight=False, soft_wrap=True)
+    return folder
 
-    events = event_file(folder, start.step + 1 if start else 0) if is_first else contextlib.nullcontext()
+
+def _train_with_rows(
+    program: Program,
+    config: FinetuneConfig,
+    data: Data,
+    rows: list[Row],
+    folder: Path,
+    origin: Origin,
+    start: Record | None,
+    mesh: Mesh | None,
+    console: Console,
+) -> Trained:
+    """`train_saving`, which adds its rows to these, to the files of metrics, and to the progress bar."""
+    events = event_file(folder, start.step + 1 if start else 0) if is_first_process() else contextlib.nullcontext()
     with progress_bar(console, config.steps) as show, events as write_event:
 
         def on_row(row: Row) -> None:
@@ -107,24 +175,18 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
                 write_event(row)
             show(row)
 
-        trained = train_saving(program, config, data, on_row, folder, origin, start, mesh)
+        return train_saving(program, config, data, on_row, folder, origin, start, mesh)
 
-    if trained.stopped_at is not None:
-        raise Stopped(
-            f"stopped after step {trained.stopped_at}, which is saved; to go on, give the same options with "
-            f"--output {folder} --resume"
-        )
-    summary = summarize(config, model.name, program, trained, rows)
-    if is_first:
-        plot_losses(folder / "loss.png", rows, f"{model.name}, {config.optimizer}")
-        plot_run(folder / "run.png", rows, f"{model.name}, {config.optimizer}")
-        write_whole(folder / "summary.json", lambda path: path.write_text(to_json(summary) + "\n"))
-    export_params(folder, trained.params, model.config, fetch=gather, writes=is_first)  # the last file: see is_finished
-    # Only now: the sample is a program of its own, and what it may fail of costs no weights.
-    console.print(sample(model, trained.params, data, config), markup=False, highlight=False)
-    console.print(summary_table(summary))
-    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
-    return folder
+
+def agreement(config: FinetuneConfig, origin: Origin, start: Record | None) -> dict[str, str]:
+    """What all processes of a run must have alike, by the words for it."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("process", "data", "model")}
+    return {
+        "options": json.dumps(options | dict(origin.options), sort_keys=True, default=str),
+        "sizes of --model": json.dumps(dict(origin.model), sort_keys=True, default=str),
+        "text of --data": origin.data,
+        "checkpoint to go on from": str(start and start.step),
+    }
 
 
 def train_saving(
@@ -161,11 +223,13 @@ def model_of(name: str) -> Pretrained:
         raise InputError(f"--model {name}: {one_line(error)}") from None
 
 
-def data_of(config: FinetuneConfig, model: Pretrained) -> Data:
-    """The text that the options name, as the model's tokens."""
+def data_of(config: FinetuneConfig, model: Pretrained, output: Path | None) -> Data:
+    """The text that the options name, as the model's tokens; what lies in the output folder is none."""
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
     try:
-        return load_data(config.data, model.tokenizer, seq_len=config.seq_len, parts=parts, skip_bad=config.skip_bad)
+        return load_data(
+            config.data, model.tokenizer, seq_len=config.seq_len, parts=parts, skip_bad=config.skip_bad, output=output
+        )
     except ValueError as error:
         raise InputError(f"--data with the tokenizer of {model.name}: {one_line(error)}") from None
 

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from adalomo_jax.finetune.metrics import Row, StepRow, layer_medians
+from adalomo_jax.finetune.report import warned_of
 
 FLUSH_SECONDS = 10
 """How far the file may lag behind the run."""
@@ -32,11 +33,21 @@ def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[R
             made = SummaryWriter(str(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS)
             return stack.enter_context(made)
 
-        def write(row: Row) -> None:
-            for tag, value in scalars(row).items():
-                writer().add_scalar(tag, value, row.step)
+        broken: list[bool] = []
 
-        yield write
+        def write(row: Row) -> None:
+            if not broken:
+                broken.append(True)
+                with warned_of("TensorBoard's file could not be written, and ends here"):
+                    for tag, value in scalars(row).items():
+                        writer().add_scalar(tag, value, row.step)
+                    broken.clear()
+
+        try:
+            yield write
+        finally:
+            with warned_of("TensorBoard's file could not be written to its end"):
+                stack.close()
 
 
 def scalars(row: Row) -> dict[str, float]:

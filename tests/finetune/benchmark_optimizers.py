@@ -42,7 +42,7 @@ def main():
     options = parser.parse_args()
     common = FinetuneConfig(model=options.model, batch_size=1, seq_len=options.seq_len, update_rms=False)
     model = model_of(common.model)
-    data = data_of(common, model)
+    data = data_of(common, model, None)
     programs, taking = {}, {}
     for row, (of_row, (rate, *_)) in ROWS.items():
         programs[row] = build_program(dataclasses.replace(common, learning_rate=rate, **of_row), model)

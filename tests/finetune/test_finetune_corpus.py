@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from toy_tokenizer import ToyTokenizer
 
 from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.corpus import read_corpus, standard_library
+from adalomo_jax.finetune.data import load_data
 from adalomo_jax.finetune.documents import Broken, Document, PassedOver
 
 
@@ -238,3 +240,54 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(InputError, match="cannot read .*a.txt: Permission denied"):
         read(tmp_path / "a.txt")
+
+
+def test_the_output_of_runs_is_no_text(tmp_path):
+    """That of an earlier run, and that of this one, whatever it holds yet."""
+    (tmp_path / "a.txt").write_text("text")
+    for run, names in (("runs/old", ["metrics.jsonl", "config.json"]), ("runs/new", ["config.json"])):
+        (tmp_path / run).mkdir(parents=True)
+        for name in names:
+            (tmp_path / run / name).write_text("{}")
+    found = read_corpus([tmp_path], ToyTokenizer(), tmp_path / "runs" / "new")
+    assert texts(found.documents) == ["text"]
+    of_run = lambda name: PassedOver(str(tmp_path / "runs" / name), "the output of a run")
+    assert found.passed_over == [of_run("new"), of_run("old")]
+    with pytest.raises(InputError, match=r"holds no text files; 1 passed over \(the output of a run\)"):
+        read(tmp_path / "runs" / "old")
+
+
+def test_links_are_followed_and_what_is_no_file_is_named(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "data"
+    (elsewhere / "deep").mkdir(parents=True)
+    folder.mkdir()
+    (elsewhere / "deep" / "b.txt").write_text("b")
+    (folder / "a.txt").write_text("a")
+    (folder / "same.txt").symlink_to(folder / "a.txt")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a circle
+    (folder / "nowhere").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "pipe")
+    found = read(folder)
+    assert texts(found.documents) == ["a", "b"] and found.documents[1].name == "linked/deep/b.txt"
+    assert found.passed_over == [
+        PassedOver(str(folder / "nowhere"), "a broken link"),
+        PassedOver(str(folder / "pipe"), "no regular file"),
+    ]
+    with pytest.raises(InputError, match="is a device or a pipe"):
+        read(folder / "pipe")
+
+
+def test_a_name_that_is_not_utf_8_is_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"name_\xff.txt")
+    path.write_text("text " * 100)
+    assert load_data([path], ToyTokenizer(), seq_len=8).report.train_documents == 1
+    with pytest.raises(InputError, match=r"--data .*missing_\\udcff: no such file"):
+        read(tmp_path / os.fsdecode(b"missing_\xff"))
+
+
+@pytest.mark.parametrize("splits", [None, [1], [["train"]], {}, "train"])
+def test_splits_that_are_no_names_are_refused(splits, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(InputError, match="dataset_dict.json names no splits"):
+        read(tmp_path)

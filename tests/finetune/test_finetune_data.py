@@ -126,6 +126,8 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
         "8 documents to train on, 1 to evaluate on",
         "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% of padding, 5 to evaluate on",
         "dropped: 0 tokens that a cut left alone, 54 in pieces of documents where nothing is to be predicted",
+        "1 of the documents to evaluate on are to be trained on, too, with the same text: the evaluation loss will be "
+        "too low",
         f"left out: 2 broken records: {tmp_path}/train.jsonl:10 is not JSON: Expecting value at character 1 of the "
         f"line; {tmp_path}/train.jsonl:11 text is empty",
     ]

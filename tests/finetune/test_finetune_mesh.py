@@ -16,7 +16,7 @@ import tiny
 from one_program import share_programs
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.config import RUN_FILES
+from adalomo_jax.finetune.output_folder import RUN_FILES
 from adalomo_jax.models import PRESETS
 
 STEPS = 20
@@ -76,8 +76,8 @@ def test_a_run_of_one_device_goes_on_upon_a_mesh(corpus, tmp_path, of_one_device
     np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
 
 
-def launch(processes, corpus, folder, *options):
-    """The command in several processes."""
+def launch(processes, corpus, folder, *options, of_last=()):
+    """The command in several processes; the last one gets some options besides."""
     command = [sys.executable, tiny.__file__, "finetune", "--data", str(corpus), "--output", str(folder)]
     command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), *options]
     flags = re.sub(r"(device_count)=\d+", rf"\1={8 // processes}", os.environ["XLA_FLAGS"])
@@ -86,7 +86,11 @@ def launch(processes, corpus, folder, *options):
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     return [
         subprocess.Popen(
-            [*command, "--process", str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, "--process", str(i), *(of_last if i == processes - 1 else ())],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for i in range(processes)
     ]
@@ -128,6 +132,25 @@ def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, on_one
 
     printed = end_together(launch(2, corpus, folder, *no_other_save, "--resume"), folder, on_one_device)
     assert f"going on after step {said}" in printed[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("differs", "says"),
+    [
+        (["--seed", "5"], "process 1 has other options than process 0"),
+        (["--data", __file__], "process 1 has other text of --data than process 0"),
+        (["--data", "/nowhere"], "process 1 has stopped before training, and says why"),
+    ],
+)
+def test_processes_that_were_given_other_things_stop_before_training(differs, says, corpus, tmp_path):
+    running = launch(2, corpus, tmp_path / "run", of_last=differs)
+    printed = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], printed
+    lines = [[line for line in text.splitlines() if line.startswith("adalomo-jax: ")] for text in printed]
+    assert [len(of_process) for of_process in lines] == [1, 1] and says in lines[0][0]
+    assert says in lines[1][0] or "/nowhere: no such file" in lines[1][0]
+    assert not (tmp_path / "run").exists()
 
 
 def free_port():

@@ -245,6 +245,56 @@ def test_a_broken_line_of_the_metrics_is_named(killed, finished, command, capsys
     assert rows(killed) == rows(finished)
 
 
+@pytest.mark.parametrize(
+    "of_rows", [lambda rows: rows[:3] + rows[4:], lambda rows: rows[:4] + rows[3:], lambda rows: []]
+)
+def test_metrics_that_are_not_of_the_run_are_refused(of_rows, killed, command, capsys):
+    path = killed / "metrics.jsonl"
+    path.write_text("".join(of_rows(path.read_text().splitlines(keepends=True))))
+    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
+    assert f"{path} must go on with the " in said and "put the file of that run there again" in said
+
+
+def test_checkpoints_alone_say_what_to_copy_too(killed, command, capsys):
+    (killed / "metrics.jsonl").unlink()
+    said = refused(capsys, [*command, "--output", str(killed), "--resume"])
+    assert "has checkpoints and no metrics.jsonl, whose rows the run goes on with: copy it to there, too" in said
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_kill_while_a_run_goes_back_loses_no_rows(at, finished, command, tmp_path, monkeypatch):
+    """Before the removal of each later checkpoint, the last one first, and before the cut of the rows."""
+    folder, calls = shutil.copytree(finished, tmp_path / "run"), []
+
+    def killed():
+        calls.append(1)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+
+    rename, write_rows = type(folder).rename, run_module.write_rows
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(type(folder), "rename", lambda *args: killed() or rename(*args))
+        patch.setattr(run_module, "write_rows", lambda *args: killed() or write_rows(*args))
+        main([*command, "--output", str(folder), "--resume", "--resume-step", "4"])
+    left = sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+    assert left == [4, 5, 6][: 3 - at] and rows(folder) == rows(finished)
+    main([*command, "--output", str(folder), "--resume"])
+    assert rows(folder) == rows(finished) and weights(folder) == weights(finished)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "summary.json"])
+def test_a_run_is_finished_by_whole_weights_and_its_summary(name, finished, command, capsys, tmp_path):
+    """Else they are written again, from the last checkpoint."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    if name == "summary.json":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(weights(folder)[:-1])
+    main([*command, "--output", str(folder), "--resume"])
+    assert "going on after step 6\n" in capsys.readouterr().out
+    assert weights(folder) == weights(finished) and rows(folder) == rows(finished) and (folder / name).exists()
+
+
 def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
     shutil.rmtree(killed / "checkpoints" / "4")
     foreign = killed / "checkpoints" / "9"
