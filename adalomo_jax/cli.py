@@ -36,6 +36,16 @@ def main(args: Sequence[str] | None = None) -> None:
     any more; 143: SIGTERM.
     """
     try:
+        _main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still to be written to it would fail once more at the end of Python.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop("nobody reads the output any more", 141)
+
+
+def _main(args: Sequence[str] | None) -> None:
+    try:
         with _interrupted_after():
             missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
             if missing:
@@ -51,7 +61,6 @@ def main(args: Sequence[str] | None = None) -> None:
         _stop("interrupted", 130)
     try:
         run()
-        sys.stdout.flush()
     except InputError as error:
         _stop(str(error), 2)
     except Stopped as stopped:
@@ -59,9 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:
-        # What is still to be written to it would fail once more at the end of Python.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _stop("nobody reads the output any more", 141)
+        raise
     except Exception as error:  # of any library that writes, or asks for memory
         reason = reason_of(error)
         if reason is None:
