@@ -27,6 +27,8 @@ EXTRA = (
     *("tensorboardX", "tokenizers", "tyro"),
 )
 """What the extra ``finetune`` installs: the script is there without it."""
+_LONGEST = 4_000
+"""Characters of a message."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -166,5 +168,7 @@ def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    print(f"adalomo-jax: {message}", file=sys.stderr)
+    # Names of files and texts of libraries are within: what ends a line or is obeyed by a terminal is shown as it is.
+    shown = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in message)
+    print(f"adalomo-jax: {shown[:_LONGEST]}{'...' * (len(shown) > _LONGEST)}", file=sys.stderr)
     sys.exit(status)

@@ -18,12 +18,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
+from pydantic import Field
 
-from adalomo_jax.finetune.config import InputError, one_line
+from adalomo_jax.finetune.config import MOST_STEPS, InputError, one_line
 from adalomo_jax.finetune.devices import is_first_process, wait_for_all
 from adalomo_jax.finetune.fingerprints import checksums
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import config_of
+from adalomo_jax.pretrained.json_files import Fields, check
 from adalomo_jax.pretrained.names import param_shapes
 
 FOLDER = "checkpoints"
@@ -60,6 +62,29 @@ class Record(NamedTuple):
     origin: Origin
     checksums: Mapping[str, Mapping[str, int]]
     """Of the arrays, by name, of ``params`` and of ``state``."""
+
+
+class _Format(Fields):
+    format: int = Field(ge=1)
+
+
+class _BatchesFields(Fields):
+    next_index: int = Field(default=0, ge=0, lt=2**48)
+
+
+class _OriginFields(Fields):
+    options: dict[str, Any]
+    model: dict[str, Any]
+    data: str
+    paths: list[str] | None = None
+
+
+class _RecordFields(Fields):
+    step: int = Field(ge=1, le=MOST_STEPS)
+    batches: _BatchesFields
+    eval_loss: float | None
+    origin: _OriginFields
+    checksums: dict[str, dict[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +223,14 @@ def read_record(path: Path) -> Record:
     contents = sealed.get("record") if isinstance(sealed, dict) else None
     if not isinstance(contents, dict) or sealed.get("sha256") != _digest(contents):
         raise ValueError("its record is damaged")
-    if contents["format"] > FORMAT:
-        raise ValueError(f"it has the format {contents['format']}, and this version reads those up to {FORMAT}")
-    record = Record(**{k: v for k, v in contents.items() if k != "format"})
+    format_of = check(_Format, contents, "its record").format
+    if format_of > FORMAT:
+        raise ValueError(f"it has the format {format_of}, and this version reads those up to {FORMAT}")
+    check(_RecordFields, contents, "its record")
+    record = Record(*(contents[name] for name in Record._fields))
     if str(record.step) != path.name:
         raise ValueError(f"it says that it is of the step {record.step}")
-    return record._replace(origin=Origin(**record.origin))  # pyright: ignore[reportCallIssue]
+    return record._replace(origin=Origin(*(contents["origin"].get(name) for name in Origin._fields)))
 
 
 def restore(path: Path, record: Record, params: Any, state: Any) -> tuple[Any, Any]:
@@ -234,8 +261,11 @@ def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
         ValueError: there is none, or it is damaged.
     """
     record = read_record(path)
-    config = config_of({k: v for k, v in record.origin.model.items() if k != "name"})
-    shapes = param_shapes(config, record.origin.options["dtype"])
+    try:
+        config = config_of({k: v for k, v in record.origin.model.items() if k != "name"})
+        shapes = param_shapes(config, record.origin.options["dtype"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"its record is of no model that this version reads: {one_line(error)}") from None
     return _restore_items(path, record, {"params": shapes})["params"], config
 
 
@@ -262,7 +292,7 @@ def _restore_items(path: Path, record: Record, trees: dict[str, Any]) -> dict[st
     }
     found = _read(path, **args)
     for name in trees:
-        sums, expected = checksums(found[name]), record.checksums[name]
+        sums, expected = checksums(found[name]), record.checksums.get(name, {})
         wrong = [key for key in sums if sums[key] != expected.get(key)]
         if wrong:
             raise ValueError(f"the array {name}.{wrong[0]} is not what was saved")

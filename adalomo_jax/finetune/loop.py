@@ -17,6 +17,7 @@ from adalomo_jax.finetune.config import (
     checkpoint_interval,
     evaluation_interval,
     mesh_sizes,
+    one_line,
 )
 from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
 from adalomo_jax.finetune.devices import Rows, gather, rows_here, spread, spread_batches, spread_rows
@@ -168,5 +169,10 @@ def _batches_from(here: Rows, config: FinetuneConfig, data: Data, start: Record 
     )
     if start is None:
         return batches, 0
-    batches.set_state(dict(start.batches))
+    try:
+        batches.set_state(dict(start.batches))
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint of step {start.step} has no place in the data that can be read: {one_line(error)}"
+        ) from None
     return batches, start.step

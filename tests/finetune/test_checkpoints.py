@@ -1,5 +1,6 @@
 """Checkpoints as files: what they hold, how damage is seen, which are kept, and where their arrays go."""
 
+import json
 import resource
 
 import jax
@@ -232,3 +233,35 @@ def test_restored_arrays_lie_where_they_belong_and_are_donated(optimizer, mesh, 
     assert compiled.memory_analysis().alias_size_in_bytes >= held
     jax.block_until_ready(compiled(*restored, *jax.tree.map(put, training.args)).params)
     assert all(x.is_deleted() for x in jax.tree.leaves(restored))
+
+
+BREAKS = {
+    "format": "2",
+    "step": None,
+    "batches": None,
+    "batches.next_index": -1,
+    "eval_loss": "low",
+    "origin": [],
+    "origin.options": None,
+    "origin.data": 3,
+    "origin.paths": "text.txt",
+    "checksums": {"params": {"w": "1"}},
+}
+
+
+@pytest.mark.parametrize("field", BREAKS)
+def test_a_record_that_is_sealed_and_wrong_is_named(field, monkeypatch, tmp_path):
+    sealed = checkpoints._sealed
+
+    def broken(record):
+        contents = json.loads(json.dumps(sealed(record)["record"]))
+        *outer, name = field.split(".")
+        (contents[outer[0]] if outer else contents)[name] = BREAKS[field]
+        return {"record": contents, "sha256": checkpoints._digest(contents)}
+
+    monkeypatch.setattr(checkpoints, "_sealed", broken)
+    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+        saver.save(1, {"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, {"next_index": 1}, None)
+    with pytest.raises(ValueError, match=f"^its record: {field.split('.')[0]}.* got ") as error:
+        read_record(tmp_path / "1")
+    assert len(str(error.value).splitlines()) == 1
