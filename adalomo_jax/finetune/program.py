@@ -196,7 +196,8 @@ def build_program(
 def _first_params(config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None) -> Any:
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
-        return jax.jit(training.make_params, out_shardings=shardings)()
+        # Where there is no memory for them, it is said here: what asks for the address of such an array waits for ever.
+        return jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
     try:
         return load_params(model.config, model.checkpoint.source, config.dtype, shardings)
     except ValueError as error:
