@@ -16,6 +16,7 @@ from adalomo_jax.finetune.fingerprints import data_fingerprint
 from adalomo_jax.finetune.loop import Reports
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, read_rows
 from adalomo_jax.finetune.optimizer import peak_learning_rate, warmup_steps
+from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.model import Pretrained
 from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
 
@@ -52,10 +53,8 @@ def _paths(config: FinetuneConfig) -> list[str]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run has left its weights there, whole, and its summary, which is written last."""
-    if not (folder / "summary.json").is_file():
-        return False
     try:
-        return bool(SafetensorsSource(folder).shapes)
+        return bool(read_json(folder / "summary.json")) and bool(SafetensorsSource(folder).shapes)
     except ValueError:
         return False
 

@@ -30,7 +30,8 @@ def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[R
         @cache
         def writer() -> SummaryWriter:
             """Made with the first row: a run that ends before it leaves no file."""
-            made = SummaryWriter(str(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS)
+            # An absolute path: the start of another one may be taken for a bucket's.
+            made = SummaryWriter(str(folder.absolute()), purge_step=first_step, flush_secs=FLUSH_SECONDS)
             return stack.enter_context(made)
 
         broken: list[bool] = []
