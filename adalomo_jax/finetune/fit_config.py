@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,13 +106,12 @@ def model_sizes(name: str, presets: Mapping[str, LlamaConfig]) -> LlamaConfig:
     if path.suffix != ".json":
         check_preset(name, list(presets), or_file="or the path of a config.json")
     from adalomo_jax.models import from_hugging_face
+    from adalomo_jax.pretrained.json_files import read_json
 
     try:
-        return from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"--model {name} cannot be read: {one_line(error)}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"--model {name} is no Llama that can be built: {one_line(error)}") from None
+        return from_hugging_face(read_json(path), name)
+    except ValueError as error:
+        raise InputError(f"--model {one_line(error)}") from None
 
 
 def picture(config: MemoryConfig) -> Path | None:

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""Hugging Face's name of the architecture by ``model_type``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -62,6 +65,10 @@ class LlamaConfig:
     """Whether the attention's output has a bias."""
 
     def __post_init__(self):
+        sizes = [field.name for field in dataclasses.fields(self) if field.type == "int"]
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, "

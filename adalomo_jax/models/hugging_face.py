@@ -6,10 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from adalomo_jax.models.config import LlamaConfig, RopeScaling
-
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""The architecture by ``model_type``."""
+from adalomo_jax.models.config import FAMILIES, LlamaConfig, RopeScaling
 
 _DEFAULTS = {"rms_norm_eps": 1e-6}
 """Hugging Face's own, where they are not those of `LlamaConfig`."""
@@ -17,16 +14,18 @@ _MISTRAL_WINDOW = 4096
 """Hugging Face's default, where a Mistral's file does not say ``null``."""
 
 
-def from_hugging_face(config: Mapping[str, Any]) -> LlamaConfig:
+def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> LlamaConfig:
     """The sizes in the contents of a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
 
     Args:
         config: what the file holds, as a dictionary. ``num_key_value_heads``, ``head_dim`` and what has a default here
             may be missing, as in Hugging Face's own reader.
+        place: where it is from, for messages.
 
     Raises:
         ValueError: another architecture, another scaling of rotary positions than ``linear`` and ``llama3``, biases in
-            the SwiGLU, layers that differ, or a size that is missing.
+            the SwiGLU, layers that differ, a size that is missing, or a value of another type or out of its range; one
+            line with the place, the field, the value and what is allowed.
 
     Example:
         >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -34,19 +33,14 @@ def from_hugging_face(config: Mapping[str, Any]) -> LlamaConfig:
         >>> from_hugging_face(sizes | rest).head_dim
         16
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
-    for name, plain in (("hidden_act", "silu"), ("mlp_bias", False)):
-        if config.get(name, plain) != plain:
-            raise ValueError(f"{name} must be {plain!r}, got {config[name]!r}")
-    given = {name: value for name, value in config.items() if value is not None}
-    found = {**_DEFAULTS, **_derived(config), **given, **_rope(config), **_of_family(family, config)}
-    fields = dataclasses.fields(LlamaConfig)
-    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
-    if missing:
-        raise ValueError(f"the sizes {', '.join(missing)} are missing")
-    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
+    from adalomo_jax.models.config_fields import ConfigFields  # needs pydantic, which a Llama does not
+    from adalomo_jax.models.fields import check
+
+    fields = check(ConfigFields, config, place)
+    try:
+        return _sizes(fields.model_dump(exclude_unset=True))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def to_hugging_face(config: LlamaConfig, dtype: str) -> dict[str, Any]:
@@ -79,6 +73,18 @@ def to_hugging_face(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+def _sizes(config: Mapping[str, Any]) -> LlamaConfig:
+    """Of checked fields."""
+    given = {name: value for name, value in config.items() if value is not None}
+    of_family = _of_family(config["model_type"], config)
+    found = {**_DEFAULTS, **_derived(given), **given, **_rope(given), **of_family}
+    fields = dataclasses.fields(LlamaConfig)
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
+    if missing:
+        raise ValueError(f"the sizes {', '.join(missing)} are missing")
+    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
+
+
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
     """Hugging Face's defaults of what other sizes give."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
@@ -88,14 +94,17 @@ def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary base and scaling, from where older and newer files have them."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    places = (config.get("rope_scaling", {}), config.get("rope_parameters", {}))
+    rope = {name: value for place in places for name, value in place.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if kind == "default":
         return theta | {"rope_scaling": None}
     if kind not in ("linear", "llama3"):
+        from adalomo_jax.models.fields import shown
+
         raise ValueError(
-            f"rotary positions may be scaled by 'linear' or 'llama3', got rope scaling of the type {kind!r}"
+            f"rotary positions may be scaled by 'linear' or 'llama3', got rope scaling of the type {shown(kind)}"
         )
     names = [field.name for field in dataclasses.fields(RopeScaling)][1:]
     missing = [name for name in (names if kind == "llama3" else ["factor"]) if name not in rope]

