@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adalomo_jax.models import LlamaConfig, to_hugging_face
-from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.pretrained.files import own_file, write_whole
 from adalomo_jax.pretrained.names import Tensor, tensors_of
 from adalomo_jax.pretrained.source import INDEX, SINGLE
 
@@ -33,6 +34,8 @@ KEPT_FILES = (
     "generation_config.json",
 )
 """What a folder holds besides weights and sizes; copied as it is."""
+MOST_COPIED = 10**9
+"""Most bytes of such a file: the largest that are known have some 0.04e9."""
 
 
 def export_params(
@@ -78,10 +81,26 @@ def export_config(folder: Path, config: LlamaConfig, dtype: str, like: dict[str,
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and what else belongs to a checkpoint."""
-    for name in KEPT_FILES:
-        if (source / name).is_file():
-            write_whole(folder / name, lambda path, name=name: shutil.copyfile(source / name, path))
+    """Copy the tokenizer and what else belongs to a checkpoint.
+
+    Raises:
+        ValueError: see `check_kept_files`.
+    """
+    for file in check_kept_files(source):
+        write_whole(folder / file.name, lambda path, file=file: shutil.copyfile(file, path))
+
+
+def check_kept_files(folder: Path) -> list[Path]:
+    """Those of `KEPT_FILES` that a folder has.
+
+    Raises:
+        ValueError: one is no regular file of the folder (`own_file`), or has more than `MOST_COPIED` bytes.
+    """
+    files = [own_file(folder, name) for name in KEPT_FILES if os.path.lexists(folder / name)]
+    for file in files:
+        if (size := file.stat().st_size) > MOST_COPIED:
+            raise ValueError(f"{file} must have at most {MOST_COPIED:,} bytes, got {size:,}")
+    return files
 
 
 def _files(params: Any, config: LlamaConfig, shard_bytes: int) -> Iterator[list[Tensor]]:
@@ -115,5 +134,6 @@ def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    text = json.dumps(contents, indent=2, ensure_ascii=False) + "\n"
+    # In ASCII, as transformers has it, halves of surrogate pairs can be written too, which UTF-8 has not.
+    text = json.dumps(contents, indent=2) + "\n"
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

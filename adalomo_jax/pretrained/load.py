@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adalomo_jax.models import LlamaConfig
+from adalomo_jax.models.fields import plain
 from adalomo_jax.pretrained.names import Tensor, param_shapes, tensors_of
 from adalomo_jax.pretrained.source import TensorSource
 
 _NAMED = 5
-"""How many tensors of a kind an error names."""
+"""How many tensors of a kind an error names, at most."""
+_CHARACTERS = 90
+"""Of all these names together, but that one is named always."""
 _BUFFERS = ("rotary_emb.inv_freq",)
 """What older checkpoints hold, though it follows from the sizes."""
 
@@ -26,6 +29,7 @@ def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
     Raises:
         ValueError: some are missing, unexpected or have another shape; the message names all kinds.
     """
+    check_layers(config, len(source.shapes))
     expected = {tensor.name: tensor.shape for tensor in tensors_of(config)}
     missing = [name for name in expected if name not in source.shapes]
     may_be = lambda name: name.endswith(_BUFFERS) or (config.tie_word_embeddings and name == "lm_head.weight")
@@ -36,6 +40,19 @@ def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
     found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if found:
         raise ValueError(f"the tensors must be those of the model's sizes; {'; '.join(found)}")
+
+
+def check_layers(config: LlamaConfig, tensors: int) -> None:
+    """Of a file that claims many layers not even the names of their tensors are listed.
+
+    Raises:
+        ValueError: there are more layers than tensors.
+    """
+    if config.num_hidden_layers > tensors:
+        raise ValueError(
+            f"the tensors must be those of the model's sizes; its {config.num_hidden_layers} layers have several each, "
+            f"and the files hold {tensors} tensors in all"
+        )
 
 
 def load_params(
@@ -56,7 +73,7 @@ def load_params(
         shardings: a tree like the parameters of their ``NamedSharding``s; None puts them on one device.
 
     Raises:
-        ValueError: see `check_tensors`.
+        ValueError: see `check_tensors`; or a tensor has values that are not finite numbers, in ``dtype``.
     """
     check_tensors(config, source)
     by_path = dict(_leaves(shardings)) if shardings is not None else {}
@@ -71,18 +88,33 @@ def load_params(
 
 
 def _load_leaf(source: TensorSource, tensors: list[Tensor], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-    """A parameter, of one tensor or of one a layer."""
+    """A parameter, of one tensor or of one a layer. Whether its values are finite is seen where they are written."""
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
-    write = lambda stack, x, i: jax.lax.dynamic_update_index_in_dim(stack, turned(x), i, 0)
+    is_finite = lambda x: jnp.isfinite(x.astype(shape.dtype)).all()
+    write = lambda stack, x, i: (jax.lax.dynamic_update_index_in_dim(stack, turned(x), i, 0), is_finite(x))
+    shardings = (sharding, NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding)
     if tensors[0].layer is None:
-        return jax.jit(turned, out_shardings=sharding)(_read(source, tensors[0], sharding)).block_until_ready()
-    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=sharding)
+        convert = jax.jit(lambda x: (turned(x), is_finite(x)), out_shardings=shardings)
+        value, finite = convert(_read(source, tensors[0], sharding))
+        _check_finite(finite, tensors[0], shape)
+        return value.block_until_ready()
+    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=shardings)
     value = jax.jit(partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)()
     for tensor in tensors:
+        value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.layer)
+        _check_finite(finite, tensor, shape)
         # Waited for: the next tensor is not read while this one is still in memory.
-        value = write_in_place(value, _read(source, tensor, sharding), tensor.layer).block_until_ready()
+        value.block_until_ready()
     return value
+
+
+def _check_finite(finite: jax.Array, tensor: Tensor, shape: jax.ShapeDtypeStruct) -> None:
+    if not finite:
+        raise ValueError(
+            f"the tensor {tensor.name} must be of finite numbers, and has NaN, infinities or what {shape.dtype} cannot "
+            "hold: the weights are broken"
+        )
 
 
 def _read(source: TensorSource, tensor: Tensor, sharding: Any) -> jax.Array:
@@ -93,11 +125,15 @@ def _read(source: TensorSource, tensor: Tensor, sharding: Any) -> jax.Array:
 
 def _as_stored(sharding: Any, tensor: Tensor) -> Any:
     """Of a tensor as its file has it: without the layer axis, and matrices turned."""
-    if not isinstance(sharding, NamedSharding):
+    if not _is_named(sharding):
         return sharding
     axes = [*sharding.spec, *[None] * 3][: len(tensor.shape) + (tensor.layer is not None)]
     axes = axes[1:] if tensor.layer is not None else axes
     return NamedSharding(sharding.mesh, PartitionSpec(*(reversed(axes) if tensor.is_transposed else axes)))
+
+
+def _is_named(sharding: Any) -> TypeGuard[NamedSharding]:
+    return isinstance(sharding, NamedSharding)
 
 
 def _leaves(tree: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -113,5 +149,8 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
+    some = [plain(name, _CHARACTERS) for name in names[:_NAMED]]
+    while len(some) > 1 and sum(map(len, some)) > _CHARACTERS:
+        some.pop()
+    rest = f" and {len(names) - len(some)} more" if len(names) > len(some) else ""
+    return ", ".join(some) + rest

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from adalomo_jax.models import PRESETS, LlamaConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
-from adalomo_jax.pretrained.export import copy_files, export_config
+from adalomo_jax.pretrained.export import check_kept_files, copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.load import check_tensors
@@ -32,12 +32,14 @@ def find_model(name: str) -> Pretrained:
     """A preset, which reads bytes; or what `open_checkpoint` takes, with its own tokenizer.
 
     Raises:
-        ValueError: neither, a checkpoint that is broken or lacks tensors, or a tokenizer of more tokens than the model
-            has.
+        ValueError: neither, a checkpoint that is broken or lacks tensors, a file beside it that cannot be copied
+            (`check_kept_files`), or a tokenizer of more tokens than the model has.
     """
     if name in PRESETS:
         return Pretrained(name, PRESETS[name], ByteTokenizer(), None)
     checkpoint = open_checkpoint(name)
+    if checkpoint.hugging_face is not None:
+        check_kept_files(checkpoint.path)
     check_tensors(checkpoint.config, checkpoint.source)
     tokenizer = _tokenizer(checkpoint)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:

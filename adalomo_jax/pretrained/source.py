@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import AfterValidator, Field
 from safetensors import SafetensorError, safe_open
 
-from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.files import own_file
+from adalomo_jax.pretrained.json_files import Fields, check, plain, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +39,16 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The ``*.safetensors`` of a folder: a single one, or those that its index names."""
+    """The weights in a folder: of ``model.safetensors``, or of the files that an index names, tensor by tensor.
+
+    Of a folder that has both, the single file is read and the index is not, as ``from_pretrained`` of transformers has
+    it (``modeling_utils._get_resolved_checkpoint_files``). Where the index is read, each tensor comes from the file
+    that it names, whatever the others hold, and nothing that it does not name is opened.
+
+    Raises:
+        ValueError: there is neither, a file is broken or no file of the folder (`own_file`), or lacks a tensor; or
+            values are no floating numbers.
+    """
 
     def __init__(self, folder: Path):
         self._file_of: dict[str, Path] = {}
@@ -44,11 +56,12 @@ class SafetensorsSource:
         shapes: dict[str, tuple[int, ...]] = {}
         for path, expected in _files(folder).items():
             with _open(path) as file:
-                names = set(file.keys())
-                if expected is not None and not names.issuperset(expected):
-                    lost = min(set(expected) - names)
-                    raise ValueError(f"{path} must hold the tensor {lost}, which {INDEX} says is there: copy it again.")
-                for name in names:
+                held = set(file.keys())
+                for name in held if expected is None else expected:
+                    if name not in held:
+                        raise ValueError(
+                            f"{path} must hold the tensor {plain(name)}, which {INDEX} says is there: copy it again"
+                        )
                     part = file.get_slice(name)
                     shapes[name], self._file_of[name] = tuple(part.get_shape()), path
                     self._types.add(_float_type(name, part.get_dtype(), path))
@@ -61,36 +74,55 @@ class SafetensorsSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor. The file is mapped for so long only, that its pages do not count as memory in use."""
-        with _open(self._file_of[name]) as file:
-            return file.get_slice(name)[index] if index else file.get_tensor(name)
+        path = self._file_of[name]
+        try:
+            with _open(path) as file:
+                return file.get_slice(name)[index] if index else file.get_tensor(name)
+        except SafetensorError as error:  # of another file than was opened first
+            raise ValueError(f"{path} was changed while it was read ({plain(error)})") from None
+
+
+def _plain_name(name: str) -> str:
+    if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise ValueError("be the name of a file in the same folder, without a path")
+    return name
+
+
+class _Index(Fields):
+    """``model.safetensors.index.json``."""
+
+    weight_map: dict[str, Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_plain_name)]] = Field(
+        min_length=1
+    )
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
     """The files, with the names of the tensors that an index says they hold."""
-    if (folder / INDEX).is_file():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError(f"{folder / INDEX} must have a weight_map from tensors to files.")
-        files = sorted(set(names.values()))
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names: download them.")
-        return {folder / file: [name for name, of in names.items() if of == file] for file in files}
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats of weights are not read.")
+    if os.path.lexists(folder / SINGLE):
+        return {own_file(folder, SINGLE): None}
+    if not os.path.lexists(folder / INDEX):
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; other formats of weights are not read.")
+    index = own_file(folder, INDEX)
+    tensors: dict[str, list[str]] = {}
+    for tensor, file in check(_Index, read_json(index), str(index)).weight_map.items():
+        tensors.setdefault(file, []).append(tensor)
+    missing = [file for file in tensors if not os.path.lexists(folder / file)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder} lacks {plain(missing[0])}{more}, which its {INDEX} names: download what is missing")
+    return {own_file(folder, file): names for file, names in tensors.items()}
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, "np")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): copy it again.") from None
+        raise ValueError(f"{path} is no whole safetensors file ({plain(error, 100)}): copy it again.") from None
 
 
 def _float_type(name: str, dtype: str, path: Path) -> str:
     if dtype not in _FLOATS:
         raise ValueError(
-            f"{name} in {path} must be one of {', '.join(_FLOATS)}, got {dtype}: quantized weights are not"
+            f"{plain(name)} in {path} must be one of {', '.join(_FLOATS)}, got {dtype}: quantized weights are not read"
         )
     return _FLOATS[dtype]

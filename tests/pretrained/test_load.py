@@ -151,6 +151,7 @@ def break_weights(folder, change):
     elif change == "no JSON":
         (folder / "config.json").write_text("{")
     else:
+        path.unlink()  # which would be read without the index
         index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
