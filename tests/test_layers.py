@@ -64,8 +64,8 @@ MODULES = {
         *("unfused", "result", "step", "origins"),
     ],
     "pretrained": [
-        *("files", "json_files", "names", "source", "gguf_file", "load", "checkpoint", "chat", "tokenizer"),
-        *("gguf_tokenizer", "export", "model"),
+        *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
+        *("chat", "tokenizer", "gguf_tokenizer", "export", "model"),
     ],
     "memory": [
         *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),

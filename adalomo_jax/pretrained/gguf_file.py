@@ -2,67 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 from gguf.quants import dequantize
+from pydantic import Field
 
 from adalomo_jax.models import LlamaConfig, RopeScaling
+from adalomo_jax.models.config_fields import Epsilon, Factor, HeadDim, Heads, Layers, Positions, Theta, Width
+from adalomo_jax.models.fields import Fields, check, plain, shown
 from adalomo_jax.models.rotary import frequency_divisors, rotary_frequencies
-from adalomo_jax.pretrained.names import tensors_of
+from adalomo_jax.pretrained.gguf_header import TensorPlace, read_header
+from adalomo_jax.pretrained.names import check_layers, tensors_of
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 """Llamas and Mistrals, and Qwen2."""
 _BLOCK_BYTES = 2**24
 """Of the values that are dequantized at once."""
 _ROPE = "rope_freqs.weight"
+_MOST_FACTOR = 1e6
 _LLAMA_3 = (1.0, 4.0, 8192)
 """The factors of low and high frequencies, and the positions, of all of Llama 3's scalings so far."""
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies in the file."""
+    """A tensor in the file."""
 
-    offset: int
-    shape: tuple[int, ...]
-    type: gguf.GGMLQuantizationType
+    at: TensorPlace
     heads: int | None
     """Of what llama.cpp has its rotary pairs side by side: the number of heads."""
+
+
+class _Sizes(Fields):
+    """What is read of the metadata, below the name of the architecture; the ranges are those of a ``config.json``."""
+
+    embedding_length: Width
+    feed_forward_length: Width
+    block_count: Layers
+    context_length: Positions
+    heads: Heads = Field(alias="attention.head_count")
+    kv_heads: Heads | None = Field(None, alias="attention.head_count_kv")
+    key_length: HeadDim | None = Field(None, alias="attention.key_length")
+    rms_eps: Epsilon = Field(1e-5, alias="attention.layer_norm_rms_epsilon")
+    window: int = Field(0, alias="attention.sliding_window", ge=0, le=2**31 - 1)
+    """0 is none, as llama.cpp has it."""
+    rope_dim: HeadDim | None = Field(None, alias="rope.dimension_count")
+    rope_base: Theta = Field(10000.0, alias="rope.freq_base")
+    scaling: str = Field("none", alias="rope.scaling.type")
+    factor: Factor | None = Field(None, alias="rope.scaling.factor")
+    experts: int = Field(0, alias="expert_count")
 
 
 class GGUFSource:
     """The tensors of a GGUF file; see `TensorSource`. Values are dequantized by the ``gguf`` package, to float32.
 
     Raises:
-        ValueError: no GGUF file, another architecture, or a scaling of rotary positions that there is no name for.
+        ValueError: no GGUF file, another architecture, sizes out of their ranges, or a scaling of rotary positions that
+            there is no name for; one line.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        reader, fields = open_gguf(path, lambda name: not name.startswith("tokenizer."))
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.config = _config(fields, tensors, path)
-        architecture = fields["general.architecture"]
+        fields, tensors = read_header(path, lambda name: not name.startswith("tokenizer."))
+        architecture = fields.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"the architecture of {path} must be one of {known}, got {shown(architecture)}")
+        prefix = f"{architecture}."
+        of_model = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+        sizes = check(_Sizes, of_model, f"{path}, {architecture}")
+        check_layers(sizes.block_count, len(tensors))
+        self.config = _config(sizes, tensors, path)
         names = _hugging_face_names(self.config, architecture)
         self._places: dict[str, _Place] = {}
-        for tensor in reader.tensors:
-            if tensor.name != _ROPE:
-                name = names.get(tensor.name, tensor.name)
-                shape = tuple(int(size) for size in reversed(tensor.shape))
+        for theirs, place in tensors.items():
+            if theirs != _ROPE:
+                name = names.get(theirs, theirs)
+                if name in self._places:
+                    raise ValueError(f"{path} has the tensor {plain(name)} twice, by llama.cpp's name and by this one")
                 heads = _paired_heads(name, self.config) if architecture == "llama" else None
-                self._places[name] = _Place(tensor.data_offset, shape, tensor.tensor_type, heads)
-        self.shapes = MappingProxyType({name: place.shape for name, place in self._places.items()})
+                self._places[name] = _Place(place, heads)
+        self.shapes = MappingProxyType({name: place.at.shape for name, place in self._places.items()})
 
     @property
     def dtype(self) -> str:
         """Quantized values are products of float16 numbers and small integers."""
-        types = {place.type.name for place in self._places.values() if len(place.shape) > 1}
+        types = {place.at.type.name for place in self._places.values() if len(place.at.shape) > 1}
         return {"BF16": "bfloat16", "F16": "float16"}.get(min(types), "float32") if len(types) == 1 else "float32"
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -70,102 +101,94 @@ class GGUFSource:
         place = self._places[name]
         rows, *columns = index or (slice(None),)
         if place.heads is None:
-            return self._rows(place, rows)[:, *columns] if columns else self._rows(place, rows)
-        whole = self._rows(place, slice(None))
+            part = _rows(self.path, name, place.at, rows)
+            return part[:, *columns] if columns else part
+        whole = _rows(self.path, name, place.at, slice(None))
         pairs_apart = whole.reshape(place.heads, -1, 2, *whole.shape[1:]).swapaxes(1, 2).reshape(whole.shape)
         return pairs_apart[(rows, *columns)]
 
-    def _rows(self, place: _Place, rows: slice) -> np.ndarray:
-        """Dequantized in blocks: what is in memory besides the result is one of them."""
-        first, end, _ = rows.indices(place.shape[0])
-        width = math.prod(place.shape[1:])
-        values_in_block, block_bytes = gguf.GGML_QUANT_SIZES[place.type]
-        is_vector = len(place.shape) == 1
-        row_bytes = width * block_bytes // values_in_block
-        out = np.empty((end - first, *place.shape[1:]), np.float32)
-        step = max(1, _BLOCK_BYTES // (4 * width))
-        with self.path.open("rb") as file:
-            file.seek(place.offset + first * row_bytes)
-            for start in range(0, end - first, step):
-                stop = min(start + step, end - first)
-                block = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
-                if block.size != (stop - start) * row_bytes:
-                    raise ValueError(f"{self.path} ends within a tensor: it is not whole, copy it again.")
-                shaped = block if is_vector else block.reshape(stop - start, row_bytes)
-                out[start:stop] = self._values(shaped, place.type).reshape(stop - start, *place.shape[1:])
-        return out
 
-    def _values(self, blocks: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-        try:
-            return dequantize(blocks, kind)
-        except NotImplementedError:
-            raise ValueError(
-                f"{self.path} has a tensor of type {kind.name}, which the gguf package cannot read"
-            ) from None
+def _rows(path: Path, name: str, place: TensorPlace, rows: slice) -> np.ndarray:
+    """Dequantized in blocks: what is in memory besides the result is one of them."""
+    first, end, _ = rows.indices(place.shape[0])
+    width = math.prod(place.shape[1:])
+    values_in_block, block_bytes = gguf.GGML_QUANT_SIZES[place.type]
+    is_vector = len(place.shape) == 1
+    if is_vector and values_in_block > 1:
+        raise ValueError(f"{plain(name)} in {path} must be of single numbers, as a vector is: got {place.type.name}")
+    row_bytes = width * block_bytes // values_in_block
+    out = np.empty((end - first, *place.shape[1:]), np.float32)
+    step = max(1, _BLOCK_BYTES // (4 * width))
+    with path.open("rb") as file:
+        file.seek(place.offset + first * row_bytes)
+        for start in range(0, end - first, step):
+            stop = min(start + step, end - first)
+            block = np.fromfile(file, np.uint8, (stop - start) * row_bytes)
+            if block.size != (stop - start) * row_bytes:
+                raise ValueError(f"{path} ends within a tensor: it is not whole, copy it again.")
+            shaped = block if is_vector else block.reshape(stop - start, row_bytes)
+            out[start:stop] = _values(shaped, place.type, path).reshape(stop - start, *place.shape[1:])
+    return out
 
 
-def open_gguf(path: Path, is_wanted: Callable[[str], bool]) -> tuple[gguf.GGUFReader, dict[str, Any]]:
-    """The table of tensors of a GGUF file, and the values of those fields whose names are wanted.
-
-    Raises:
-        ValueError: it is none, or ends early.
-    """
+def _values(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, path: Path) -> np.ndarray:
     try:
-        reader = gguf.GGUFReader(path)
-        return reader, {name: field.contents() for name, field in reader.fields.items() if is_wanted(name)}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no whole GGUF file ({' '.join(str(error).split())}): copy it again.") from None
+        with np.errstate(all="ignore"):  # what is not finite is found by its reader
+            return dequantize(blocks, kind)
+    except NotImplementedError:
+        raise ValueError(f"{path} has a tensor of type {kind.name}, which the gguf package cannot read") from None
 
 
-def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> LlamaConfig:
-    architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"the architecture of {path} must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    of_model: Callable[..., Any] = lambda key, default=None: fields.get(f"{architecture}.{key}", default)
-    if of_model("expert_count", 0):
-        raise ValueError(f"{path} must be a model without experts, got {of_model('expert_count')} of them")
-    needed = ("embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length")
-    missing = [f"{architecture}.{key}" for key in needed if of_model(key) is None]
-    missing += [name for name in ("token_embd.weight",) if name not in tensors]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    heads, width = of_model("attention.head_count"), of_model("embedding_length")
-    head_dim = of_model("attention.key_length") or of_model("rope.dimension_count") or width // heads
-    theta = _decimal(of_model("rope.freq_base", 10000.0))
-    return LlamaConfig(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        hidden_size=width,
-        intermediate_size=of_model("feed_forward_length"),
-        num_hidden_layers=of_model("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=of_model("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=of_model("context_length"),
-        rope_theta=theta,
-        rms_norm_eps=_decimal(of_model("attention.layer_norm_rms_epsilon", 1e-5)),
-        tie_word_embeddings="output.weight" not in tensors,
-        rope_scaling=_scaling(of_model, tensors, head_dim, theta, path),
-        sliding_window=of_model("attention.sliding_window"),
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        o_bias="blk.0.attn_output.bias" in tensors,
-    )
+def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> LlamaConfig:
+    if sizes.experts:
+        raise ValueError(f"{path} must be a model without experts, got {sizes.experts} of them")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ValueError(f"{path} must have a token_embd.weight of two axes")
+    head_dim = sizes.key_length or sizes.rope_dim or sizes.embedding_length // sizes.heads
+    if sizes.rope_dim not in (None, head_dim):
+        raise ValueError(f"{path}: rope.dimension_count must be the width of a head, {head_dim}, got {sizes.rope_dim}")
+    try:
+        config = LlamaConfig(
+            vocab_size=embedding.shape[0],
+            hidden_size=sizes.embedding_length,
+            intermediate_size=sizes.feed_forward_length,
+            num_hidden_layers=sizes.block_count,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads or sizes.heads,
+            head_dim=head_dim,
+            max_position_embeddings=sizes.context_length,
+            rope_theta=_decimal(sizes.rope_base),
+            rms_norm_eps=_decimal(sizes.rms_eps),
+            tie_word_embeddings="output.weight" not in tensors,
+            sliding_window=sizes.window or None,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            o_bias="blk.0.attn_output.bias" in tensors,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return dataclasses.replace(config, rope_scaling=_scaling(sizes, tensors.get(_ROPE), config, path))
 
 
-def _scaling(of_model: Any, tensors: dict[str, Any], head_dim: int, theta: float, path: Path) -> RopeScaling | None:
+def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: LlamaConfig, path: Path) -> RopeScaling | None:
     """Llama 3's is in a tensor of divisors, and its parameters are found by computing them again."""
-    kind = of_model("rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling("linear", of_model("rope.scaling.factor"))
-    if kind != "none":
-        raise ValueError(f"rotary positions in {path} may be scaled by 'linear' or as Llama 3's, got {kind!r}")
-    if _ROPE not in tensors:
+    if sizes.scaling == "linear":
+        if sizes.factor is None:
+            raise ValueError(f"{path}: rope.scaling.factor is missing, which rope.scaling.type linear takes")
+        return RopeScaling("linear", sizes.factor)
+    if sizes.scaling != "none":
+        kind = shown(sizes.scaling)
+        raise ValueError(f"rotary positions in {path} may be scaled by 'linear' or as Llama 3's, got {kind}")
+    if divisors is None:
         return None
-    divisors = np.asarray(tensors[_ROPE].data, np.float32)
-    scaling = RopeScaling("llama3", round(float(divisors.max()), 3), *_LLAMA_3)
-    expected = frequency_divisors(rotary_frequencies(head_dim, theta), scaling)
-    if divisors.shape != expected.shape or not jnp.allclose(divisors, expected, rtol=1e-4):
-        raise ValueError(f"{_ROPE} in {path} must be Llama 3's scaling of rotary positions, and is another one")
-    return scaling
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
+    if divisors.shape == frequencies.shape:
+        found = _rows(path, _ROPE, divisors, slice(None))
+        if np.isfinite(found).all() and 1 <= found.max() <= _MOST_FACTOR:
+            scaling = RopeScaling("llama3", round(float(found.max()), 3), *_LLAMA_3)
+            if np.allclose(found, frequency_divisors(frequencies, scaling), rtol=1e-4):
+                return scaling
+    raise ValueError(f"{_ROPE} in {path} must be Llama 3's scaling of rotary positions, and is another one")
 
 
 def _hugging_face_names(config: LlamaConfig, architecture: str) -> dict[str, str]:

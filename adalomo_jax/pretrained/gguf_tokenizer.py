@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from adalomo_jax.pretrained.gguf_file import open_gguf
+from pydantic import Field
+
+from adalomo_jax.pretrained.gguf_header import read_header
+from adalomo_jax.pretrained.json_files import Fields, check, plain, shown
 from adalomo_jax.pretrained.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +41,29 @@ class _Splits(NamedTuple):
     """Texts start with BOS where the file does not say."""
 
 
+_Token = Annotated[str, Field(max_length=1024)]
+_Id = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _TokenizerFields(Fields):
+    """What is read of the metadata, without ``tokenizer.`` and ``ggml.``."""
+
+    model: str | None = None
+    pre: str | None = None
+    tokens: list[_Token] = Field(min_length=1)
+    """The longest that are known are 128 spaces or so; all ways to cut a token are tried where there are no merges."""
+    merges: list[Annotated[str, Field(max_length=2049)]] | None = None
+    scores: list[float] | None = None
+    token_type: list[int] | None = None
+    bos_token_id: _Id | None = None
+    eos_token_id: _Id | None = None
+    unknown_token_id: _Id | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_space_prefix: bool | None = None
+    chat_template: str | None = None
+
+
 _LLAMA3 = _Splits((_LLAMA3_SPLIT,), whole_words=True, bos=True)
 _PRE = {
     "default": _Splits((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
@@ -63,23 +89,31 @@ def tokenizer_of_gguf(path: Path) -> TextTokenizer:
     fields = _read_fields(path)
     try:
         return _build(fields)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path}: its tokenizer is incomplete: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}: its tokenizer is incomplete: {plain(error)}") from error
     except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {plain(error, 200)}") from error
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
-    """The metadata below ``tokenizer.``, without that prefix and ``ggml.``."""
-    _, fields = open_gguf(path, lambda name: name.startswith("tokenizer."))
-    return {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
+    """Those of `_TokenizerFields` that are there."""
+    fields = read_header(path, lambda name: name.startswith("tokenizer.")).fields
+    contents = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
+    checked = check(_TokenizerFields, contents, f"{path}, tokenizer").model_dump(exclude_unset=True)
+    ids = [name for name in checked if name.endswith("_token_id")]
+    for name in ids:
+        if checked[name] >= len(checked["tokens"]):
+            raise ValueError(f"{path}: {name} must be one of its {len(checked['tokens'])} tokens, got {checked[name]}")
+    if len(kinds := checked.get("token_type", checked["tokens"])) != len(checked["tokens"]):
+        raise ValueError(f"{path}: {len(checked['tokens'])} tokens need as many of token_type, got {len(kinds)}")
+    return checked
 
 
 def _build(fields: Mapping[str, Any]) -> TextTokenizer:
     builders: dict[str, Callable[[Mapping[str, Any]], tokenizers.Tokenizer]]
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if (kind := fields.get("model")) not in builders:
-        raise ValueError(f"tokenizer.ggml.model must be one of {', '.join(builders)}, got {kind!r}")
+        raise ValueError(f"tokenizer.ggml.model must be one of {', '.join(builders)}, got {shown(kind)}")
     tokenizer = builders[kind](fields)
     _add_tokens(tokenizer, fields)
     _set_post_processor(tokenizer, fields)
@@ -110,7 +144,7 @@ def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _splits(fields: Mapping[str, Any]) -> _Splits:
     if (pre := fields.get("pre")) not in _PRE:
-        raise ValueError(f"tokenizer.ggml.pre, how text is cut, must be one of {', '.join(_PRE)}, got {pre!r}")
+        raise ValueError(f"tokenizer.ggml.pre, how text is cut, must be one of {', '.join(_PRE)}, got {shown(pre)}")
     return _PRE[pre]
 
 
@@ -154,7 +188,7 @@ def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise ValueError(f"each token must be there once, got {twice!r} twice")
+        raise ValueError(f"each token must be there once, got {shown(twice)} twice")
     return vocabulary
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.fields import plain
-from adalomo_jax.pretrained.names import Tensor, param_shapes, tensors_of
+from adalomo_jax.pretrained.names import Tensor, check_layers, param_shapes, tensors_of
 from adalomo_jax.pretrained.source import TensorSource
 
 _NAMED = 5
@@ -29,7 +29,7 @@ def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
     Raises:
         ValueError: some are missing, unexpected or have another shape; the message names all kinds.
     """
-    check_layers(config, len(source.shapes))
+    check_layers(config.num_hidden_layers, len(source.shapes))
     expected = {tensor.name: tensor.shape for tensor in tensors_of(config)}
     missing = [name for name in expected if name not in source.shapes]
     may_be = lambda name: name.endswith(_BUFFERS) or (config.tie_word_embeddings and name == "lm_head.weight")
@@ -40,19 +40,6 @@ def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
     found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if found:
         raise ValueError(f"the tensors must be those of the model's sizes; {'; '.join(found)}")
-
-
-def check_layers(config: LlamaConfig, tensors: int) -> None:
-    """Of a file that claims many layers not even the names of their tensors are listed.
-
-    Raises:
-        ValueError: there are more layers than tensors.
-    """
-    if config.num_hidden_layers > tensors:
-        raise ValueError(
-            f"the tensors must be those of the model's sizes; its {config.num_hidden_layers} layers have several each, "
-            f"and the files hold {tensors} tensors in all"
-        )
 
 
 def load_params(

@@ -44,6 +44,19 @@ def tensors_of(config: LlamaConfig) -> list[Tensor]:
     return sorted(tensors, key=_order)
 
 
+def check_layers(layers: int, tensors: int) -> None:
+    """Of a file that claims many layers not even the names of their tensors are listed.
+
+    Raises:
+        ValueError: there are more layers than tensors.
+    """
+    if layers > tensors:
+        raise ValueError(
+            f"the tensors must be those of the model's sizes; its {layers} layers have several each, and the files "
+            f"hold {tensors} in all"
+        )
+
+
 def param_shapes(config: LlamaConfig, dtype: str = "float32") -> dict:
     """The shapes of a `Llama`'s parameters, as a nested dictionary."""
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jax.numpy.dtype(dtype)))

@@ -141,11 +141,14 @@ def test_what_is_saved_is_read_back(path, fields):
         (byte_level_fields(model=None), "tokenizer.ggml.model must be one of gpt2, llama, got None"),
         (byte_level_fields(merges=None), "its tokenizer is incomplete: 'merges'"),
         (byte_level_fields(merges=["a zz"]), "zz"),
-        (byte_level_fields(eos_token_id=10**6), "eos must be a token of the vocabulary, got 1000000"),
+        (byte_level_fields(eos_token_id=10**6), "eos_token_id must be one of its 291 tokens, got 1000000"),
         (byte_level_fields(add_bos_token=True, bos_token_id=None), "there is no tokenizer.ggml.bos_token_id"),
         (sentencepiece_fields(scores=None), "its tokenizer is incomplete: 'scores'"),
         (sentencepiece_fields(scores=[1.0]), "need as many scores, got 1"),
-        (sentencepiece_fields(tokens=["a", "a"], scores=[0.0, 0.0], token_type=[1, 1]), "got 'a' twice"),
+        (sentencepiece_fields(tokens=["a", "a", "b"], scores=[0.0] * 3, token_type=[1] * 3), "got 'a' twice"),
+        (byte_level_fields(token_type=[1]), "291 tokens need as many of token_type, got 1"),
+        (byte_level_fields(eos_token_id=2**32 - 1), "eos_token_id must be less than 2147483648, got 4294967295"),
+        (byte_level_fields(tokens=["a" * 2000]), "tokens.0. must .*at most 1024 characters"),
     ],
 )
 def test_a_file_that_is_refused(path, fields, error):
