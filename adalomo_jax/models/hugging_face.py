@@ -97,6 +97,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     places = (config.get("rope_scaling", {}), config.get("rope_parameters", {}))
     rope = {name: value for place in places for name, value in place.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if "factor" in rope and not {"rope_type", "type"}.intersection(rope):
+        raise ValueError("rope_scaling.rope_type is missing, which says what its factor means")
     theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if kind == "default":
         return theta | {"rope_scaling": None}

@@ -82,6 +82,9 @@ class GGUFSource:
         names = _hugging_face_names(self.config, architecture)
         self._places: dict[str, _Place] = {}
         for theirs, place in tensors.items():
+            if len(place.shape) == 1 and gguf.GGML_QUANT_SIZES[place.type][0] > 1:
+                kind = place.type.name
+                raise ValueError(f"{plain(theirs)} in {path} must be of numbers alone, for it is a vector: got {kind}")
             if theirs != _ROPE:
                 name = names.get(theirs, theirs)
                 if name in self._places:
@@ -101,21 +104,19 @@ class GGUFSource:
         place = self._places[name]
         rows, *columns = index or (slice(None),)
         if place.heads is None:
-            part = _rows(self.path, name, place.at, rows)
+            part = _rows(self.path, place.at, rows)
             return part[:, *columns] if columns else part
-        whole = _rows(self.path, name, place.at, slice(None))
+        whole = _rows(self.path, place.at, slice(None))
         pairs_apart = whole.reshape(place.heads, -1, 2, *whole.shape[1:]).swapaxes(1, 2).reshape(whole.shape)
         return pairs_apart[(rows, *columns)]
 
 
-def _rows(path: Path, name: str, place: TensorPlace, rows: slice) -> np.ndarray:
+def _rows(path: Path, place: TensorPlace, rows: slice) -> np.ndarray:
     """Dequantized in blocks: what is in memory besides the result is one of them."""
     first, end, _ = rows.indices(place.shape[0])
     width = math.prod(place.shape[1:])
     values_in_block, block_bytes = gguf.GGML_QUANT_SIZES[place.type]
     is_vector = len(place.shape) == 1
-    if is_vector and values_in_block > 1:
-        raise ValueError(f"{plain(name)} in {path} must be of single numbers, as a vector is: got {place.type.name}")
     row_bytes = width * block_bytes // values_in_block
     out = np.empty((end - first, *place.shape[1:]), np.float32)
     step = max(1, _BLOCK_BYTES // (4 * width))
@@ -183,7 +184,7 @@ def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: LlamaConfig, p
         return None
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta)
     if divisors.shape == frequencies.shape:
-        found = _rows(path, _ROPE, divisors, slice(None))
+        found = _rows(path, divisors, slice(None))
         if np.isfinite(found).all() and 1 <= found.max() <= _MOST_FACTOR:
             scaling = RopeScaling("llama3", round(float(found.max()), 3), *_LLAMA_3)
             if np.allclose(found, frequency_divisors(frequencies, scaling), rtol=1e-4):
