@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Types of tokens (``gguf.TokenType``)."""
+
+_MERGES_A_TOKEN = 16
+"""On average: there are 2 in the vocabularies that are known, and n / 2 in one made of all runs of a letter up to n."""
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3_SPLIT = (
@@ -173,12 +177,16 @@ def _merges_of_scores(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
         raise ValueError(f"{len(fields['tokens'])} tokens need as many scores, got {len(fields['scores'])}")
     pieces = zip(fields["tokens"], fields["scores"], fields["token_type"])
     scores = {token: score for token, score, kind in pieces if kind == _NORMAL}
-    found = [
+    cuts = (
         (score, cut, len(token) - cut, token[:cut], token[cut:])
         for token, score in scores.items()
         for cut in range(1, len(token))
         if token[:cut] in scores and token[cut:] in scores
-    ]
+    )
+    most = _MERGES_A_TOKEN * len(scores)
+    found = list(itertools.islice(cuts, most + 1))
+    if len(found) > most:
+        raise ValueError(f"there must be at most {_MERGES_A_TOKEN} ways a token to join two of them, and are more")
     found.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in found]
 

@@ -146,6 +146,10 @@ def test_what_is_saved_is_read_back(path, fields):
         (sentencepiece_fields(scores=None), "its tokenizer is incomplete: 'scores'"),
         (sentencepiece_fields(scores=[1.0]), "need as many scores, got 1"),
         (sentencepiece_fields(tokens=["a", "a", "b"], scores=[0.0] * 3, token_type=[1] * 3), "got 'a' twice"),
+        (
+            sentencepiece_fields(tokens=["a" * (i + 1) for i in range(64)], scores=[0.0] * 64, token_type=[1] * 64),
+            "at most 16 ways a token to join two of them",
+        ),
         (byte_level_fields(token_type=[1]), "291 tokens need as many of token_type, got 1"),
         (byte_level_fields(eos_token_id=2**32 - 1), "eos_token_id must be less than 2147483648, got 4294967295"),
         (byte_level_fields(tokens=["a" * 2000]), "tokens.0. must .*at most 1024 characters"),
