@@ -54,9 +54,9 @@ class _TokenizerFields(Fields):
 
     model: str | None = None
     pre: str | None = None
-    tokens: list[_Token] = Field(min_length=1)
+    tokens: list[_Token] = Field(min_length=1, max_length=500_000)
     """The longest that are known are 128 spaces or so; all ways to cut a token are tried where there are no merges."""
-    merges: list[Annotated[str, Field(max_length=2049)]] | None = None
+    merges: list[Annotated[str, Field(max_length=2049)]] | None = Field(None, max_length=2_000_000)
     scores: list[float] | None = None
     token_type: list[int] | None = None
     bos_token_id: _Id | None = None
@@ -101,9 +101,13 @@ def tokenizer_of_gguf(path: Path) -> TextTokenizer:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """Those of `_TokenizerFields` that are there."""
-    fields = read_header(path, lambda name: name.startswith("tokenizer.")).fields
+    fields, tensors = read_header(path, lambda name: name.startswith("tokenizer."))
     contents = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
     checked = check(_TokenizerFields, contents, f"{path}, tokenizer").model_dump(exclude_unset=True)
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None and embedding.shape[0] < len(checked["tokens"]):
+        tokens, rows = len(checked["tokens"]), embedding.shape[0]
+        raise ValueError(f"{path}: its tokenizer has {tokens} tokens, more than the {rows} of its embedding")
     ids = [name for name in checked if name.endswith("_token_id")]
     for name in ids:
         if checked[name] >= len(checked["tokens"]):

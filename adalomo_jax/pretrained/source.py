@@ -83,7 +83,7 @@ class SafetensorsSource:
 
 
 def _plain_name(name: str) -> str:
-    if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("be the name of a file in the same folder, without a path")
     return name
 
