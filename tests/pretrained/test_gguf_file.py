@@ -67,9 +67,11 @@ def test_llama_3s_rotary_scaling_is_found_in_its_divisors(tmp_path):
     divisors = frequency_divisors(rotary_frequencies(LLAMA_3.head_dim, LLAMA_3.rope_theta), scaling)
     write_gguf(path, LLAMA_3, tensors, divisors=divisors)
     assert open_checkpoint(path).config == LLAMA_3
-    write_gguf(path, LLAMA_3, tensors, divisors=np.linspace(1, 8, divisors.size))
-    with pytest.raises(ValueError, match="must be Llama 3's scaling of rotary positions, and is another one"):
-        open_checkpoint(path)
+    others = [np.linspace(1, 8, divisors.size), divisors[:-1], divisors[None], 0 * divisors, np.nan * divisors]
+    for other in others:
+        write_gguf(path, LLAMA_3, tensors, divisors=other)
+        with pytest.raises(ValueError, match="must be Llama 3's scaling of rotary positions, and is another one"):
+            open_checkpoint(path)
 
 
 def test_what_the_file_says_of_its_model(tmp_path):

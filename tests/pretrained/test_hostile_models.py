@@ -9,28 +9,11 @@ import signal
 
 import numpy as np
 import pytest
-from hostile_models import (
-    CONFIG,
-    FIELDS,
-    INDEX,
-    SINGLE,
-    SIZES,
-    Case,
-    TookTooLong,
-    capped,
-    config_cases,
-    config_file_cases,
-    finite_cases,
-    flipped_cases,
-    folder_with,
-    gguf_cases,
-    gguf_field_cases,
-    index_cases,
-    outcome,
-    safetensors_cases,
-    scaling_cases,
-    tensors,
-)
+from hostile_bytes import flipped_cases
+from hostile_configs import FIELDS, config_cases, config_file_cases, scaling_cases
+from hostile_ggufs import gguf_cases, gguf_field_cases
+from hostile_models import CONFIG, INDEX, SINGLE, SIZES, Case, TookTooLong, capped, folder_with, outcome, tensors
+from hostile_weights import finite_cases, index_cases, safetensors_cases
 from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
