@@ -88,6 +88,10 @@ def _sizes(config: Mapping[str, Any]) -> LlamaConfig:
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
     """Hugging Face's defaults of what other sizes give."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if heads and width and heads > width and "head_dim" not in config:
+        raise ValueError(
+            f"num_attention_heads must be at most the {width} of hidden_size without a head_dim, got {heads}"
+        )
     derived = {"num_key_value_heads": heads, "head_dim": width // heads if heads and width else None}
     return {name: value for name, value in derived.items() if value is not None}
 

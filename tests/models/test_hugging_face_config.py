@@ -97,6 +97,11 @@ def test_the_newer_place_of_the_rotary_base():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "takes low_freq_factor, high_freq_factor, original"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "got rope scaling of the type 'yarn'"),
         ({"vocab_size": None, "hidden_size": None}, "the sizes vocab_size, hidden_size, head_dim are missing"),
+        (
+            {"num_attention_heads": 8192},
+            "num_attention_heads must be at most the 4096 of hidden_size without a head_dim",
+        ),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.rope_type is missing, which says what its factor means"),
         ({"num_attention_heads": 12}, "num_attention_heads must be a multiple of num_key_value_heads"),
     ],
 )
