@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import jinja2
+from adalomo_jax.pretrained.json_files import shown
+from adalomo_jax.pretrained.template_process import CLOSE, OPEN
+from adalomo_jax.pretrained.templates import render
 
-_OPEN, _CLOSE = "\0<generation>\0", "\0</generation>\0"
-"""What the generation tag leaves around its body in the rendered text, until the spans are read off."""
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
 
@@ -29,6 +25,7 @@ def chat_text(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     bos_token: str | None = None,
     eos_token: str | None = None,
 ) -> ChatText:
@@ -37,20 +34,23 @@ def chat_text(
     Where the template marks it by ``{% generation %}``, the marked text is learned as it is. Elsewhere it is what an
     assistant's message adds to the messages before it and the generation prompt: what a model has to write there. It
     includes the end-of-turn token; white space after that one is not learned if the token is ``eos_token``, at which
-    generation ends.
+    generation ends. A message with ``weight: 0`` or ``train: false`` is not learned; templates do not see these fields.
 
     Templates are not told the date (``strftime_now`` is not defined, and they write one of their own): a run that is
     continued on another day has to see the same text.
 
     Args:
-        template: the Jinja template. It runs in a sandbox.
-        messages: each with a ``role`` and mostly a ``content``; what else the template reads is passed on.
+        template: the Jinja template. It runs in a sandbox, within bounds; see `templates.render`.
+        messages: each with a ``role`` and mostly a ``content``; what else the template reads is passed on. A content
+            may be a list of parts, which are joined: ``{"type": "text", "text": ...}``.
+        tools: what the assistant may call, for the template.
         bos_token: the token that starts a text, for the template.
         eos_token: the token that ends one, for the template.
 
     Raises:
-        ValueError: no messages, one without a role or content, a template that is none or that refuses the messages,
-            or one that writes messages differently when others follow, so that it cannot be told who says what.
+        ValueError: no messages, one without a role or content, or with parts other than text; a template that is none,
+            that refuses the messages or takes too much, or one that writes messages differently when others follow, so
+            that it cannot be told who says what.
 
     >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     >>> template += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -59,12 +59,18 @@ def chat_text(
     >>> [text[start:end] for start, end in learned]
     ['Hello!</s>']
     """
-    render = _renderer(template, messages, bos_token, eos_token)
-    if _GENERATION_TAG.search(template):
-        return _marked(render(messages))
-    full = render(messages)
+    seen = _as_seen(messages)
+    given = _given(tools, bos_token, eos_token)
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return ChatText(full, tuple(_added_by(i, messages, full, render, eos_token) for i in said))
+    is_learned = [_is_learned(i, messages[i]) for i in said]
+    if _GENERATION_TAG.search(template):
+        chat = _marked(render(template, seen, [(len(seen), False)], given=given)[0])
+        return chat if all(is_learned) else _without(chat, is_learned)
+    said = [i for i, learned in zip(said, is_learned) if learned]
+    parts = [(len(seen), False), *((i, True) for i in said), *((i + 1, False) for i in said)]
+    full, *texts = render(template, seen, parts, given=given)
+    prompts, throughs = texts[: len(said)], texts[len(said) :]
+    return ChatText(full, tuple(_added(*parts, full, eos_token) for parts in zip(said, prompts, throughs)))
 
 
 def chat_prompt(
@@ -78,45 +84,74 @@ def chat_prompt(
 
     Args and errors are those of ``chat_text``. The template may write today's date.
     """
-    render = _renderer(template, messages, bos_token, eos_token, strftime_now=datetime.datetime.now().strftime)
-    text = render(messages, add_generation_prompt=True)
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+    given = _given(None, bos_token, eos_token)
+    (text,) = render(template, _as_seen(messages), [(len(messages), True)], given=given, dated=True)
+    return text.replace(OPEN, "").replace(CLOSE, "")
 
 
-def _renderer(
-    template: str, messages: Sequence[Mapping[str, Any]], bos_token: str | None, eos_token: str | None, **more: Any
-):
-    """A function of messages: all texts that one makes have the same special tokens."""
-    _check(messages)
-    given: dict[str, Any] = {"tools": None, "documents": None, **more}
-    given |= {name: token for name, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None}
+def text_of(content: Any) -> str:
+    """A message's content as text: a list of parts is joined.
 
-    def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            compiled = _compile(template)
-            return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
-        except Exception as error:  # a template is a program: it may fail as any
-            raise ValueError(f"the chat template refuses the messages: {_one_line(error)}") from error
+    Raises:
+        ValueError: neither, or a part that is no text.
 
-    return render
+    >>> text_of([{"type": "text", "text": "To be"}, {"type": "text", "text": ", or not"}])
+    'To be, or not'
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"content must be a string or a list of parts, got {shown(content)}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise ValueError(f"content must have parts of the type 'text' alone, got {shown(part if kind is None else kind)}")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"a part of the type 'text' must have a string text, got {shown(part)}")
+    return "".join(part["text"] for part in content)
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
+def _given(
+    tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos_token: str | None
+) -> dict[str, Any]:
+    """What a template sees besides messages."""
+    given: dict[str, Any] = {"tools": None if tools is None else list(tools), "documents": None}
+    return given | {name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None}
+
+
+def _as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages as a template sees them."""
     if not messages:
         raise ValueError("a conversation needs at least one message, got none")
+    seen = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {i} needs a role, such as 'user', got {_short(message)}")
+            raise ValueError(f"message {i} needs a role, such as 'user', got {shown(message)}")
         if message.get("content") is None and "tool_calls" not in message:
-            raise ValueError(f"message {i} needs a content, got {_short(message)}")
+            raise ValueError(f"message {i} needs a content, got {shown(message)}")
+        one = {field: value for field, value in message.items() if field not in ("weight", "train")}
+        if isinstance(one.get("content"), list):
+            try:
+                one["content"] = text_of(one["content"])
+            except ValueError as error:
+                raise ValueError(f"message {i}: {error}") from None
+        seen.append(one)
+    return seen
 
 
-def _added_by(
-    i: int, messages: Sequence[Mapping[str, Any]], full: str, render: Any, eos_token: str | None
-) -> tuple[int, int]:
+def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
+    """Whether what it says is learned: ``weight`` is OpenAI's field, ``train`` that of other formats."""
+    for field in ("weight", "train"):
+        value = message.get(field)
+        if value is not None and (not isinstance(value, int | float) or value not in (0, 1)):
+            raise ValueError(f"message {i} must have a {field} of 0 or 1, or of false or true, got {shown(value)}")
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _added(i: int, prompt: str, through: str, full: str, eos_token: str | None) -> tuple[int, int]:
     """The characters that message ``i`` adds to those before it and the prompt for an answer."""
-    prompt = render(messages[:i], add_generation_prompt=True)
-    through = full if i == len(messages) - 1 else render(messages[: i + 1])
     if not through.startswith(prompt) or not full.startswith(through):
         raise ValueError(
             f"what the assistant says in message {i} cannot be told apart: the chat template writes messages "
@@ -130,57 +165,24 @@ def _added_by(
 
 def _marked(rendered: str) -> ChatText:
     """The text without the marks of the generation tag, and what stood between them."""
-    parts = re.split(f"{re.escape(_OPEN)}(.*?){re.escape(_CLOSE)}", rendered, flags=re.DOTALL)
-    text, learned = "", []
+    parts = re.split(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", rendered, flags=re.DOTALL)
+    text, learned, length = [], [], 0
     for i, part in enumerate(parts):
         if i % 2:
-            learned.append((len(text), len(text) + len(part)))
-        text += part
-    if _OPEN in text or _CLOSE in text:
+            learned.append((length, length + len(part)))
+        text.append(part)
+        length += len(part)
+    joined = "".join(text)
+    if OPEN in joined or CLOSE in joined:
         raise ValueError("the chat template leaves a {% generation %} block before its end; what is learned is unclear")
-    return ChatText(text, tuple(learned))
+    return ChatText(joined, tuple(learned))
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    """The template, in the environment that Hugging Face's transformers gives it."""
-    from jinja2 import ext, nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """``{% generation %}...{% endgeneration %}``: its body, between marks."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            mark = lambda text: nodes.Output([nodes.TemplateData(text)], lineno=line)
-            return [mark(_OPEN), nodes.Scope(body, lineno=line), mark(_CLOSE)]
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    return environment.from_string(template)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
-    """Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _without(chat: ChatText, is_learned: Sequence[bool]) -> ChatText:
+    """What the template marked, of the messages that are learned."""
+    if len(chat.learned) != len(is_learned):
+        raise ValueError(
+            f"some of the assistant's messages are not to be learned (weight or train), and the chat template marks "
+            f"{len(chat.learned)} blocks of {len(is_learned)} messages: which are theirs cannot be told"
+        )
+    return chat._replace(learned=tuple(span for span, learned in zip(chat.learned, is_learned) if learned))

@@ -1,0 +1,142 @@
+"""The process in which chat templates run: a script of the standard library and Jinja alone; see `templates`.
+
+The lines that it reads are JSON: the bounds, then templates and the conversations that follow each. It answers each
+conversation by a line, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+OPEN, CLOSE = "\0<generation>\0", "\0</generation>\0"
+"""What the generation tag leaves around its body in the rendered text, until the spans are read off."""
+_SHOWN = 200
+"""Characters of a template's own error."""
+
+
+class TooMuch(Exception):
+    """A bound is broken."""
+
+
+def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """The texts that a line asks for, or why there are none; ``limit`` where that is a bound."""
+    try:
+        return {"texts": _render(template, json.loads(line), len(line), limits)}
+    except TooMuch as error:
+        return {"limit": str(error)}
+    except MemoryError:
+        return {"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"}
+    except RecursionError:
+        return {"error": "it calls itself without end, or the messages have too many brackets inside each other"}
+    except Exception as error:  # a template is a program: it may fail as any
+        return {"error": _one_line(error)}
+
+
+def _render(template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]) -> list[str]:
+    messages, given = request["messages"], dict(request["given"])
+    if request["dated"]:
+        given["strftime_now"] = datetime.datetime.now().strftime
+    room = limits["output"] + limits["growth"] * size
+    compiled = _compile(template)
+    texts = []
+    for count, is_prompt in request["parts"]:
+        pieces, length = [], 0
+        for piece in compiled.generate(messages=messages[:count], add_generation_prompt=is_prompt, **given):
+            pieces.append(piece)
+            length += len(piece)
+            if length > room:
+                raise TooMuch(f"it writes more than {room:,} characters of messages of {size:,}")
+        texts.append("".join(pieces))
+    return texts
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    """The template, in the environment that Hugging Face's transformers gives it."""
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """``{% generation %}...{% endgeneration %}``: its body, between marks."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            mark = lambda text: nodes.Output([nodes.TemplateData(text)], lineno=line)
+            return [mark(OPEN), nodes.Scope(body, lineno=line), mark(CLOSE)]
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    return environment.from_string(template)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+):
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, cut, and without what a terminal obeys."""
+    text = " ".join(str(error)[: 10 * _SHOWN].split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def main() -> None:
+    """Answer the lines of the standard input. The first one has the bounds, and where Jinja is."""
+    setup = json.loads(sys.stdin.buffer.readline())
+    limits = setup["limits"]
+    sys.path[:] = setup["path"]
+    import jinja2.ext
+    import jinja2.sandbox  # noqa: F401
+
+    restart = _bounded(limits)
+    template = ""
+    for line in sys.stdin.buffer:
+        restart()
+        if line.startswith(b'"'):
+            template = json.loads(line)
+            continue
+        try:
+            written = json.dumps(answer(template, line, limits)).encode()
+        except MemoryError:
+            written = json.dumps({"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"}).encode()
+        sys.stdout.buffer.write(written + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _bounded(limits: Mapping[str, Any]) -> Any:
+    """Bound the process where the system can; a function that gives it its time anew."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it ends this input
+    try:
+        import resource
+    except ImportError:  # Windows
+        return lambda: None
+    for name, limit in {"RLIMIT_AS": limits["memory"], "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}.items():
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a lower limit is there already
+            resource.setrlimit(getattr(resource, name), (limit, limit))
+    # Time of the processor: a machine that is busy or asleep makes no template slow. The signal ends the process.
+    return lambda: signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
+
+
+if __name__ == "__main__":
+    main()

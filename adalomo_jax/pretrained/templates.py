@@ -1,0 +1,153 @@
+"""Chat templates as text, within bounds of time, memory and output.
+
+A template is a program that somebody wrote. Jinja's sandbox keeps it from everything but its messages, yet not from
+``'x' * 8000000000`` or from loops in loops, and there are too many ways to such for a list of them: filters, methods of
+strings, powers, formats. So templates run in a process of their own, which the system bounds: whatever they do, they
+end, and the run has one line. A row costs some 0.1 ms more than it would in this process; starting it costs 0.1 s, once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LIMITS = {"seconds": 10, "memory": 1 << 31, "output": 1_000_000, "growth": 10}
+"""Of one conversation: seconds of a processor; bytes of memory; characters of a text, and so many more for each
+character of the messages."""
+MOST_BYTES = 1 << 20
+"""Of a template. The largest that are published have a tenth of it."""
+_STRIKES = 3
+"""How often a template may break a bound before it is refused unseen: it may take its time with each of many rows."""
+
+
+class _Process:
+    """A process that renders; it is started when it is needed first, and again where a template has ended it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.child: subprocess.Popen[bytes] | None = None
+        self.owner = 0
+        self.template: str | None = None
+
+    def ask(self, template: str, conversation: bytes) -> dict[str, Any]:
+        """What the process answers to a conversation, or why it ended."""
+        with self.lock:
+            try:
+                line = self._asked(self._started(), template, conversation)
+            except BaseException:  # its answer would be taken for that to the next conversation
+                self.end()
+                raise
+            if line.endswith(b"\n"):
+                return json.loads(line)
+            child = self.child
+            self.end()
+            return {"limit": _why(child.returncode if child else None)}
+
+    def _asked(self, child: subprocess.Popen[bytes], template: str, conversation: bytes) -> bytes:
+        assert child.stdin and child.stdout
+        try:
+            if template != self.template:
+                child.stdin.write(json.dumps(template).encode() + b"\n")
+                self.template = template
+            child.stdin.write(conversation + b"\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        return child.stdout.readline()
+
+    def end(self) -> None:
+        """Without a process, there is nothing to do."""
+        child, self.child, self.template = self.child, None, None
+        if child is None or self.owner != os.getpid():
+            return
+        assert child.stdin and child.stdout
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(1)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self.child is None or self.owner != os.getpid():  # a fork has the pipes of its parent
+            script = Path(__file__).with_name("template_process.py")
+            self.child = subprocess.Popen(
+                [sys.executable, "-I", str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            self.owner, self.template = os.getpid(), None
+            assert self.child.stdin
+            setup = {"limits": LIMITS, "path": [str(path) for path in sys.path]}
+            self.child.stdin.write(json.dumps(setup).encode() + b"\n")
+        return self.child
+
+
+_process = _Process()
+_strikes: Counter[str] = Counter()
+atexit.register(_process.end)
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    parts: Sequence[tuple[int, bool]],
+    *,
+    given: Mapping[str, Any],
+    dated: bool = False,
+) -> list[str]:
+    """The texts that a template writes of a conversation and of its beginnings.
+
+    Args:
+        template: the Jinja template.
+        messages: JSON values.
+        parts: for each text, of how many messages it is, and whether the start of an answer follows.
+        given: what else the template sees, JSON values.
+        dated: the template may ask for the date, by ``strftime_now``.
+
+    Raises:
+        ValueError: the template refuses the messages, or breaks a bound.
+
+    >>> render("{{ messages[0].content }}{{ '?' * count }}", [{"content": "Hi"}], [(1, False)], given={"count": 2})
+    ['Hi??']
+    """
+    if len(template) > MOST_BYTES:
+        raise ValueError(f"a chat template must have at most {MOST_BYTES:,} characters, got {len(template):,}")
+    if _strikes[template] >= _STRIKES:
+        raise ValueError(f"the chat template has broken its bounds {_STRIKES} times: it is not tried again")
+    if importlib.util.find_spec("jinja2") is None:
+        raise ValueError("chat templates need the package jinja2: pip install 'adalomo-jax[finetune]'")
+    try:
+        conversation = json.dumps({"messages": messages, "parts": parts, "given": given, "dated": dated}).encode()
+    except RecursionError:
+        raise ValueError("messages have too many brackets inside each other") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"messages must be of JSON's types: {error}") from None
+    reply = _process.ask(template, conversation)
+    if "limit" in reply:
+        _strikes[template] += 1
+        raise ValueError(f"the chat template breaks its bounds: {reply['limit']}")
+    if "error" in reply:
+        raise ValueError(f"the chat template refuses the messages: {reply['error']}")
+    return reply["texts"]
+
+
+def _why(status: int | None) -> str:
+    """Why a process ended within a row."""
+    import signal
+
+    if status is not None and status == -getattr(signal, "SIGPROF", 0):
+        return f"it takes more than {LIMITS['seconds']} seconds"
+    return f"it ended the process that it ran in (status {status})"
