@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -49,7 +51,7 @@ def run(config: GenerateConfig) -> str:
             "model together; shorten one of them"
         )
     model = llama_of(loaded.config, loaded.params)
-    sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.eos)
+    sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.stops)
     key = jax.random.key(config.seed)
     drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)
     # An answer begins a text of its own; what continues the prompt does not.
@@ -107,13 +109,13 @@ def _chat_text(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer)
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()) -> Iterator[str]:
     """The text of tokens, a piece as soon as it is known: whole characters, spaces between the tokens included.
 
-    The pieces together are what the tokens add to the text of those before them, without the last where that is the
-    one that ends a text. Alone they would be read as the beginning of a text, where some tokenizers leave a space out.
+    The pieces together are what the tokens add to the text of those before them, without the last where that is one
+    that ends a text or a turn. Alone they would be read as the beginning of a text, where some tokenizers leave a space out.
     """
     held = list(map(int, before))
     known = tokenizer.decode(held)
     for token in tokens:
-        if token == tokenizer.eos:
+        if token in tokenizer.stops:
             break
         held.append(token)
         text = tokenizer.decode(held)
@@ -133,12 +135,24 @@ def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Ite
             yield token
 
     printed = ""
-    print(prompt, end="", flush=True)
-    for piece in pieces(timed(), tokenizer, before):
-        printed += piece
-        print(piece, end="", flush=True)
-    print()
+    try:
+        print(prompt, end="", flush=True)
+        for piece in pieces(timed(), tokenizer, before):
+            printed += piece
+            print(piece, end="", flush=True)
+        print(flush=True)
+    except BrokenPipeError:  # whoever read it has seen enough, as head has
+        _close_output()
+        return printed
     # The first token comes after the prompt was read, and the second after the program of one token was compiled.
     speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
     print(f"{len(times)} tokens{speed}", file=sys.stderr)
     return printed
+
+
+def _close_output() -> None:
+    """Python would try to write what is left once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -20,8 +20,8 @@ class Sampler(NamedTuple):
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
     """The tokens that are drawn from are the likeliest ones, as few as have this probability together; 1: all."""
-    eos: int | None = None
-    """The token after which a sequence has ended: it is repeated to the end."""
+    eos: int | tuple[int, ...] | None = None
+    """The token after which a sequence has ended, or several such: the one that was drawn is repeated to the end."""
 
 
 def generate(
@@ -32,7 +32,7 @@ def generate(
     key: jax.Array,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    eos: int | None = None,
+    eos: int | tuple[int, ...] | None = None,
 ) -> jax.Array:
     """Continue each prompt by ``length`` sampled tokens.
 
@@ -46,7 +46,7 @@ def generate(
         key: a PRNG key.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the nucleus: the likeliest tokens, as few as have this probability together.
-        eos: the token that ends a sequence: all positions after it are ``eos``.
+        eos: the token that ends a sequence, or several such: all positions after the first are as it is.
 
     Returns:
         Token ids ``[B, P + length]``, the prompt included.
@@ -137,7 +137,8 @@ def _draw(model: Llama, x_BSD: jax.Array, cache: Cache, key: jax.Array, sampler:
 
 
 def _ends(token_B: jax.Array, sampler: Sampler) -> jax.Array:
-    return jnp.zeros(token_B.shape, bool) if sampler.eos is None else token_B == sampler.eos
+    eos = () if sampler.eos is None else sampler.eos if isinstance(sampler.eos, tuple) else (sampler.eos,)
+    return jnp.isin(token_B, jnp.array(eos, token_B.dtype))
 
 
 def _sample(key: jax.Array, logits_BV: jax.Array, sampler: Sampler) -> jax.Array:

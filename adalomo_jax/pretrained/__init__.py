@@ -6,4 +6,4 @@ from adalomo_jax.pretrained.tokenizer import ByteTokenizer as ByteTokenizer
 from adalomo_jax.pretrained.tokenizer import Encoded as Encoded
 from adalomo_jax.pretrained.tokenizer import TextTokenizer as TextTokenizer
 from adalomo_jax.pretrained.tokenizer import Tokenizer as Tokenizer
-from adalomo_jax.pretrained.tokenizer import read_tokenizer as read_tokenizer
+from adalomo_jax.pretrained.tokenizer_files import read_tokenizer as read_tokenizer

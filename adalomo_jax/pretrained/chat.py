@@ -105,18 +105,20 @@ def text_of(content: Any) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text":
-            raise ValueError(f"content must have parts of the type 'text' alone, got {shown(part if kind is None else kind)}")
+            raise ValueError(
+                f"content must have parts of the type 'text' alone, got {shown(part if kind is None else kind)}"
+            )
         if not isinstance(part.get("text"), str):
             raise ValueError(f"a part of the type 'text' must have a string text, got {shown(part)}")
     return "".join(part["text"] for part in content)
 
 
-def _given(
-    tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos_token: str | None
-) -> dict[str, Any]:
+def _given(tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
     """What a template sees besides messages."""
     given: dict[str, Any] = {"tools": None if tools is None else list(tools), "documents": None}
-    return given | {name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None}
+    return given | {
+        name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None
+    }
 
 
 def _as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -61,6 +61,8 @@ class _TokenizerFields(Fields):
     token_type: list[int] | None = None
     bos_token_id: _Id | None = None
     eos_token_id: _Id | None = None
+    eot_token_id: _Id | None = None
+    eom_token_id: _Id | None = None
     unknown_token_id: _Id | None = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
@@ -68,6 +70,8 @@ class _TokenizerFields(Fields):
     chat_template: str | None = None
 
 
+_STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""What ends a text, a turn or a message, as llama.cpp reads it."""
 _LLAMA3 = _Splits((_LLAMA3_SPLIT,), whole_words=True, bos=True)
 _PRE = {
     "default": _Splits((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
@@ -130,6 +134,7 @@ def _build(fields: Mapping[str, Any]) -> TextTokenizer:
         eos=fields.get("eos_token_id"),
         bos=fields.get("bos_token_id"),
         chat_template=fields.get("chat_template"),
+        stops=tuple(fields[name] for name in _STOPS if fields.get(name) is not None),
     )
 
 

@@ -11,7 +11,8 @@ from adalomo_jax.pretrained.export import check_kept_files, copy_files, export_c
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.load import check_tensors
-from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, read_tokenizer
+from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer
+from adalomo_jax.pretrained.tokenizer_files import read_tokenizer
 
 
 class Pretrained(NamedTuple):

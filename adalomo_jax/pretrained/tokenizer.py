@@ -12,7 +12,8 @@ import numpy as np
 
 from adalomo_jax.pretrained.chat import ChatText, chat_prompt, chat_text
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.json_files import shown
+from adalomo_jax.pretrained.rust_errors import as_value_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,6 +42,11 @@ class Tokenizer(Protocol):
         """The token that ends a document."""
         ...
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which generation ends: ``eos`` and what else ends a turn."""
+        ...
+
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
         """Each text as tokens; ``add_special`` adds those that start and end a text, as the tokenizer is told to."""
         ...
@@ -49,7 +55,9 @@ class Tokenizer(Protocol):
         """The tokens as text, without special ones."""
         ...
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> ChatText:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> ChatText:
         """A conversation as text; ``ValueError`` where there is no template, or it refuses the messages."""
         ...
 
@@ -63,6 +71,7 @@ class ByteTokenizer:
 
     vocab_size: int = 256
     eos: int | None = None
+    stops: tuple[int, ...] = ()
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
         """The bytes of each text; ``UnicodeEncodeError``, a ``ValueError``, for half a surrogate pair: it has none."""
@@ -74,7 +83,9 @@ class ByteTokenizer:
         known = (bytes([token]) if token < self.vocab_size else unknown for token in tokens)
         return b"".join(known).decode(errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> ChatText:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> ChatText:
         """Raises ``ValueError``."""
         raise ValueError("bytes have no chat template; conversations need a checkpoint with one")
 
@@ -95,12 +106,20 @@ class TextTokenizer:
     bos: int | None = None
     """The token that starts one, for the chat template; whether it is added to a text is up to the tokenizer."""
     chat_template: str | None = None
+    stops: tuple[int, ...] = ()
+    """The tokens at which generation ends: ``eos``, which need not be named, and those that end a turn."""
+    tool_template: str | None = None
+    """The chat template of conversations with tools, where they have one of their own."""
 
     def __post_init__(self) -> None:
-        for name in ("bos", "eos"):
-            token = getattr(self, name)
-            if token is not None and self.tokenizer.id_to_token(token) is None:
-                raise ValueError(f"{name} must be a token of the vocabulary, got {token}")
+        for name, token in (("bos", self.bos), ("eos", self.eos), *(("stops", token) for token in self.stops)):
+            if token is not None and not is_token(self.tokenizer, token):
+                raise ValueError(f"{name} must be a token of the vocabulary, got {shown(token)}")
+        for template in (self.chat_template, self.tool_template):
+            if not isinstance(template, str | None):
+                raise ValueError(f"chat_template must be a string, got {shown(template)}")
+        ends = () if self.eos is None else (self.eos,)
+        object.__setattr__(self, "stops", tuple(dict.fromkeys((*ends, *self.stops))))
 
     @property
     def vocab_size(self) -> int:
@@ -112,140 +131,94 @@ class TextTokenizer:
 
         Args:
             texts: any number of texts.
-            add_special: as the tokenizer's post-processor does: Llama's add BOS.
+            add_special: as the tokenizer's post-processor does: Llama's add BOS. A text that spells out the token that
+                would be added before or after it gets no second one.
 
         Raises:
             UnicodeEncodeError: a text with half a surrogate pair (a ``ValueError``).
+            ValueError: a text that the tokenizer cannot read, as one with characters that it has no token for.
         """
         try:
-            encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
+            with as_value_errors("the tokenizer cannot read the text"):
+                encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
         except TypeError:  # that is all the library says of half a surrogate pair
             for text in texts:
                 text.encode()
             raise
-        return [Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        found = [Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        return [self._once(encoded) for encoded in found] if add_special else found
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The tokens as text, without special ones; parts of a character become U+FFFD."""
-        return self.tokenizer.decode([int(token) for token in tokens])
+        with as_value_errors("the tokenizer cannot write the tokens", quiet=False):
+            return self.tokenizer.decode([int(token) for token in tokens])
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> ChatText:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> ChatText:
         """A conversation by the chat template, as ``chat_text`` says.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
         """
-        return chat_text(self._template(), messages, **self._special_texts())
+        template = self.template(bool(tools))
+        return chat_text(template, messages, tools=tools, **self._special_texts())
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that the assistant's answer to the messages continues; ``ValueError`` as in ``chat``."""
-        return chat_prompt(self._template(), messages, **self._special_texts())
+        return chat_prompt(self.template(), messages, **self._special_texts())
+
+    def template(self, has_tools: bool = False) -> str:
+        """The chat template that writes a conversation, with tools or without; ``ValueError`` where there is none."""
+        template = self.tool_template if has_tools and self.tool_template is not None else self.chat_template
+        if template is None:
+            raise ValueError("the checkpoint has no chat template; conversations need one that was tuned for them")
+        return template
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, as ``read_tokenizer`` and transformers read them."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, as ``read_tokenizer`` and transformers read them.
+
+        Where generation ends at more tokens than ``eos``, ``generation_config.json`` names them.
+        """
         write_whole(folder / "tokenizer.json", lambda path: self.tokenizer.save(str(path)))
+        templates = {"default": self.chat_template, "tool_use": self.tool_template}
+        named = [{"name": name, "template": template} for name, template in templates.items()]
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             **self._special_texts(),
-            "chat_template": self.chat_template,
+            "chat_template": self.chat_template if self.tool_template is None else named,
         }
-        text = json.dumps({name: value for name, value in config.items() if value is not None}, indent=2)
-        write_whole(folder / "tokenizer_config.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-
-    def _template(self) -> str:
-        if self.chat_template is None:
-            raise ValueError("the checkpoint has no chat template; conversations need one that was tuned for them")
-        return self.chat_template
+        _write_json(folder / "tokenizer_config.json", config)
+        if self.stops not in ((), (self.eos,)):
+            _write_json(folder / "generation_config.json", {"bos_token_id": self.bos, "eos_token_id": list(self.stops)})
 
     def _special_texts(self) -> dict[str, str | None]:
         texts = {"bos_token": self.bos, "eos_token": self.eos}
         return {name: None if token is None else self.tokenizer.id_to_token(token) for name, token in texts.items()}
 
+    def _once(self, encoded: Encoded) -> Encoded:
+        """Without a token that was added beside one that the text spells out: before it BOS, after it EOS."""
+        tokens, spans = encoded
+        is_added = lambda i: spans[i, 0] == spans[i, 1]
+        first = len(tokens) > 1 and tokens[0] == tokens[1] == self.bos and is_added(0) and not is_added(1)
+        last = len(tokens) > 1 and tokens[-1] == tokens[-2] == self.eos and is_added(-1) and not is_added(-2)
+        kept = slice(int(first), len(tokens) - int(last))
+        return Encoded(tokens[kept], spans[kept])
 
-def read_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder.
 
-    It is ``tokenizer.json`` without the truncation and padding that it may carry. The special tokens are those of
-    ``tokenizer_config.json``, and where that names none those of ``generation_config.json`` or ``config.json``, of
-    several the first. The chat template is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
+def is_token(tokenizer: tokenizers.Tokenizer, token: Any) -> bool:
+    """Whether it is the number of a token, added ones included.
 
-    Raises:
-        ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.
+    >>> from tokenizers import Tokenizer, models
+    >>> letters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    >>> [is_token(letters, token) for token in (1, 2, -1, 1.0, True)]
+    [True, False, False, False, False]
     """
-    tokenizer = _read_tokenizer_json(folder / "tokenizer.json")
-    config = _read_if_there(folder / "tokenizer_config.json")
-    eos, bos = (_special_token(folder, tokenizer, config, name) for name in ("eos", "bos"))
-    try:
-        return TextTokenizer(tokenizer, eos=eos, bos=bos, chat_template=_read_chat_template(folder, config))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    is_number = isinstance(token, int | np.integer) and not isinstance(token, bool)
+    return is_number and 0 <= token < 2**32 and tokenizer.id_to_token(int(token)) is not None
 
 
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} has no tokenizer.json; transformers makes one of a tokenizer.model: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    content = read_json(path)
-    content |= {"truncation": None, "padding": None}
-    _keep_white_space(content.get("post_processor"))
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
-
-
-def _keep_white_space(post_processor: Any) -> None:
-    """A token's span is to hold the space that the token has, or one of spaces alone would stand for no text."""
-    if isinstance(post_processor, dict):
-        if "trim_offsets" in post_processor:
-            post_processor["trim_offsets"] = False
-        for inner in post_processor.get("processors", ()):
-            _keep_white_space(inner)
-
-
-def _special_token(folder: Path, tokenizer: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> int | None:
-    text = config.get(f"{name}_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    if text is not None:
-        token = tokenizer.token_to_id(text)
-        if token is None:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: the {name}_token {text!r} is not in tokenizer.json")
-        return token
-    for file in ("generation_config.json", "config.json"):
-        token = _read_if_there(folder / file).get(f"{name}_token_id")
-        token = token[0] if isinstance(token, list) and token else token
-        if isinstance(token, int):
-            return token
-        if token is not None:
-            raise ValueError(f"{folder / file}: {name}_token_id must be a token or a list of tokens, got {token!r}")
-    return None
-
-
-def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
-    template = config.get("chat_template")
-    if not isinstance(template, list):
-        return template
-    named = {entry["name"]: entry["template"] for entry in template}
-    if "default" not in named:
-        raise ValueError(f"of several chat templates one must be named 'default', got {', '.join(sorted(named))}")
-    return named["default"]
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
-    return read_json(path) if path.is_file() else {}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    text = json.dumps({name: value for name, value in contents.items() if value is not None}, indent=2)
+    write_whole(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))

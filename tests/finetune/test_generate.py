@@ -92,7 +92,7 @@ def test_a_checkpoint_within_a_run_is_restored(small, folder, params, tmp_path, 
 class Words:
     """One word a token, and 0 ends a text; a chat has marks around a message."""
 
-    vocab_size, eos = 256, 0
+    vocab_size, eos, stops = 256, 0, (0, 1)
 
     def encode(self, texts, *, add_special=True):
         ids = [[len(word) for word in text.split()] for text in texts]
@@ -105,18 +105,19 @@ class Words:
         return " ".join(f"<{m['role']}> {m['content']}" for m in messages) + " <assistant>"
 
 
-def test_a_chat_is_put_in_its_template_and_stops_at_the_end(small, params, capsys, monkeypatch):
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_chat_is_put_in_its_template_and_stops_at_each_end(small, params, capsys, monkeypatch, end):
     seen = []
 
     def stream(model, prompt, length, *, key, sampler):
         seen.append((prompt.tolist(), sampler.eos))
-        yield from (np.array([token]) for token in (7, 8, 0))
+        yield from (np.array([token]) for token in (7, 8, end))
 
     monkeypatch.setattr(generate_module, "load_model", lambda *_: Loaded(small.config, cast(Any, Words()), params))
     monkeypatch.setattr(generate_module, "stream", stream)
     main(["generate", "--model", "any", "--prompt", "hello you", "--chat", "--system", "be kind", "--length", "9"])
     printed = capsys.readouterr()
-    assert seen == [([[8, 2, 4, 6, 5, 3, 11]], 0)]
+    assert seen == [([[8, 2, 4, 6, 5, 3, 11]], (0, 1))]
     assert printed.out == "7 8\n"
     assert printed.err.startswith("3 tokens")
 

@@ -128,6 +128,105 @@ def test_the_file_that_says_what_ends_a_document(tmp_path, files, eos):
     assert read_tokenizer(tmp_path).eos == eos
 
 
+@pytest.mark.parametrize(
+    ("files", "stops"),
+    [
+        ({}, ()),
+        ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, (1,)),
+        ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"eos_token_id": [7, 6]}}, (7, 6, 5)),
+        (
+            {"generation_config.json": {"eos_token_id": [7, 1]}, "tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+            (1, 7),
+        ),
+        ({"config.json": {"eos_token_id": [3, 3]}, "generation_config.json": {"eos_token_id": None}}, (3,)),
+    ],
+)
+def test_generation_stops_at_each_token_that_a_file_names(tmp_path, files, stops):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    for file, content in files.items():
+        write_config(tmp_path, file, **content)
+    assert read_tokenizer(tmp_path).stops == stops
+
+
+LLAMA, GPT2, BASE = "LlamaTokenizerFast", "GPT2TokenizerFast", "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["none-in-tokenizer-json", "bos-in-tokenizer-json"])
+@pytest.mark.parametrize(
+    ("config", "around"),
+    [
+        ({"tokenizer_class": LLAMA}, (1, 0)),
+        ({"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, (1, 1)),
+        ({"tokenizer_class": LLAMA, "add_bos_token": False}, (0, 0)),
+        ({"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True}, (0, 1)),
+        ({"tokenizer_class": "CohereTokenizerFast"}, (1, 0)),
+        ({"tokenizer_class": "GPTNeoXTokenizerFast"}, (0, 0)),
+        ({"tokenizer_class": "GPTNeoXTokenizerFast", "add_bos_token": True}, (1, 0)),
+        ({"tokenizer_class": GPT2, "add_bos_token": True}, None),
+        ({"tokenizer_class": BASE, "add_bos_token": True, "add_eos_token": True}, None),
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False}, None),
+        ({"add_bos_token": True}, None),
+        ({"tokenizer_class": LLAMA, "backend": "tokenizers"}, None),
+    ],
+)
+def test_bos_and_eos_are_put_around_as_the_class_does_it(tmp_path, config, around, before):
+    """None: as tokenizer.json has it."""
+    byte_level(bos=before).save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, bos_token="<|im_start|>", eos_token="<|im_end|>", **config)
+    (bos, eos), tokenizer = around or (int(before), 0), read_tokenizer(tmp_path)
+    with_special, without = (tokenizer.encode(["the"], add_special=special)[0].tokens for special in (True, False))
+    assert with_special.tolist() == [0] * bos + without.tolist() + [1] * eos
+
+
+def test_a_class_that_adds_bos_needs_one(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, tokenizer_class=LLAMA)
+    assert len(read_tokenizer(tmp_path).encode(["the"])[0].tokens) == 1
+    write_config(tmp_path, tokenizer_class=LLAMA, add_bos_token=True)
+    with pytest.raises(ValueError, match="add_bos_token is true, but no bos_token is named"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_text_that_spells_out_what_is_added_gets_no_second_one(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    names = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", tokenizer_class=LLAMA, add_eos_token=True)
+    write_config(tmp_path, **names)
+    texts = ["<|im_start|>the<|im_end|>", "the", "", "<|im_start|><|im_start|>", "<|im_start|>"]
+    the = byte_level().encode("the").ids
+    encoded = read_tokenizer(tmp_path).encode(texts)
+    assert [e.tokens.tolist() for e in encoded] == [[0, *the, 1], [0, *the, 1], [0, 1], [0, 0, 1], [0, 1]]
+    assert encoded[0].spans.tolist() == [[0, 12], [12, 15], [15, 25]]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_beside_tokenizer_json_are_tokens(tmp_path, file):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    size = byte_level().get_vocab_size()
+    decoder = {
+        str(size + 1): {"content": "<b>"},
+        str(size): {"content": "<a>", "special": True},
+        "1": {"content": "<|im_end|>"},
+    }
+    added = {"<b>": size + 1, "<a>": size, "<|im_end|>": 1}
+    write_config(tmp_path, file, **(added if file == "added_tokens.json" else {"added_tokens_decoder": decoder}))
+    tokenizer = read_tokenizer(tmp_path)
+    the = byte_level().encode("the").ids
+    assert tokenizer.encode(["the<a>the<b>"])[0].tokens.tolist() == [*the, size, *the, size + 1]
+    assert tokenizer.vocab_size == size + 2
+
+
+def test_the_template_of_tools_is_taken_for_them(folder, tmp_path):
+    template = "{{ tools[0].name }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    named = [{"name": "tool_use", "template": template}, {"name": "default", "template": "one"}]
+    write_config(folder, chat_template=named)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    read_tokenizer(folder).save(copy)
+    for tokenizer in (read_tokenizer(folder), read_tokenizer(copy)):
+        assert tokenizer.chat(MESSAGES, tools=[{"name": "look"}]).text.startswith("look")
+        assert tokenizer.chat(MESSAGES).text == "one"
+
+
 def test_the_templates_of_a_folder(folder):
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "one"}]
     write_config(folder, chat_template=named)
@@ -168,19 +267,29 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
         ("tokenizer.json", "[]", "must hold a JSON object, got list"),
         ("tokenizer.json", '{"model": {"type": "new"}}', "tokenizer.json is no tokenizer"),
         ("tokenizer_config.json", '{"eos_token": "</s>"}', "the eos_token '</s>' is not in tokenizer.json"),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": ""}]}', "named 'default', got rag"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": ""}]}', "the name 'default', got"),
         (
             "generation_config.json",
             '{"eos_token_id": "a"}',
-            "eos_token_id must be a token or a list of tokens, got 'a'",
+            "eos_token_id must be a token or a list of tokens .*, got 'a'",
         ),
         (
             "generation_config.json",
             '{"eos_token_id": []}',
-            "eos_token_id must be a token or a list of tokens, got \\[\\]",
+            "eos_token_id must be a token or a list of tokens .*, got \\[\\]",
         ),
-        ("config.json", '{"bos_token_id": 100000}', "bos must be a token of the vocabulary, got 100000"),
+        ("config.json", '{"bos_token_id": 100000}', "bos_token_id must be a token of the vocabulary, got 100000"),
         ("chat_template.jinja", b"\xff", "cannot read .*chat_template.jinja"),
+        ("chat_template.jinja", b"a" * (2**20 + 1), "chat_template.jinja must be a regular file of at most 1,048,576"),
+        ("generation_config.json", '{"eos_token_id": -1}', "generation_config.json: eos_token_id must be .*, got -1"),
+        ("config.json", '{"eos_token_id": [1, 4294967296]}', "config.json: eos_token_id must be .*, got 4294967296"),
+        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token must be a valid boolean, got 'yes'"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"9": {"content": "<a>"}}}',
+            "'<a>' must be 9, .* tokenizer.json it is",
+        ),
+        ("added_tokens.json", '{"<a>": 1.5}', "added_tokens.json: '<a>' must be the number of a token, got 1.5"),
     ],
 )
 def test_a_folder_that_is_refused(tmp_path, file, content, error):

@@ -1,0 +1,232 @@
+"""The tokenizer of a Hugging Face folder: which of its files says what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from adalomo_jax.pretrained.json_files import Fields, check, read_json, shown
+from adalomo_jax.pretrained.rust_errors import as_value_errors
+from adalomo_jax.pretrained.templates import MOST_BYTES
+from adalomo_jax.pretrained.tokenizer import TextTokenizer, is_token
+from adalomo_jax.pretrained.tokenizer_json import read_tokenizer_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_ADDS_BOS = {
+    "LlamaTokenizer": True,
+    "CodeLlamaTokenizer": True,
+    "GemmaTokenizer": True,
+    "CohereTokenizer": True,
+    "GPTNeoXTokenizer": False,
+}
+"""The classes of transformers (4.57: ``tokenization_*_fast.py``) that put BOS and EOS around texts themselves, as
+``add_bos_token`` and ``add_eos_token`` say, and whether they add BOS by default. All others leave it to
+``tokenizer.json``: GPT2Tokenizer, Qwen2Tokenizer and PreTrainedTokenizerFast do not read these flags."""
+
+
+class _Templates(NamedTuple):
+    """Chat templates by their use."""
+
+    default: str | None = None
+    tool_use: str | None = None
+
+
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if value is not None and not (isinstance(text, str) and text):
+        raise ValueError("be a token's text, or an object with one as its content")
+    return text
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if value is None:
+        return ()
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ValueError("be a token or a list of tokens (whole numbers from 0 on)")
+    return tuple(ids)
+
+
+def _templates(value: Any) -> _Templates:
+    if value is None or isinstance(value, str):
+        return _Templates(value)
+    is_named = lambda entry: (
+        isinstance(entry, Mapping) and all(isinstance(entry.get(name), str) for name in ("name", "template"))
+    )
+    if not isinstance(value, list) or not all(map(is_named, value)):
+        raise ValueError("be a template, or a list of objects, each with the strings name and template")
+    named = {entry["name"]: entry["template"] for entry in value}
+    if "default" not in named:
+        raise ValueError("have a template with the name 'default'")
+    return _Templates(named["default"], named.get("tool_use"))
+
+
+_Text = Annotated[Any, BeforeValidator(_token_text)]
+_Ids = Annotated[Any, BeforeValidator(_token_ids)]
+
+
+class _Added(Fields):
+    """A token that is found in a text before it is cut."""
+
+    content: str = Field(min_length=1)
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None
+
+
+class _Config(Fields):
+    """``tokenizer_config.json``."""
+
+    tokenizer_class: str | None = None
+    backend: str | None = None
+    """Written by transformers 5, which leaves the flags out: there ``tokenizer.json`` says it all."""
+    bos_token: _Text = None
+    eos_token: _Text = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    added_tokens_decoder: dict[str, _Added] | None = None
+    chat_template: Annotated[Any, BeforeValidator(_templates)] = _Templates()
+
+
+class _Ends(Fields):
+    """``generation_config.json`` and ``config.json``."""
+
+    bos_token_id: _Ids = ()
+    eos_token_id: _Ids = ()
+
+
+def read_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    It is ``tokenizer.json`` without the truncation and padding that it may carry, with the tokens that only
+    ``tokenizer_config.json`` (``added_tokens_decoder``) or ``added_tokens.json`` has. BOS and EOS are put around a text
+    as the class that ``tokenizer_config.json`` names does it in transformers: Llama's, Gemma's, Cohere's and GPT-NeoX's
+    by ``add_bos_token`` and ``add_eos_token``, all others by ``tokenizer.json``.
+
+    The special tokens are those of ``tokenizer_config.json``, and where that names none those of
+    ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The chat template
+    is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
+
+    Raises:
+        ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.
+    """
+    tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+    path = folder / "tokenizer_config.json"
+    config = check(_Config, _read_if_there(path), str(path))
+    _add_tokens(tokenizer, _added_tokens(folder, config), folder)
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    ends = [(file, check(_Ends, _read_if_there(file), str(file))) for file in files]
+    bos = _special_token(tokenizer, path, "bos_token", config.bos_token, ends)
+    eos = _special_token(tokenizer, path, "eos_token", config.eos_token, ends)
+    stops = [_known(tokenizer, file, "eos_token_id", token) for file, said in ends for token in said.eos_token_id]
+    _put_around(tokenizer, path, config, bos, eos)
+    templates = _read_templates(folder, config)
+    try:
+        return TextTokenizer(tokenizer, eos, bos, templates.default, tuple(stops), templates.tool_use)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _added_tokens(folder: Path, config: _Config) -> dict[int, _Added]:
+    """By their numbers, the tokens that files beside ``tokenizer.json`` name."""
+    tokens: dict[int, _Added] = {}
+    for number, token in (config.added_tokens_decoder or {}).items():
+        if not (number.isascii() and number.isdecimal() and int(number[:20]) < 2**32):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must have tokens by their numbers, got "
+                f"{shown(number)}"
+            )
+        tokens[int(number)] = token
+    path = folder / "added_tokens.json"
+    special = {config.bos_token, config.eos_token}
+    for text, number in _read_if_there(path).items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32 or not text:
+            raise ValueError(f"{path}: {shown(text)} must be the number of a token, got {shown(number)}")
+        tokens.setdefault(number, _Added(content=text, special=text in special))
+    return tokens
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, _Added], folder: Path) -> None:
+    """Add those that ``tokenizer.json`` has not, in the order of their numbers, which must come out as they stand."""
+    from tokenizers import AddedToken
+
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for number, token in sorted(tokens.items()):
+        if token.content in known:
+            continue
+        normalized = not token.special if token.normalized is None else token.normalized
+        flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
+        with as_value_errors(f"{folder}: the token {shown(token.content)} cannot be added"):
+            tokenizer.add_tokens([AddedToken(token.content, normalized=normalized, **flags)])
+        if (got := tokenizer.token_to_id(token.content)) != number:
+            raise ValueError(
+                f"{folder}: the token {shown(token.content)} must be {number}, as added_tokens_decoder or "
+                f"added_tokens.json has it, and with the tokens of tokenizer.json it is {got}"
+            )
+
+
+def _special_token(
+    tokenizer: tokenizers.Tokenizer, path: Path, name: str, text: str | None, ends: list[tuple[Path, _Ends]]
+) -> int | None:
+    if text is not None:
+        token = tokenizer.token_to_id(text)
+        if token is None:
+            raise ValueError(f"{path}: the {name} {shown(text)} is not in tokenizer.json")
+        return token
+    for file, said in ends:
+        if tokens := getattr(said, f"{name}_id"):
+            return _known(tokenizer, file, f"{name}_id", tokens[0])
+    return None
+
+
+def _known(tokenizer: tokenizers.Tokenizer, file: Path, name: str, token: int) -> int:
+    if not is_token(tokenizer, token):
+        raise ValueError(f"{file}: {name} must be a token of the vocabulary, got {shown(token)}")
+    return token
+
+
+def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bos: int | None, eos: int | None) -> None:
+    """Make the post-processor anew where the class of the tokenizer does."""
+    from tokenizers import processors
+
+    by_default = _ADDS_BOS.get((config.tokenizer_class or "").removesuffix("Fast"))
+    flags = {"add_bos_token": config.add_bos_token, "add_eos_token": config.add_eos_token}
+    if by_default is None or (config.backend is not None and set(flags.values()) == {None}):
+        return
+    adds_bos = by_default and bos is not None if config.add_bos_token is None else config.add_bos_token
+    around = []
+    for name, adds, token in (("bos_token", adds_bos, bos), ("eos_token", config.add_eos_token, eos)):
+        if adds and token is None:
+            raise ValueError(f"{path}: add_{name} is true, but no {name} is named")
+        around.append([(tokenizer.id_to_token(token), token)] if adds and token is not None else [])
+    before, after = around
+    single = [*(text for text, _ in before), "$A", *(text for text, _ in after)]
+    pair = [*single, *(f"{text}:1" for text, _ in before), "$B:1", *(f"{text}:1" for text, _ in after)]
+    with as_value_errors(f"{path}: BOS and EOS cannot be put around texts"):
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+            single=single, pair=pair, special_tokens=[*before, *after]
+        )
+
+
+def _read_templates(folder: Path, config: _Config) -> _Templates:
+    path = folder / "chat_template.jinja"
+    if not path.exists():
+        return config.chat_template
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} must be a regular file of at most {MOST_BYTES:,} bytes")
+    try:
+        return _Templates(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file."""
+    return read_json(path) if path.exists() else {}

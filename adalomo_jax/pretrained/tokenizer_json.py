@@ -1,0 +1,104 @@
+"""The file ``tokenizer.json``: a tokenizer of the ``tokenizers`` library, and what of it is not taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adalomo_jax.pretrained.json_files import read_json, shown
+from adalomo_jax.pretrained.rust_errors import Panic, as_value_errors, one_line
+
+if TYPE_CHECKING:
+    import tokenizers
+
+MOST_GROWTH = 1_000
+"""Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to four;
+some hundreds of bytes of JSON could make it 10**10."""
+_PROBE = "The 12 cats' \t\n\0 café e\u0301 日本語 \u202eعربي \U0001f44d\U0001f3fd \ufffd \ufb01 ﷺ"
+"""What a tokenizer meets in text, to see whether its own code fails."""
+
+
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer without the truncation and padding that it may carry.
+
+    Raises:
+        ValueError: there is no file, it cannot be read, it holds no tokenizer or none that always gives the same tokens,
+            or one that makes very much text of little.
+    """
+    import tokenizers
+
+    if not path.exists():
+        raise ValueError(
+            f"{path.parent} has no tokenizer.json; transformers makes one of a tokenizer.model: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    content = read_json(path)
+    content |= {"truncation": None, "padding": None}
+    try:
+        _check(content)
+        _keep_white_space(content.get("post_processor"))
+        with as_value_errors("the library cannot read it"):
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        _probe(tokenizer)
+    except RecursionError:
+        raise ValueError(f"{path} is no tokenizer: it has too many brackets inside each other") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no tokenizer: {one_line(error)}") from None
+    return tokenizer
+
+
+def _check(content: dict[str, Any]) -> None:
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"model must be an object, got {shown(model)}")
+    if model.get("dropout"):
+        raise ValueError(
+            f"model.dropout must be null, got {shown(model['dropout'])}: it would read a text differently each time, and "
+            "no run could go on from its checkpoint; write null there"
+        )
+    for step in ("normalizer", "decoder", "pre_tokenizer"):
+        growth = 1
+        for part in _parts(content.get(step)):
+            put = [part.get(name) for name in ("content", "prepend", "replacement", "prefix", "suffix")]
+            growth *= max([1, *(len(text) for text in put if isinstance(text, str))])
+            if growth > MOST_GROWTH:
+                raise ValueError(
+                    f"{step} must put at most {MOST_GROWTH:,} characters in the place of one, all its steps together; "
+                    f"got {growth:,}"
+                )
+
+
+def _parts(step: Any) -> Iterator[dict[str, Any]]:
+    """A step of a tokenizer and all steps within it."""
+    if isinstance(step, dict):
+        yield step
+    inner = step.values() if isinstance(step, dict) else step if isinstance(step, list) else ()
+    for value in inner:
+        yield from _parts(value)
+
+
+def _keep_white_space(post_processor: Any) -> None:
+    """A token's span is to hold the space that the token has, or one of spaces alone would stand for no text."""
+    for part in _parts(post_processor):
+        if "trim_offsets" in part:
+            part["trim_offsets"] = False
+
+
+def _probe(tokenizer: tokenizers.Tokenizer) -> None:
+    """Try what would fail later, in the middle of the text. A model may well not know all characters."""
+    if not tokenizer.get_vocab_size(with_added_tokens=True):
+        raise ValueError("it has no tokens")
+    with as_value_errors("it fails on a text of no characters"):
+        added = tokenizer.encode("").ids
+    for token in added:
+        if tokenizer.id_to_token(token) is None:
+            raise ValueError(f"post_processor adds the token {token}, which is not in the vocabulary")
+    try:
+        with as_value_errors("it fails on text"):
+            tokenizer.encode(_PROBE)
+    except Panic:
+        raise
+    except ValueError:  # a character that it has no token for, which the text to come may not have
+        pass
