@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,8 @@ class DataReport(NamedTuple):
     """Tokens that were dropped in pieces where nothing is to be learned, of both parts."""
     passed_over: tuple[PassedOver, ...]
     """Files and splits that were not read."""
+    unwritten: tuple[tuple[str, int], ...] = ()
+    """What conversations have and the chat template does not write, and how many conversations."""
 
     def __str__(self) -> str:
         lines = [
@@ -73,6 +76,8 @@ class DataReport(NamedTuple):
             )
         if self.broken:
             lines.append(f"left out: {_listed(self.broken)}")
+        for field, count in self.unwritten:
+            lines.append(f"not used: {field} of {count:,} conversations, which the chat template does not write")
         return "\n".join([*lines, *lines_of(self.passed_over)])
 
     def _read_of_them(self) -> str:
@@ -140,6 +145,7 @@ def load_data(
         short=train_packed.short + evaluation_packed.short,
         unlearned=train_packed.unlearned + evaluation_packed.unlearned,
         passed_over=tuple(passed_over),
+        unwritten=tuple(Counter(field for one in (*documents, *evaluation) for field in one.unwritten).items()),
     )
     return Data(train_packed, evaluation_packed, report)
 
@@ -156,7 +162,7 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
         InputError: a single document of which only parts are learned.
 
     >>> split_documents([Document("book.txt", "To be, or not to be."), Document("notes.txt", "?")])[1]
-    [Document(name='book.txt', text='e.', learned=None, formatted=False)]
+    [Document(name='book.txt', text='e.', learned=None, formatted=False, unwritten=())]
     """
     wanted = EVALUATION_SHARE * sum(len(document.text) for document in documents)
     chosen = _fitting(documents, wanted)
@@ -265,7 +271,7 @@ def _cut(documents: Sequence[Document], i: int, length: int) -> tuple[list[Docum
 
 def _listed(broken: Sequence[Broken]) -> str:
     """The first broken records with their reasons, each on one line, and how many more there are."""
-    names = [f"{place} {' '.join(reason.split())}" for place, reason in broken]
+    names = [f"{place} {' '.join(reason[:1000].split())}" for place, reason in broken]
     return f"{len(broken):,} broken record{'s' * (len(broken) > 1)}: {listed(names)}"
 
 

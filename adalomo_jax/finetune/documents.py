@@ -6,13 +6,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from adalomo_jax.pretrained.chat import text_of
+from adalomo_jax.pretrained.json_files import shown
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 FIELDS = "text, prompt and completion, or messages"
 """What a record has one of."""
-COLUMNS = ("text", "prompt", "completion", "messages")
+KINDS = ("text", "prompt", "completion", "messages")
+COLUMNS = (*KINDS, "tools")
+"""All that is read of a record."""
 NAMED = 3
 """How many of a kind a message names; it counts the rest."""
+_SHOWN = 300
+"""Characters of a name in a message."""
 
 
 class Document(NamedTuple):
@@ -25,6 +31,8 @@ class Document(NamedTuple):
     """The characters, from and to, that are predicted; None for all of them and the document's end."""
     formatted: bool = False
     """The text has its special tokens, by a chat template: a tokenizer adds none."""
+    unwritten: tuple[str, ...] = ()
+    """What the record has and the chat template does not write: ``tools``, ``tool_calls``."""
 
 
 class Broken(NamedTuple):
@@ -59,7 +67,7 @@ def listed(names: Sequence[str]) -> str:
     'a; b; c; and 1 more'
     """
     more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
-    return "; ".join([*map(printable, names[:NAMED]), *more])
+    return "; ".join([*(printable(name[:_SHOWN]) for name in names[:NAMED]), *more])
 
 
 def lines_of(passed_over: Iterable[PassedOver]) -> list[str]:
@@ -91,6 +99,8 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
         raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1} of the line") from error
     except RecursionError as error:
         raise ValueError("is JSON with too many brackets inside each other") from error
+    except ValueError as error:
+        raise ValueError("is JSON with a number of thousands of digits") from error
     if not isinstance(record, dict):
         raise ValueError(f"must be an object with {FIELDS}, got {_kind(record)}")
     return record
@@ -101,8 +111,9 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
 
     Args:
         record: with ``text``, or ``prompt`` and ``completion`` (strings, joined as they are), or ``messages`` (a list
-            of objects with the strings ``role`` and ``content``). Fields that are None count as absent, others do not
-            matter.
+            of objects with the strings ``role`` and ``content``; a content may be a list of parts of text). Beside
+            messages, ``tools`` is a list of objects, or JSON of one. A message with ``weight: 0`` or ``train: false`` is
+            not learned. Fields that are None count as absent, others do not matter.
         name: the document's.
         tokenizer: its chat template is applied to messages.
 
@@ -111,22 +122,21 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
             conversation in which the assistant says nothing or that the template refuses.
 
     >>> document_of({"prompt": "1 + 1 = ", "completion": "2"}, "sums", tokenizer=None)
-    Document(name='sums', text='1 + 1 = 2', learned=((8, 9),), formatted=False)
+    Document(name='sums', text='1 + 1 = 2', learned=((8, 9),), formatted=False, unwritten=())
     """
     record = {field: value for field, value in record.items() if value is not None}
-    found = {field for field in COLUMNS if field in record}
+    found = {field for field in KINDS if field in record}
     if found == {"text"}:
         document = Document(name, _string(record, "text"))
     elif found == {"prompt", "completion"}:
         prompt, completion = _string(record, "prompt", may_be_empty=True), _string(record, "completion")
         document = Document(name, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
     elif found == {"messages"}:
-        document = Document(name, *tokenizer.chat(_messages(record["messages"])), formatted=True)
+        document = _conversation(record, name, tokenizer)
         if not any(start < end for start, end in document.learned or ()):
             raise ValueError("has nothing that the assistant says, as the chat template writes it")
     else:
-        has = ", ".join(sorted(found or record)) or "no fields"
-        raise ValueError(f"must have one of {FIELDS}, got {has}")
+        raise ValueError(f"must have one of {FIELDS}, got {_named(sorted(found or record))}")
     try:
         document.text.encode()
     except UnicodeEncodeError as error:
@@ -134,19 +144,62 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
     return document
 
 
-def _messages(messages: Any) -> list[Mapping[str, Any]]:
-    """The messages of a conversation without fields that are None, checked."""
+def _conversation(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> Document:
+    messages = _messages(record["messages"])
+    tools = _tools(record.get("tools"))
+    chat = tokenizer.chat(messages, tools=tools) if tools else tokenizer.chat(messages)
+    for i, message in enumerate(messages, 1):
+        if "tool_calls" in chat.unwritten and message.get("tool_calls") and not message["content"].strip():
+            raise ValueError(f"message {i} has tool_calls alone, which the chat template does not write")
+    return Document(name, chat.text, chat.learned, formatted=True, unwritten=chat.unwritten)
+
+
+def _tools(tools: Any) -> list[Mapping[str, Any]] | None:
+    """What the assistant may call; tables hold lists of unlike objects as JSON."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise ValueError("tools must be a list of objects, or JSON of one, got other text") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"tools must be a list of objects, got {shown(tools)}")
+    return tools or None
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation without fields that are None, their contents strings, checked."""
     if not isinstance(messages, list):
         raise ValueError(f"messages must be a list, got {_kind(messages)}")
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {i} must be an object, got {_kind(message)}")
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise ValueError(f"message {i} must have a string {field}, got {_kind(message.get(field))}")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
+    checked = [_message(i, message) for i, message in enumerate(messages, 1)]
+    said = [message for message in checked if message["role"] == "assistant"]
+    if not any(message["content"].strip() or message.get("tool_calls") for message in said):
         raise ValueError("must have a message of the role assistant that is not empty, for there is nothing to learn")
-    return [{field: value for field, value in message.items() if value is not None} for message in messages]
+    return checked
+
+
+def _message(i: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {i} must be an object, got {_kind(message)}")
+    message = {field: value for field, value in message.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, list):
+        try:
+            content = text_of(content)
+        except ValueError as error:
+            raise ValueError(f"message {i}: {error}") from None
+    elif content is None and message.get("tool_calls"):
+        content = ""
+    for field, value in (("role", message.get("role")), ("content", content)):
+        if not isinstance(value, str):
+            raise ValueError(f"message {i} must have a string {field}, got {_kind(value)}")
+    return message | {"content": content}
+
+
+def _named(fields: Sequence[str]) -> str:
+    """The first fields of a record, each cut, and how many more there are."""
+    more = [f"and {len(fields) - 2 * NAMED:,} more"] if len(fields) > 2 * NAMED else []
+    names = [name if name.isidentifier() and len(name) < 40 else shown(name) for name in fields[: 2 * NAMED]]
+    return ", ".join([*names, *more]) or "no fields"
 
 
 def _string(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:

@@ -19,6 +19,8 @@ class ChatText(NamedTuple):
     text: str
     learned: tuple[tuple[int, int], ...]
     """The characters, from and to, that the assistant says (with its end-of-turn token)."""
+    unwritten: tuple[str, ...] = ()
+    """What the conversation has and the template does not write: ``tools``, ``tool_calls``."""
 
 
 def chat_text(
@@ -55,8 +57,8 @@ def chat_text(
     >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     >>> template += "{% if add_generation_prompt %}assistant: {% endif %}"
     >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    >>> text, learned = chat_text(template, messages, eos_token="</s>")
-    >>> [text[start:end] for start, end in learned]
+    >>> chat = chat_text(template, messages, eos_token="</s>")
+    >>> [chat.text[start:end] for start, end in chat.learned]
     ['Hello!</s>']
     """
     seen = _as_seen(messages)
@@ -64,13 +66,15 @@ def chat_text(
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     is_learned = [_is_learned(i, messages[i]) for i in said]
     if _GENERATION_TAG.search(template):
-        chat = _marked(render(template, seen, [(len(seen), False)], given=given)[0])
-        return chat if all(is_learned) else _without(chat, is_learned)
+        marked = _marked(render(template, seen, [(len(seen), False)], given=given)[0])
+        chat = marked if all(is_learned) else _without(marked, is_learned)
+        return chat._replace(unwritten=_unwritten(template, seen, tools))
     said = [i for i, learned in zip(said, is_learned) if learned]
     parts = [(len(seen), False), *((i, True) for i in said), *((i + 1, False) for i in said)]
     full, *texts = render(template, seen, parts, given=given)
     prompts, throughs = texts[: len(said)], texts[len(said) :]
-    return ChatText(full, tuple(_added(*parts, full, eos_token) for parts in zip(said, prompts, throughs)))
+    learned = tuple(_added(*of_message, full, eos_token) for of_message in zip(said, prompts, throughs))
+    return ChatText(full, learned, _unwritten(template, seen, tools))
 
 
 def chat_prompt(
@@ -119,6 +123,12 @@ def _given(tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos
     return given | {
         name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None
     }
+
+
+def _unwritten(template: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, ...]:
+    """A template that does not name a field cannot write it."""
+    has = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
+    return tuple(field for field, is_there in has.items() if is_there and not re.search(rf"\b{field}\b", template))
 
 
 def _as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

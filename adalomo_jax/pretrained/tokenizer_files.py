@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from adalomo_jax.pretrained.json_files import Fields, check, read_json, shown
 from adalomo_jax.pretrained.rust_errors import as_value_errors
@@ -38,9 +38,14 @@ class _Templates(NamedTuple):
 
 def _token_text(value: Any) -> str | None:
     text = value.get("content") if isinstance(value, Mapping) else value
-    if value is not None and not (isinstance(text, str) and text):
+    if value is not None and not (isinstance(text, str) and text and _is_unicode(text)):
         raise ValueError("be a token's text, or an object with one as its content")
     return text
+
+
+def _is_unicode(text: str) -> bool:
+    """Not with half a surrogate pair, which JSON can have and no tokenizer."""
+    return text.encode(errors="replace").decode() == text
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -70,10 +75,10 @@ _Text = Annotated[Any, BeforeValidator(_token_text)]
 _Ids = Annotated[Any, BeforeValidator(_token_ids)]
 
 
-class _Added(Fields):
+class AddedToken(Fields):
     """A token that is found in a text before it is cut."""
 
-    content: str = Field(min_length=1)
+    content: Annotated[str, BeforeValidator(_token_text)]
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
@@ -91,7 +96,7 @@ class _Config(Fields):
     eos_token: _Text = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
-    added_tokens_decoder: dict[str, _Added] | None = None
+    added_tokens_decoder: dict[str, AddedToken] | None = None
     chat_template: Annotated[Any, BeforeValidator(_templates)] = _Templates()
 
 
@@ -134,9 +139,9 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _added_tokens(folder: Path, config: _Config) -> dict[int, _Added]:
+def _added_tokens(folder: Path, config: _Config) -> dict[int, AddedToken]:
     """By their numbers, the tokens that files beside ``tokenizer.json`` name."""
-    tokens: dict[int, _Added] = {}
+    tokens: dict[int, AddedToken] = {}
     for number, token in (config.added_tokens_decoder or {}).items():
         if not (number.isascii() and number.isdecimal() and int(number[:20]) < 2**32):
             raise ValueError(
@@ -147,15 +152,15 @@ def _added_tokens(folder: Path, config: _Config) -> dict[int, _Added]:
     path = folder / "added_tokens.json"
     special = {config.bos_token, config.eos_token}
     for text, number in _read_if_there(path).items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32 or not text:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32 or not _is_unicode(text):
             raise ValueError(f"{path}: {shown(text)} must be the number of a token, got {shown(number)}")
-        tokens.setdefault(number, _Added(content=text, special=text in special))
+        tokens.setdefault(number, AddedToken(content=text, special=text in special))
     return tokens
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, _Added], folder: Path) -> None:
+def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken], folder: Path) -> None:
     """Add those that ``tokenizer.json`` has not, in the order of their numbers, which must come out as they stand."""
-    from tokenizers import AddedToken
+    import tokenizers
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for number, token in sorted(tokens.items()):
@@ -164,7 +169,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, _Added], f
         normalized = not token.special if token.normalized is None else token.normalized
         flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
         with as_value_errors(f"{folder}: the token {shown(token.content)} cannot be added"):
-            tokenizer.add_tokens([AddedToken(token.content, normalized=normalized, **flags)])
+            tokenizer.add_tokens([tokenizers.AddedToken(token.content, normalized=normalized, **flags)])
         if (got := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(
                 f"{folder}: the token {shown(token.content)} must be {number}, as added_tokens_decoder or "

@@ -14,6 +14,7 @@ def document(record):
 
 def test_all_of_a_text_is_learned():
     assert document({"text": " To be\n", "id": 3}) == Document("a", " To be\n", None)
+    assert document({"text": "To be", "tools": "none of ours"}).unwritten == ()
 
 
 def test_the_completion_is_learned():
@@ -41,9 +42,40 @@ def test_fields_that_are_none_are_absent():
     document_of({"messages": messages}, "a", Strict())
 
 
+class WithTools(ToyTokenizer):
+    """Writes tools first; ``tool_calls`` are not written."""
+
+    def chat(self, messages, *, tools=()):
+        assert tools == [{"name": "look"}] or tools == ()
+        return super().chat(messages)._replace(unwritten=("tool_calls",))
+
+
+@pytest.mark.parametrize("tools", [[{"name": "look"}], '[{"name": "look"}]'], ids=["list", "json"])
+def test_tools_are_given_to_the_template_and_what_it_does_not_write_is_known(tools):
+    messages = [*CHAT, {"role": "assistant", "content": "so", "tool_calls": [{"name": "look"}]}]
+    assert document_of({"messages": messages, "tools": tools}, "a", WithTools()).unwritten == ("tool_calls",)
+    with pytest.raises(ValueError, match="message 3 has tool_calls alone, which the chat template does not write"):
+        document_of({"messages": [*CHAT, messages[2] | {"content": None}]}, "a", WithTools())
+
+
+def test_a_content_may_be_parts_of_text():
+    parts = [{"type": "text", "text": "h", "image_url": None}, {"type": "text", "text": "i"}]
+    assert document({"messages": [{"role": "user", "content": parts}, CHAT[1]]}) == document({"messages": CHAT})
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
+        ({"messages": CHAT, "tools": 3}, "tools must be a list of objects, got 3"),
+        ({"messages": CHAT, "tools": "look"}, "tools must be a list of objects, or JSON of one, got other text"),
+        ({"messages": CHAT, "tools": ["look"]}, "tools must be a list of objects, got ['look']"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "message 1: content must have parts of the",
+        ),
+        ({"a" * 10**6: 1}, "got 'aaaaa"),
+        ({"a\x1b[31m\n": 1}, r"got 'a\x1b[31m\n'"),
+        ({str(i): 1 for i in range(10**4)}, "and 9,994 more"),
         ({}, "must have one of text, prompt and completion, or messages, got no fields"),
         ({"instruction": "a", "output": "b"}, "got instruction, output"),
         ({"prompt": "a", "id": 1}, "got prompt"),
@@ -68,7 +100,7 @@ def test_fields_that_are_none_are_absent():
 def test_what_is_no_document_says_why(record, reason):
     with pytest.raises(ValueError) as error:
         document(record)
-    assert reason in str(error.value)
+    assert reason in str(error.value) and len(str(error.value)) < 400
 
 
 def test_a_template_that_writes_no_answer_is_found():
@@ -88,6 +120,7 @@ def test_a_template_that_writes_no_answer_is_found():
         (b'["text"]', "must be an object with text, prompt and completion, or messages, got a list"),
         (b"[" * 100_000, "too many brackets"),
         (b'{"text": "a"', "is not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "is JSON with a number of thousands of digits"),
     ],
 )
 def test_a_line_that_is_no_record_says_why(line, reason):
@@ -98,3 +131,5 @@ def test_a_line_that_is_no_record_says_why(line, reason):
 
 def test_names_that_are_not_utf_8_can_be_printed():
     assert listed(["caf\udce9.png"]) == "caf\\udce9.png"
+    assert listed(["a\nb\x1b[31m.txt", "é"]) == "a\\nb\\x1b[31m.txt; é"
+    assert len(listed(["a" * 10**6])) < 400

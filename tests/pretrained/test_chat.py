@@ -83,6 +83,44 @@ def test_an_answer_that_is_empty_is_its_end():
     assert said(chat_text(CHATML, messages, eos_token="<|im_end|>")) == ["<|im_end|>"]
 
 
+@pytest.mark.parametrize("field", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>"), (MARKED, "</s>")], ids=["chatml", "generation"])
+def test_a_turn_of_no_weight_is_read_and_not_learned(template, end, field):
+    plain = chat_text(template, CONVERSATION, eos_token=end)
+    first = [CONVERSATION[0], CONVERSATION[1] | field, CONVERSATION[2], CONVERSATION[3] | {"weight": 1, "train": True}]
+    assert chat_text(template, first, eos_token=end) == (plain.text, plain.learned[1:], ())
+
+
+def test_weights_are_told_apart_by_marks_or_refused():
+    once = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    with pytest.raises(ValueError, match="marks 1 blocks of 2 messages"):
+        chat_text(once, [*CONVERSATION[:3], CONVERSATION[3] | {"weight": 0}])
+    with pytest.raises(ValueError, match="message 1 must have a weight of 0 or 1, .*, got 0.5"):
+        chat_text(CHATML, [CONVERSATION[0], CONVERSATION[1] | {"weight": 0.5}])
+
+
+def test_templates_do_not_see_what_is_for_training():
+    chat = chat_text(
+        "{{ messages[0] | tojson }}", [{"role": "user", "content": "a", "weight": 1, "train": False, "x": 1}]
+    )
+    assert chat.text == '{"role": "user", "content": "a", "x": 1}'
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " <b>"}]
+    messages = [{"role": "user", "content": parts}, *CONVERSATION[1:]]
+    assert chat_text(CHATML, messages) == chat_text(CHATML, CONVERSATION)
+
+
+def test_tools_reach_the_template_or_are_said_to_be_unwritten():
+    template = "{% for t in tools %}{{ t.name }} {% endfor %}" + CHATML
+    tools = [{"name": "look"}, {"name": "seek"}]
+    assert chat_text(template, CONVERSATION, tools=tools).text.startswith("look seek <|im_start|>")
+    assert chat_text(template, CONVERSATION, tools=tools).unwritten == ()
+    calls = [*CONVERSATION[:3], CONVERSATION[3] | {"tool_calls": [{"name": "look"}]}]
+    assert chat_text(CHATML, calls, tools=tools).unwritten == ("tools", "tool_calls")
+
+
 @pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama-3"])
 def test_a_prompt_is_what_the_answer_continues(template):
     prompt = chat_prompt(template, CONVERSATION[:1], bos_token="<s>")
@@ -130,6 +168,10 @@ def test_a_template_cannot_leave_its_sandbox():
         (CHATML, [{"content": "a"}], "message 0 needs a role, such as 'user', got {'content': 'a'}"),
         (CHATML, ["a"], "message 0 needs a role"),
         (CHATML, [CONVERSATION[0], {"role": "user"}], "message 1 needs a content"),
+        (CHATML, [{"role": "user", "content": [{"type": "image"}]}], "message 0: .* type 'text' alone, got 'image'"),
+        (CHATML, [{"role": "user", "content": ["a"]}], "message 0: .* type 'text' alone, got 'a'"),
+        (CHATML, [{"role": "user", "content": [{"type": "text"}]}], "message 0: a part .* must have a string text"),
+        (CHATML, [{"role": "user", "content": "a", "x": {1}}], "messages must be of JSON's types: .* set"),
         (CHATML, [{"role": "user", "content": 3}], "refuses the messages: can only concatenate str"),
         (MISTRAL, [{"role": "system", "content": "a"}], "refuses the messages: only user and assistant roles$"),
         ("{% if %}", CONVERSATION, "refuses the messages: Expected an expression"),
@@ -149,4 +191,4 @@ def test_what_is_refused(template, messages, error):
 
 def test_what_a_marked_block_sets_stays_in_it():
     template = "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}"
-    assert chat_text(template, CONVERSATION) == ("1False", ((0, 1),))
+    assert chat_text(template, CONVERSATION) == ("1False", ((0, 1),), ())
