@@ -112,8 +112,8 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
     Args:
         record: with ``text``, or ``prompt`` and ``completion`` (strings, joined as they are), or ``messages`` (a list
             of objects with the strings ``role`` and ``content``; a content may be a list of parts of text). Beside
-            messages, ``tools`` is a list of objects, or JSON of one. A message with ``weight: 0`` or ``train: false`` is
-            not learned. Fields that are None count as absent, others do not matter.
+            messages, ``tools`` is a list of objects, or JSON of one. A message with ``weight: 0`` or ``train: false``
+            is not learned. Fields that are None count as absent, others do not matter.
         name: the document's.
         tokenizer: its chat template is applied to messages.
 

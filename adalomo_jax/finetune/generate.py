@@ -110,7 +110,8 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = 
     """The text of tokens, a piece as soon as it is known: whole characters, spaces between the tokens included.
 
     The pieces together are what the tokens add to the text of those before them, without the last where that is one
-    that ends a text or a turn. Alone they would be read as the beginning of a text, where some tokenizers leave a space out.
+    that ends a text or a turn. Alone they would be read as the beginning of a text, where some tokenizers leave a space
+    out.
     """
     held = list(map(int, before))
     known = tokenizer.decode(held)

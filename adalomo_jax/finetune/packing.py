@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +11,9 @@ import numpy as np
 from adalomo_jax.finetune.documents import Document
 from adalomo_jax.pretrained.tokenizer import Encoded, Tokenizer
 
-CHUNK = 2**20
-"""About how many characters are tokenized at once: a tokenizer's own objects take many times a token's bytes."""
+CHUNK = 2**18
+"""About how many characters are tokenized at once: a tokenizer's own objects take many times a token's bytes. A longer
+text is tokenized in parts."""
 
 
 class Batch(NamedTuple):
@@ -89,20 +89,18 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokenized:
     """
     vocab_size = tokenizer.vocab_size  # which some tokenizers count anew each time
     dtype = np.min_scalar_type(vocab_size - 1)
-    tokens, learned = [np.zeros(0, dtype)], [np.zeros(0, bool)]
-    for chunk in _chunks(documents):
-        encoded = tokenizer.encode([document.text for document in chunk], add_special=not chunk[0].formatted)
-        for document, of_document in zip(chunk, encoded):
-            all_tokens, all_learned = _ended(document, of_document, tokenizer.eos)
+    tokens, learned, ends = bytearray(), bytearray(), []  # which grow in place: lists of arrays would be there twice
+    for document, parts in _encoded(documents, tokenizer):
+        for all_tokens, all_learned in _ended(document, parts, tokenizer.eos):
             if all_tokens.size and not 0 <= all_tokens.min() <= all_tokens.max() < vocab_size:
                 raise ValueError(
                     f"tokens must be from 0 to the {vocab_size} of the vocabulary less one, got "
                     f"{all_tokens.max()} in {document.name}: the tokenizer is of another vocabulary"
                 )
-            tokens.append(all_tokens.astype(dtype))
-            learned.append(all_learned)
-    ends = np.cumsum([len(of_document) for of_document in tokens[1:]], dtype=np.int64)
-    return Tokenized(np.concatenate(tokens), np.concatenate(learned), ends)
+            tokens += all_tokens.astype(dtype).data
+            learned += all_learned.data
+        ends.append(len(learned))
+    return Tokenized(np.frombuffer(tokens, dtype), np.frombuffer(learned, bool), np.array(ends, np.int64))
 
 
 def pack(tokenized: Tokenized, seq_len: int) -> Packed:
@@ -114,8 +112,8 @@ def pack(tokenized: Tokenized, seq_len: int) -> Packed:
     starts, lengths = _pieces(tokenized, seq_len)
     learned = tokenized.learned.copy()
     learned[starts] = False
-    to_learn = np.add.reduceat(learned, starts, dtype=np.int64) if len(starts) else starts
-    short, unlearned = lengths < 2, (lengths >= 2) & (to_learn == 0)
+    teaches = np.logical_or.reduceat(learned, starts) if len(starts) else np.zeros(0, bool)  # sums would take int64
+    short, unlearned = lengths < 2, (lengths >= 2) & ~teaches
     kept = np.flatnonzero(~short & ~unlearned)
     sequences = best_fit(lengths[kept], seq_len)
 
@@ -168,30 +166,57 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
     return sequences
 
 
+def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Iterable[Encoded]]]:
+    """The documents in order, each with its tokens in parts; short ones are tokenized together."""
+    for chunk in _chunks(documents):
+        add_special = not chunk[0].formatted
+        if len(chunk) == 1 and len(chunk[0].text) > CHUNK:
+            yield chunk[0], tokenizer.parts(chunk[0].text, add_special=add_special)
+        else:
+            encoded = tokenizer.encode([document.text for document in chunk], add_special=add_special)
+            yield from zip(chunk, ([one] for one in encoded))
+
+
 def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """The documents in order, in lists of some ``CHUNK`` characters that are formatted or not alike."""
-    sizes = itertools.accumulate(len(document.text) for document in documents)
-    keys = ((size // CHUNK, document.formatted) for size, document in zip(sizes, documents))
-    for _, group in itertools.groupby(zip(keys, documents), key=lambda pair: pair[0]):
-        yield [document for _, document in group]
+    """The documents in order, in lists of ``CHUNK`` characters that are formatted or not alike; longer ones alone."""
+    chunk: list[Document] = []
+    room = CHUNK
+    for document in documents:
+        if chunk and (len(document.text) > room or document.formatted != chunk[0].formatted):
+            yield chunk
+            chunk, room = [], CHUNK
+        chunk.append(document)
+        room -= len(document.text)
+    if chunk:
+        yield chunk
 
 
-def _ended(document: Document, encoded: Encoded, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """A document's tokens with the one that ends it, and which of them are learned."""
-    tokens, spans = encoded
-    if document.learned is None:
-        learned = np.ones(len(tokens), bool)
-    else:
-        is_learned = np.zeros(len(document.text), bool)
-        for start, end in document.learned:
-            is_learned[start:end] = True
-        before = np.concatenate([[0], np.cumsum(is_learned)])
-        learned = before[spans[:, 1]] > before[spans[:, 0]]
-    if eos is None or document.formatted:
-        return tokens, learned
-    if len(tokens) and tokens[-1] == eos:  # the tokenizer ends texts itself
-        tokens, learned = tokens[:-1], learned[:-1]
-    return np.append(tokens, eos), np.append(learned, True)
+def _ended(document: Document, parts: Iterable[Encoded], eos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A document's tokens, in parts, with the one that ends it, and which of them are learned."""
+    held = np.zeros(0, np.int32), np.zeros(0, bool)
+    for tokens, spans in parts:
+        if len(tokens):
+            yield held
+            held = tokens, _is_learned(document, spans)
+    ends_itself = len(held[0]) and held[0][-1] == eos
+    if ends_itself and not document.formatted:
+        held[1][-1] = True
+    yield held
+    if eos is not None and not document.formatted and not ends_itself:
+        yield np.array([eos]), np.ones(1, bool)
+
+
+def _is_learned(document: Document, spans: np.ndarray) -> np.ndarray:
+    """Which tokens are learned, of those that stand for these characters."""
+    if document.learned is None or not len(spans):
+        return np.ones(len(spans), bool)
+    first, last = spans[:, 0].min(), spans[:, 1].max()
+    before = np.zeros(last - first + 1, np.int32)
+    for start, end in document.learned:
+        before[max(0, start + 1 - first) : max(0, end + 1 - first)] = 1
+    before[0] = 0
+    np.cumsum(before, out=before)
+    return before[spans[:, 1] - first] > before[spans[:, 0] - first]
 
 
 def _pieces(tokenized: Tokenized, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 A template is a program that somebody wrote. Jinja's sandbox keeps it from everything but its messages, yet not from
 ``'x' * 8000000000`` or from loops in loops, and there are too many ways to such for a list of them: filters, methods of
 strings, powers, formats. So templates run in a process of their own, which the system bounds: whatever they do, they
-end, and the run has one line. A row costs some 0.1 ms more than it would in this process; starting it costs 0.1 s, once.
+end, and the run has one line. A row costs some 0.2 ms more than it would in this process, and the process 0.1 s, once.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+WINDOW, OVERLAP = 2**17, 2**13
+"""Characters of a long text that are read at once, and how many of them a second time with the following ones."""
+
+
 class Encoded(NamedTuple):
     """A text as tokens."""
 
     tokens: np.ndarray
     """int32 ``[n]``."""
     spans: np.ndarray
-    """int32 ``[n, 2]``: the characters of the text, from and to, that a token stands for. Tokens that are parts of one
-    character have the same span; one that stands for no text (BOS) has an empty one."""
+    """int32 ``[n, 2]``, of parts int64: the characters of the text, from and to, that a token stands for. Tokens that
+    are parts of one character have the same span; one that stands for no text (BOS) has an empty one."""
 
 
 class Tokenizer(Protocol):
@@ -49,6 +53,10 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
         """Each text as tokens; ``add_special`` adds those that start and end a text, as the tokenizer is told to."""
+        ...
+
+    def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
+        """The tokens of one text, of any length, in parts that take little memory each; errors are as in ``encode``."""
         ...
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -77,6 +85,11 @@ class ByteTokenizer:
         """The bytes of each text; ``UnicodeEncodeError``, a ``ValueError``, for half a surrogate pair: it has none."""
         return [_encode_bytes(text) for text in texts]
 
+    def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
+        """The bytes of a text, in parts."""
+        for start in range(0, max(1, len(text)), WINDOW):
+            yield _moved(_encode_bytes(text[start : start + WINDOW]), start)
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of the bytes; what is no UTF-8, or no byte where a model knows more tokens, becomes U+FFFD."""
         unknown = "\N{REPLACEMENT CHARACTER}".encode()
@@ -91,9 +104,14 @@ class ByteTokenizer:
 
 
 def _encode_bytes(text: str) -> Encoded:
-    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    starts = np.cumsum(tokens & 0xC0 != 0x80) - 1  # a byte 10xxxxxx continues a character
-    return Encoded(tokens, np.stack([starts, starts + 1], axis=-1).astype(np.int32).reshape(-1, 2))
+    tokens = np.frombuffer(text.encode(), np.uint8)
+    starts = np.cumsum(tokens & 0xC0 != 0x80, dtype=np.int32) - 1  # a byte 10xxxxxx continues a character
+    return Encoded(tokens.astype(np.int32), np.stack([starts, starts + 1], axis=-1))
+
+
+def _moved(encoded: Encoded, start: int) -> Encoded:
+    """Of a part of a text that begins at a character."""
+    return encoded._replace(spans=encoded.spans + np.int64(start))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,15 +156,30 @@ class TextTokenizer:
             UnicodeEncodeError: a text with half a surrogate pair (a ``ValueError``).
             ValueError: a text that the tokenizer cannot read, as one with characters that it has no token for.
         """
-        try:
-            with as_value_errors("the tokenizer cannot read the text"):
-                encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
-        except TypeError:  # that is all the library says of half a surrogate pair
-            for text in texts:
-                text.encode()
-            raise
-        found = [Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings]
+        found = self._encode(texts, add_special)
         return [self._once(encoded) for encoded in found] if add_special else found
+
+    def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
+        """The tokens of a text, in parts.
+
+        The text is read in windows that overlap, and joined where both windows have the same tokens for thousands of
+        characters: how a text is cut depends on its nearest words alone in the tokenizers that are in use. Where they
+        do not agree, the rest of the text is read at once.
+        """
+        once = self._once if add_special else lambda encoded: encoded
+        start, begin = 0, 0
+        [window] = self._encode([text[:WINDOW]], add_special)
+        while start + WINDOW < len(text):
+            following = start + WINDOW - OVERLAP
+            [other] = self._encode([text[following : following + WINDOW]], add_special)
+            window, other = _moved(window, 0), _moved(other, following)
+            cuts = _agree(window, other, following + OVERLAP // 4, following + OVERLAP - OVERLAP // 4)
+            if cuts is None:
+                [window] = [_moved(rest, start) for rest in self._encode([text[start:]], add_special)]
+                break
+            yield once(_slice(window, begin, cuts[0]))
+            window, begin, start = other, cuts[1], following
+        yield once(_slice(window, begin, len(window.tokens)))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The tokens as text, without special ones; parts of a character become U+FFFD."""
@@ -197,6 +230,18 @@ class TextTokenizer:
         texts = {"bos_token": self.bos, "eos_token": self.eos}
         return {name: None if token is None else self.tokenizer.id_to_token(token) for name, token in texts.items()}
 
+    def _encode(self, texts: Sequence[str], add_special: bool) -> list[Encoded]:
+        try:
+            with as_value_errors("the tokenizer cannot read the text"):
+                encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=add_special)
+                return [
+                    Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings
+                ]
+        except TypeError:  # that is all the library says of half a surrogate pair
+            for text in texts:
+                text.encode()
+            raise
+
     def _once(self, encoded: Encoded) -> Encoded:
         """Without a token that was added beside one that the text spells out: before it BOS, after it EOS."""
         tokens, spans = encoded
@@ -207,6 +252,21 @@ class TextTokenizer:
         return Encoded(tokens[kept], spans[kept])
 
 
+def _slice(encoded: Encoded, begin: int, end: int) -> Encoded:
+    return Encoded(encoded.tokens[begin:end], encoded.spans[begin:end])
+
+
+def _agree(left: Encoded, right: Encoded, begin: int, end: int) -> tuple[int, int] | None:
+    """Where two readings of a text can be joined: the first token of each of those that lie between two characters, if
+    they are the same tokens for the same characters."""
+    within = [np.flatnonzero((one.spans[:, 0] >= begin) & (one.spans[:, 1] <= end)) for one in (left, right)]
+    if not all(map(len, within)):
+        return None
+    tokens = [_slice(one, i[0], i[-1] + 1) for one, i in zip((left, right), within)]
+    is_same = all(np.array_equal(a, b) for a, b in zip(*tokens))
+    return (int(within[0][0]), int(within[1][0])) if is_same else None
+
+
 def is_token(tokenizer: tokenizers.Tokenizer, token: Any) -> bool:
     """Whether it is the number of a token, added ones included.
 
@@ -215,8 +275,9 @@ def is_token(tokenizer: tokenizers.Tokenizer, token: Any) -> bool:
     >>> [is_token(letters, token) for token in (1, 2, -1, 1.0, True)]
     [True, False, False, False, False]
     """
-    is_number = isinstance(token, int | np.integer) and not isinstance(token, bool)
-    return is_number and 0 <= token < 2**32 and tokenizer.id_to_token(int(token)) is not None
+    if isinstance(token, bool) or not isinstance(token, int | np.integer):
+        return False
+    return 0 <= int(token) < 2**32 and tokenizer.id_to_token(int(token)) is not None
 
 
 def _write_json(path: Path, contents: dict[str, Any]) -> None:

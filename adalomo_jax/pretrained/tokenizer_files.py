@@ -116,8 +116,8 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
     by ``add_bos_token`` and ``add_eos_token``, all others by ``tokenizer.json``.
 
     The special tokens are those of ``tokenizer_config.json``, and where that names none those of
-    ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The chat template
-    is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
+    ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The chat
+    template is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
 
     Raises:
         ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 MOST_GROWTH = 1_000
-"""Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to four;
-some hundreds of bytes of JSON could make it 10**10."""
+"""Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to
+four; some hundreds of bytes of JSON could make it 10**10."""
 _PROBE = "The 12 cats' \t\n\0 café e\u0301 日本語 \u202eعربي \U0001f44d\U0001f3fd \ufffd \ufb01 ﷺ"
 """What a tokenizer meets in text, to see whether its own code fails."""
 
@@ -24,8 +24,8 @@ def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer without the truncation and padding that it may carry.
 
     Raises:
-        ValueError: there is no file, it cannot be read, it holds no tokenizer or none that always gives the same tokens,
-            or one that makes very much text of little.
+        ValueError: there is no file, it cannot be read, it holds no tokenizer or none that always gives the same
+            tokens, or one that makes very much text of little.
     """
     import tokenizers
 
@@ -55,8 +55,8 @@ def _check(content: dict[str, Any]) -> None:
         raise ValueError(f"model must be an object, got {shown(model)}")
     if model.get("dropout"):
         raise ValueError(
-            f"model.dropout must be null, got {shown(model['dropout'])}: it would read a text differently each time, and "
-            "no run could go on from its checkpoint; write null there"
+            f"model.dropout must be null, got {shown(model['dropout'])}: it would read a text differently each time, "
+            "and no run could go on from its checkpoint; write null there"
         )
     for step in ("normalizer", "decoder", "pre_tokenizer"):
         growth = 1

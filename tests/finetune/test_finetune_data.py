@@ -174,6 +174,19 @@ def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
     assert str(report).splitlines()[-1] == f"left out: {said}"
 
 
+def test_what_the_template_does_not_write_is_said(tmp_path):
+    class Plain(ToyTokenizer):
+        def chat(self, messages, *, tools=None):
+            return super().chat(messages)._replace(unwritten=("tools",) if tools else ())
+
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    rows = [{"messages": messages}, {"messages": messages, "tools": [{"name": "look"}]}] * 20
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    report = load_data([path], Plain(), seq_len=32).report
+    assert str(report).splitlines()[-1] == "not used: tools of 20 conversations, which the chat template does not write"
+
+
 def test_reasons_are_on_one_line(tmp_path):
     refused = [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path / "a.jsonl", {"messages": refused})

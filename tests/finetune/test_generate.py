@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from typing import Any, cast
 
 import jax
@@ -120,6 +122,17 @@ def test_a_chat_is_put_in_its_template_and_stops_at_each_end(small, params, caps
     assert seen == [([[8, 2, 4, 6, 5, 3, 11]], (0, 1))]
     assert printed.out == "7 8\n"
     assert printed.err.startswith("3 tokens")
+
+
+def test_whoever_reads_it_may_stop(folder):
+    """As head does: no traceback, and what was asked for."""
+    command = [sys.executable, "-m", "adalomo_jax.cli", "generate", "--model", str(folder), "--length", "30"]
+    with subprocess.Popen([*command, "--prompt", PROMPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.read(1) == PROMPT[:1].encode()
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 
 def test_pieces_are_whole_characters():

@@ -12,9 +12,17 @@ class ToyTokenizer:
 
     def __init__(self, special=True):
         self.vocab_size, self.eos = (258, EOS) if special else (256, None)
+        self.stops = (EOS,) if special else ()
 
     def encode(self, texts, *, add_special=True):
         return [self._encode(text, add_special and self.eos is not None) for text in texts]
+
+    def parts(self, text, *, add_special=True):
+        """Two halves, which a token does not straddle."""
+        (encoded,) = self.encode([text], add_special=add_special)
+        half = len(encoded.tokens) // 2
+        for part in (slice(half), slice(half, None)):
+            yield Encoded(encoded.tokens[part], encoded.spans[part])
 
     def _encode(self, text, add_bos):
         if self.eos is None:
@@ -35,7 +43,7 @@ class ToyTokenizer:
         names = {BOS: b"<s>", EOS: b"</s>"}
         return b"".join(names.get(int(token), bytes([int(token) % 256])) for token in tokens).decode(errors="replace")
 
-    def chat(self, messages):
+    def chat(self, messages, *, tools=None):
         """``user:hi|`` and ``assistant:ho</s>|``; it refuses other roles."""
         text, learned = "", []
         for message in messages:

@@ -105,6 +105,18 @@ def test_after_the_end_token_there_is_nothing_else(model):
     assert not np.array_equal(ended, free)
 
 
+def test_each_of_several_tokens_ends_a_sequence(model):
+    free = np.asarray(generate(model, PROMPT, 12, key=jax.random.key(0), temperature=2.0))
+    eos = (int(free[0, 6]), int(free[1, 5]))
+    ended = np.asarray(generate(model, PROMPT, 12, key=jax.random.key(0), temperature=2.0, eos=eos))
+    for row, plain in zip(ended, free):
+        end = 3 + next(i for i, token in enumerate(plain[3:]) if token in eos)
+        assert np.array_equal(row[: end + 1], plain[: end + 1])
+        assert np.all(row[end:] == plain[end])
+    sampler = Sampler(2.0, eos=eos)
+    assert len(list(stream(model, PROMPT, 12, key=jax.random.key(0), sampler=sampler))) < 12
+
+
 @pytest.mark.parametrize("sampler", [Sampler(0.0), slow(Sampler(2.0)), Sampler(2.0, 0.7)])
 def test_a_stream_is_the_same_text(model, sampler):
     whole = generate(model, PROMPT, 6, key=jax.random.key(1), temperature=sampler.temperature, top_p=sampler.top_p)

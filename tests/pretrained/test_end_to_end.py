@@ -17,7 +17,7 @@ from adalomo_jax.models import generate, llama_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.tokenizer import read_tokenizer
+from adalomo_jax.pretrained.tokenizer_files import read_tokenizer
 
 CONFIG = dataclasses.replace(LLAMA, vocab_size=byte_level().get_vocab_size())
 CHAT = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "the cat sat on the mat"}]

@@ -88,6 +88,23 @@ def test_the_file_says_what_is_added(path, changes, before, after):
     assert pieces(tokenizer, "the") == ["<|im_start|>"] * before + ["the"] + ["<|im_end|>"] * after
 
 
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [
+        ({}, (1,)),
+        ({"eot_token_id": 5}, (1, 5)),
+        ({"eot_token_id": 5, "eom_token_id": 6}, (1, 5, 6)),
+        ({"eos_token_id": None, "eot_token_id": 5}, (5,)),
+        ({"eot_token_id": 1}, (1,)),
+    ],
+)
+def test_generation_stops_where_the_file_says_that_a_text_or_a_turn_ends(path, tmp_path, changes, stops):
+    tokenizer = tokenizer_of_gguf(write_gguf(path, **byte_level_fields(**changes)))
+    assert tokenizer.stops == stops
+    tokenizer.save(tmp_path)
+    assert set(read_tokenizer(tmp_path).stops) == set(stops)
+
+
 def test_a_token_that_a_user_defined_is_found_in_a_text_and_is_no_special_one(path):
     tokenizer = tokenizer_of_gguf(write_gguf(path, **byte_level_fields()))
     assert pieces(tokenizer, "the<think>the") == ["the", "<think>", "the"]
@@ -142,6 +159,9 @@ def test_what_is_saved_is_read_back(path, fields):
         (byte_level_fields(merges=None), "its tokenizer is incomplete: 'merges'"),
         (byte_level_fields(merges=["a zz"]), "zz"),
         (byte_level_fields(eos_token_id=10**6), "eos_token_id must be one of its 291 tokens, got 1000000"),
+        (byte_level_fields(eot_token_id=10**6), "eot_token_id must be one of its 291 tokens, got 1000000"),
+        (byte_level_fields(eot_token_id="a"), "eot_token_id must be .*, got 'a'"),
+        (byte_level_fields(eom_token_id=True), "eom_token_id must be .*, got True"),
         (byte_level_fields(add_bos_token=True, bos_token_id=None), "there is no tokenizer.ggml.bos_token_id"),
         (sentencepiece_fields(scores=None), "its tokenizer is incomplete: 'scores'"),
         (sentencepiece_fields(scores=[1.0]), "need as many scores, got 1"),

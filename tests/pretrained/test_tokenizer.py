@@ -6,8 +6,11 @@ import pickle
 import numpy as np
 import pytest
 from small_tokenizers import CHATML, byte_level
+from tokenizers import Tokenizer as Tokenizers
+from tokenizers import models
 
 from adalomo_jax.pretrained import ByteTokenizer, Encoded, TextTokenizer, Tokenizer, read_tokenizer
+from adalomo_jax.pretrained import tokenizer as tokenizer_module
 
 TEXTS = ["the cat's 12 hats", " two  spaces\n\n\tand é, 日本 and 👍🏽", "<|im_start|>the<|im_end|>", "", " "]
 BOTH: list[Tokenizer] = [ByteTokenizer(), TextTokenizer(byte_level())]
@@ -189,8 +192,8 @@ def test_a_class_that_adds_bos_needs_one(tmp_path):
 
 def test_a_text_that_spells_out_what_is_added_gets_no_second_one(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    names = dict(bos_token="<|im_start|>", eos_token="<|im_end|>", tokenizer_class=LLAMA, add_eos_token=True)
-    write_config(tmp_path, **names)
+    names = dict(bos_token="<|im_start|>", eos_token="<|im_end|>")
+    write_config(tmp_path, tokenizer_class=LLAMA, add_eos_token=True, **names)
     texts = ["<|im_start|>the<|im_end|>", "the", "", "<|im_start|><|im_start|>", "<|im_start|>"]
     the = byte_level().encode("the").ids
     encoded = read_tokenizer(tmp_path).encode(texts)
@@ -253,10 +256,53 @@ def test_a_tokenizer_can_be_sent_to_another_process(folder):
     assert again.chat(MESSAGES) == tokenizer.chat(MESSAGES)
 
 
+def joined(parts):
+    return [np.concatenate(arrays).tolist() for arrays in zip(*parts)]
+
+
+LONG = "".join(f"the cat's {i} hats, and\n\tsat  on é 日本 {i * i} mats.\n" for i in range(300))
+
+
+@pytest.mark.parametrize("tokenizer", BOTH, ids=["bytes", "text"])
+def test_a_text_in_parts_has_the_same_tokens(monkeypatch, tokenizer):
+    monkeypatch.setattr(tokenizer_module, "WINDOW", 1000)
+    monkeypatch.setattr(tokenizer_module, "OVERLAP", 300)
+    for text in (LONG, LONG[:999], LONG[:1000], LONG[:1001], "a", ""):
+        parts = list(tokenizer.parts(text))
+        assert joined(parts) == joined(tokenizer.encode([text]))
+        assert len(parts) > 5 or len(text) < 2000
+
+
+def test_what_stands_around_a_text_in_parts_stands_there_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "WINDOW", 1000)
+    monkeypatch.setattr(tokenizer_module, "OVERLAP", 300)
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, bos_token="<|im_start|>", eos_token="<|im_end|>", tokenizer_class=LLAMA, add_eos_token=True)
+    tokenizer = read_tokenizer(tmp_path)
+    for text in (LONG, f"<|im_start|>{LONG}<|im_end|>"):
+        tokens = joined(tokenizer.parts(text))[0]
+        assert tokens == tokenizer.encode([text])[0].tokens.tolist()
+        assert tokens.count(0) == tokens.count(1) == 1
+    assert joined(tokenizer.parts(LONG, add_special=False)) == joined(tokenizer.encode([LONG], add_special=False))
+
+
+def test_a_text_whose_parts_do_not_agree_is_read_at_once(monkeypatch):
+    """Four letters are a token, counted from where they begin: a window that begins elsewhere has others."""
+    monkeypatch.setattr(tokenizer_module, "WINDOW", 1000)
+    monkeypatch.setattr(tokenizer_module, "OVERLAP", 301)
+    tokenizer = Tokenizers(models.BPE({"a": 0, "aa": 1, "aaaa": 2, "b": 3}, [("a", "a"), ("aa", "aa")]))
+    text = "b" * 1900 + "a" * 4001
+    parts = list(TextTokenizer(tokenizer).parts(text))
+    assert joined(parts) == joined(TextTokenizer(tokenizer).encode([text]))
+    assert len(parts) > 1 and len(parts[-1].tokens) > 900
+
+
 @pytest.mark.parametrize("tokenizer", BOTH, ids=["bytes", "text"])
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
         tokenizer.encode(["fine", "\ud83d"])
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        list(tokenizer.parts("\ud83d"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""The process in which templates run: its bounds, its end, and that it comes again."""
+
+import os
+import signal
+
+import pytest
+
+from adalomo_jax.pretrained import templates
+from adalomo_jax.pretrained.templates import render
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+PLAIN = "{{ messages[0].content }}"
+
+
+def rendered(template=PLAIN, **given):
+    return render(template, MESSAGES, [(1, False)], given=given)[0]
+
+
+def child():
+    process = templates._process.child
+    assert process is not None
+    return process
+
+
+def test_all_parts_are_rendered():
+    template = "{{ messages|length }}{{ add_generation_prompt }}{{ x }}"
+    assert render(template, MESSAGES * 3, [(3, False), (1, True)], given={"x": "é\ud800"}) == [
+        "3Falseé\ud800",
+        "1Trueé\ud800",
+    ]
+
+
+def test_templates_take_turns_in_one_process():
+    first = rendered(), child().pid
+    assert [rendered("a"), rendered(), rendered("a")] == ["a", "Hi", "a"]
+    assert first == ("Hi", child().pid)
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 8000000000 }}", "{{ 1 / 0 }}", "{% if %}", "a" * 1_100_000])
+def test_what_fails_leaves_the_process_as_it_is(template):
+    rendered()
+    pid = child().pid
+    with pytest.raises(ValueError, match="chat template"):
+        rendered(template)
+    assert (rendered(), child().pid) == ("Hi", pid)
+
+
+def test_a_process_that_was_ended_comes_again():
+    rendered()
+    before = child()
+    os.kill(before.pid, signal.SIGKILL)
+    before.wait()
+    with pytest.raises(ValueError, match="ended the process that it ran in"):
+        rendered()
+    assert rendered() == "Hi" and child().pid != before.pid
+
+
+def test_a_template_that_takes_too_long_is_refused_unseen_after_some_times(monkeypatch):
+    templates._process.end()
+    monkeypatch.setitem(templates.LIMITS, "seconds", 0.05)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for _ in range(templates._STRIKES):
+        with pytest.raises(ValueError, match="breaks its bounds: it takes more than 0.05 seconds"):
+            rendered(endless)
+    with pytest.raises(ValueError, match="has broken its bounds 3 times: it is not tried again"):
+        rendered(endless)
+    assert rendered() == "Hi"
+    templates._process.end()
+
+
+def test_an_interrupted_answer_is_not_taken_for_the_next(monkeypatch):
+    rendered()
+    with monkeypatch.context() as patch:
+        patch.setattr(templates._Process, "_asked", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rendered("late")
+    assert templates._process.child is None
+    assert rendered() == "Hi"
+
+
+def interrupt(process, started, template, conversation):
+    started.stdin.write(b'"late"\n' + conversation + b"\n")
+    started.stdin.flush()
+    raise KeyboardInterrupt
+
+
+def test_output_is_bounded_by_the_messages():
+    long = [{"role": "user", "content": "a" * 3_000_000}]
+    assert len(render(PLAIN, long, [(1, False)], given={})[0]) == 3_000_000
+    with pytest.raises(ValueError, match="it writes more than 1,00.,... characters of messages of"):
+        rendered("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}")
+
+
+def test_without_jinja_the_way_out_is_said(monkeypatch):
+    monkeypatch.setattr(templates.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'adalomo-jax\[finetune\]'"):
+        rendered()
