@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -136,24 +134,12 @@ def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Ite
             yield token
 
     printed = ""
-    try:
-        print(prompt, end="", flush=True)
-        for piece in pieces(timed(), tokenizer, before):
-            printed += piece
-            print(piece, end="", flush=True)
-        print(flush=True)
-    except BrokenPipeError:  # whoever read it has seen enough, as head has
-        _close_output()
-        return printed
+    print(prompt, end="", flush=True)
+    for piece in pieces(timed(), tokenizer, before):
+        printed += piece
+        print(piece, end="", flush=True)
+    print()
     # The first token comes after the prompt was read, and the second after the program of one token was compiled.
     speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
     print(f"{len(times)} tokens{speed}", file=sys.stderr)
     return printed
-
-
-def _close_output() -> None:
-    """Python would try to write what is left once more at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
