@@ -66,14 +66,14 @@ def chat_text(
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     is_learned = [_is_learned(i, messages[i]) for i in said]
     if _GENERATION_TAG.search(template):
-        marked = _marked(render(template, seen, [(len(seen), False)], given=given)[0])
+        marked = _marked(next(render(template, seen, [(len(seen), False)], given=given)))
         chat = marked if all(is_learned) else _without(marked, is_learned)
         return chat._replace(unwritten=_unwritten(template, seen, tools))
     said = [i for i, learned in zip(said, is_learned) if learned]
-    parts = [(len(seen), False), *((i, True) for i in said), *((i + 1, False) for i in said)]
-    full, *texts = render(template, seen, parts, given=given)
-    prompts, throughs = texts[: len(said)], texts[len(said) :]
-    learned = tuple(_added(*of_message, full, eos_token) for of_message in zip(said, prompts, throughs))
+    parts = [(len(seen), False), *(part for i in said for part in ((i, True), (i + 1, False)))]
+    texts = render(template, seen, parts, given=given)
+    full = next(texts)
+    learned = tuple(_added(i, next(texts), next(texts), full, eos_token) for i in said)
     return ChatText(full, learned, _unwritten(template, seen, tools))
 
 
@@ -89,7 +89,7 @@ def chat_prompt(
     Args and errors are those of ``chat_text``. The template may write today's date.
     """
     given = _given(None, bos_token, eos_token)
-    (text,) = render(template, _as_seen(messages), [(len(messages), True)], given=given, dated=True)
+    text = next(render(template, _as_seen(messages), [(len(messages), True)], given=given, dated=True))
     return text.replace(OPEN, "").replace(CLOSE, "")
 
 

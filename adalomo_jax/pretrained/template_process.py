@@ -38,13 +38,15 @@ def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, A
         return {"error": _one_line(error)}
 
 
-def _render(template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]) -> list[str]:
+def _render(template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]) -> list[str | int]:
+    """The texts; one that the first begins with is its length, or long conversations would be written very often."""
     messages, given = request["messages"], dict(request["given"])
     if request["dated"]:
         given["strftime_now"] = datetime.datetime.now().strftime
     room = limits["output"] + limits["growth"] * size
     compiled = _compile(template)
-    texts = []
+    texts: list[str | int] = []
+    first = None
     for count, is_prompt in request["parts"]:
         pieces, length = [], 0
         for piece in compiled.generate(messages=messages[:count], add_generation_prompt=is_prompt, **given):
@@ -52,7 +54,9 @@ def _render(template: str, request: Mapping[str, Any], size: int, limits: Mappin
             length += len(piece)
             if length > room:
                 raise TooMuch(f"it writes more than {room:,} characters of messages of {size:,}")
-        texts.append("".join(pieces))
+        text = "".join(pieces)
+        texts.append(text if first is None or not first.startswith(text) else len(text))
+        first = text if first is None else first
     return texts
 
 
@@ -127,6 +131,9 @@ def _bounded(limits: Mapping[str, Any]) -> Any:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it ends this input
+    if hasattr(signal, "SIGPROF"):  # whoever started this may have it ignored or held back
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     try:
         import resource
     except ImportError:  # Windows

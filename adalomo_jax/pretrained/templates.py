@@ -11,13 +11,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def render(
     *,
     given: Mapping[str, Any],
     dated: bool = False,
-) -> list[str]:
-    """The texts that a template writes of a conversation and of its beginnings.
+) -> Iterator[str]:
+    """The texts that a template writes of a conversation and of its beginnings, one after the other.
 
     Args:
         template: the Jinja template.
@@ -120,7 +121,7 @@ def render(
     Raises:
         ValueError: the template refuses the messages, or breaks a bound.
 
-    >>> render("{{ messages[0].content }}{{ '?' * count }}", [{"content": "Hi"}], [(1, False)], given={"count": 2})
+    >>> list(render("{{ messages[0].content }}{{ '?' * n }}", [{"content": "Hi"}], [(1, False)], given={"n": 2}))
     ['Hi??']
     """
     if len(template) > MOST_BYTES:
@@ -135,13 +136,17 @@ def render(
         raise ValueError("messages have too many brackets inside each other") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"messages must be of JSON's types: {error}") from None
-    reply = _process.ask(template, conversation)
+    try:
+        reply = _process.ask(template, conversation)
+    except OSError as error:
+        raise ValueError(f"chat templates run in a process of their own, which cannot be started: {error}") from None
     if "limit" in reply:
         _strikes[template] += 1
         raise ValueError(f"the chat template breaks its bounds: {reply['limit']}")
     if "error" in reply:
         raise ValueError(f"the chat template refuses the messages: {reply['error']}")
-    return reply["texts"]
+    first, *others = reply["texts"]
+    return itertools.chain([first], (first[:text] if isinstance(text, int) else text for text in others))
 
 
 def _why(status: int | None) -> str:

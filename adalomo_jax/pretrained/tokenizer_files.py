@@ -218,6 +218,9 @@ def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bo
         tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
             single=single, pair=pair, special_tokens=[*before, *after]
         )
+        got = tokenizer.encode("").ids
+    if got != (wanted := [token for _, token in (*before, *after)]):
+        raise ValueError(f"{path}: the tokens {wanted} must stand around a text, got {got}: their names mean others")
 
 
 def _read_templates(folder: Path, config: _Config) -> _Templates:

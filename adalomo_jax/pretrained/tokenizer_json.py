@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 MOST_GROWTH = 1_000
 """Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to
 four; some hundreds of bytes of JSON could make it 10**10."""
+MOST_ADDED = 64
+"""Tokens that stand around a text, at most. Those in use add up to four."""
 _PROBE = "The 12 cats' \t\n\0 café e\u0301 日本語 \u202eعربي \U0001f44d\U0001f3fd \ufffd \ufb01 ﷺ"
 """What a tokenizer meets in text, to see whether its own code fails."""
 
@@ -63,6 +66,7 @@ def _check(content: dict[str, Any]) -> None:
         for part in _parts(content.get(step)):
             put = [part.get(name) for name in ("content", "prepend", "replacement", "prefix", "suffix")]
             growth *= max([1, *(len(text) for text in put if isinstance(text, str))])
+            growth *= _longest_mapped(part)
             if growth > MOST_GROWTH:
                 raise ValueError(
                     f"{step} must put at most {MOST_GROWTH:,} characters in the place of one, all its steps together; "
@@ -79,6 +83,15 @@ def _parts(step: Any) -> Iterator[dict[str, Any]]:
         yield from _parts(value)
 
 
+def _longest_mapped(part: dict[str, Any]) -> int:
+    """Bytes that a character becomes by SentencePiece's table: the size of a trie, the trie, and texts up to zeros."""
+    if not isinstance(table := part.get("precompiled_charsmap"), str):
+        return 1
+    content = base64.b64decode(table)
+    texts = content[4 + int.from_bytes(content[:4], "little") :]
+    return max(1, *map(len, texts.split(b"\0"))) if b"\0" in texts else max(1, len(texts))
+
+
 def _keep_white_space(post_processor: Any) -> None:
     """A token's span is to hold the space that the token has, or one of spaces alone would stand for no text."""
     for part in _parts(post_processor):
@@ -92,6 +105,8 @@ def _probe(tokenizer: tokenizers.Tokenizer) -> None:
         raise ValueError("it has no tokens")
     with as_value_errors("it fails on a text of no characters"):
         added = tokenizer.encode("").ids
+    if len(added) > MOST_ADDED:
+        raise ValueError(f"post_processor must put at most {MOST_ADDED} tokens around a text, got {len(added):,}")
     for token in added:
         if tokenizer.id_to_token(token) is None:
             raise ValueError(f"post_processor adds the token {token}, which is not in the vocabulary")

@@ -98,6 +98,8 @@ NORMALIZERS = {
     "charsmap-noise": _charsmap(b"\x08\0\0\0" + b"\xff" * 50),
     "charsmap-empty": _charsmap(b""),
     "charsmap-loop": _charsmap(b"\x10\0\0\0" + b"\0" * 16 + b"a\0"),
+    "charsmap-long": _charsmap(b"\x04\0\0\0" + b"\0" * 4 + b"a" * 1_000_000 + b"\0"),
+    "charsmap-no-base64": {"type": "Precompiled", "precompiled_charsmap": "\x00é"},
     "number": 5,
     "text": "NFC",
     "unknown": {"type": "Other"},

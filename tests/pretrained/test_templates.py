@@ -13,7 +13,7 @@ PLAIN = "{{ messages[0].content }}"
 
 
 def rendered(template=PLAIN, **given):
-    return render(template, MESSAGES, [(1, False)], given=given)[0]
+    return next(render(template, MESSAGES, [(1, False)], given=given))
 
 
 def child():
@@ -24,9 +24,14 @@ def child():
 
 def test_all_parts_are_rendered():
     template = "{{ messages|length }}{{ add_generation_prompt }}{{ x }}"
-    assert render(template, MESSAGES * 3, [(3, False), (1, True)], given={"x": "é\ud800"}) == [
-        "3Falseé\ud800",
-        "1Trueé\ud800",
+    parts = [(3, False), (1, True), (3, False), (0, False)]
+    texts = list(render(template, MESSAGES * 3, parts, given={"x": "é\ud800"}))
+    assert texts == ["3Falseé\ud800", "1Trueé\ud800", "3Falseé\ud800", "0Falseé\ud800"]
+    assert list(render("{% for m in messages %}a{% endfor %}", MESSAGES * 3, parts, given={})) == [
+        "aaa",
+        "a",
+        "aaa",
+        "",
     ]
 
 
@@ -86,9 +91,22 @@ def interrupt(process, started, template, conversation):
 
 def test_output_is_bounded_by_the_messages():
     long = [{"role": "user", "content": "a" * 3_000_000}]
-    assert len(render(PLAIN, long, [(1, False)], given={})[0]) == 3_000_000
+    assert len(next(render(PLAIN, long, [(1, False)], given={}))) == 3_000_000
     with pytest.raises(ValueError, match="it writes more than 1,00.,... characters of messages of"):
         rendered("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}")
+
+
+def test_a_process_that_cannot_be_started_is_one_line(monkeypatch):
+    templates._process.end()
+
+    def refused(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(templates.subprocess, "Popen", refused)
+        with pytest.raises(ValueError, match="cannot be started: .* Resource temporarily unavailable"):
+            rendered()
+    assert rendered() == "Hi"
 
 
 def test_without_jinja_the_way_out_is_said(monkeypatch):
