@@ -14,6 +14,7 @@ import numpy as np
 
 from adalomo_jax.finetune.checkpoints import FOLDER, restore_params, steps_in
 from adalomo_jax.finetune.config import InputError, one_line
+from adalomo_jax.finetune.documents import printable
 from adalomo_jax.finetune.generate_config import GenerateConfig, check_generate_options
 from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
 from adalomo_jax.models.sampling import Sampler, stream
@@ -78,7 +79,7 @@ def load_model(name: str, dtype: str) -> Loaded:
     except ValueError as error:
         steps = steps_in(path / FOLDER)
         hint = f"; the run has a checkpoint that you can name, {path / FOLDER / str(steps[-1])}" if steps else ""
-        raise InputError(f"--model {name}: {one_line(error)}{hint}") from None
+        raise InputError(printable(f"--model {name}: {one_line(error)}{hint}")) from None
 
 
 def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> np.ndarray:
@@ -91,7 +92,7 @@ def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokeniz
         text = _chat_text(config, tokenizer) if config.chat else config.prompt
         (encoded,) = tokenizer.encode([text], add_special=not config.chat)
     except ValueError as error:
-        raise InputError(f"--model {config.model}: {one_line(error)}") from None
+        raise InputError(printable(f"--model {config.model}: {one_line(error)}")) from None
     if not len(encoded.tokens):
         raise InputError("--prompt must be of at least one token, got none")
     return encoded.tokens
@@ -135,9 +136,13 @@ def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Ite
 
     printed = ""
     print(prompt, end="", flush=True)
-    for piece in pieces(timed(), tokenizer, before):
-        printed += piece
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces(timed(), tokenizer, before):
+            printed += piece
+            print(piece, end="", flush=True)
+    except ValueError as error:  # of a tokenizer that cannot write some of its tokens
+        print()
+        raise InputError(one_line(error)) from None
     print()
     # The first token comes after the prompt was read, and the second after the program of one token was compiled.
     speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""

@@ -119,7 +119,7 @@ def main() -> None:
             template = json.loads(line)
             continue
         try:
-            written = json.dumps(answer(template, line, limits)).encode()
+            written = json.dumps(answer(template, line, limits), ensure_ascii=False).encode(errors="surrogatepass")
         except MemoryError:
             written = json.dumps({"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"}).encode()
         sys.stdout.buffer.write(written + b"\n")

@@ -131,7 +131,9 @@ def render(
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("chat templates need the package jinja2: pip install 'adalomo-jax[finetune]'")
     try:
-        conversation = json.dumps({"messages": messages, "parts": parts, "given": given, "dated": dated}).encode()
+        request = {"messages": messages, "parts": parts, "given": given, "dated": dated}
+        # Half a surrogate pair passes: what is wrong with the text is found where it is made.
+        conversation = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass")
     except RecursionError:
         raise ValueError("messages have too many brackets inside each other") from None
     except (TypeError, ValueError) as error:

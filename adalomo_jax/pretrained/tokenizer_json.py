@@ -19,6 +19,8 @@ MOST_GROWTH = 1_000
 four; some hundreds of bytes of JSON could make it 10**10."""
 MOST_ADDED = 64
 """Tokens that stand around a text, at most. Those in use add up to four."""
+_TRIED = 300
+"""Tokens that are written as text to see whether that fails; bytes come first in most vocabularies."""
 _PROBE = "The 12 cats' \t\n\0 café e\u0301 日本語 \u202eعربي \U0001f44d\U0001f3fd \ufffd \ufb01 ﷺ"
 """What a tokenizer meets in text, to see whether its own code fails."""
 
@@ -112,7 +114,8 @@ def _probe(tokenizer: tokenizers.Tokenizer) -> None:
             raise ValueError(f"post_processor adds the token {token}, which is not in the vocabulary")
     try:
         with as_value_errors("it fails on text"):
-            tokenizer.encode(_PROBE)
+            some = tokenizer.encode(_PROBE).ids
+            tokenizer.decode([*some, *range(min(_TRIED, tokenizer.get_vocab_size()))])
     except Panic:
         raise
     except ValueError:  # a character that it has no token for, which the text to come may not have

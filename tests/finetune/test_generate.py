@@ -136,6 +136,21 @@ def test_whoever_reads_it_may_stop(folder):
     assert errors.splitlines()[-1] == "adalomo-jax: nobody reads the output any more" and "Traceback" not in errors
 
 
+def test_a_token_that_cannot_be_written_is_one_line(small, params, capsys, monkeypatch):
+    class Broken(Words):
+        def decode(self, tokens):
+            if 8 in map(int, tokens):
+                raise ValueError("the tokenizer cannot write\nthe tokens")
+            return super().decode(tokens)
+
+    monkeypatch.setattr(generate_module, "load_model", lambda *_: Loaded(small.config, cast(Any, Broken()), params))
+    monkeypatch.setattr(generate_module, "stream", lambda *_, **__: iter([np.array([7]), np.array([8])]))
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", "any", "--prompt", "a", "--length", "4"])
+    printed = capsys.readouterr()
+    assert printed.out == "a 7\n" and printed.err == "adalomo-jax: the tokenizer cannot write the tokens\n"
+
+
 def test_pieces_are_whole_characters():
     tokens = "aé€!\u20ac".encode()
     assert list(pieces(tokens, ByteTokenizer())) == ["a", "é", "€", "!", "€", ""]
@@ -171,6 +186,9 @@ def test_what_continues_a_text_is_not_read_as_its_beginning():
         ("--model {folder} --prompt x --top-p 0", "--top-p must be above 0 and at most 1 (all tokens), got 0.0"),
         ("--model {folder} --prompt x --top-p 1.5", "--top-p must be above 0 and at most 1 (all tokens), got 1.5"),
         ("--model {folder} --prompt x --seed -1", "--seed must be from 0"),
+        ("--model {folder} --prompt \udcff", "--prompt must be UTF-8"),
+        ("--model {folder} --prompt x --chat --system \udcff", "--system must be UTF-8"),
+        ("--model \x1b[31m --prompt x", "--model \\x1b[31m: there is no file or folder"),
         ("--model {folder} --prompt=", "--prompt must be of at least one token, got none"),
     ],
 )

@@ -247,6 +247,7 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
                 _replace({"String": "a"}, "a" * 100_000_000),
                 {"type": "Strip", "content": "ab", "start": 1, "stop": 0},
                 {"type": "Strip", "content": "a", "start": 2**63, "stop": 2**63},
+                {"type": "Strip", "content": "t", "start": 2**63, "stop": 2**63},
                 _sequence("", "decoders", [_replace({"String": ""}, "aa")] * 30),
                 {"type": "WordPiece", "prefix": "a" * 1_000_000, "cleanup": True},
             )
