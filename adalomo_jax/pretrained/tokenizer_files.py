@@ -152,9 +152,9 @@ def _added_tokens(folder: Path, config: _Config) -> dict[int, AddedToken]:
     path = folder / "added_tokens.json"
     special = {config.bos_token, config.eos_token}
     for text, number in _read_if_there(path).items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32 or not _is_unicode(text):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32:
             raise ValueError(f"{path}: {shown(text)} must be the number of a token, got {shown(number)}")
-        tokens.setdefault(number, AddedToken(content=text, special=text in special))
+        tokens.setdefault(number, check(AddedToken, {"content": text, "special": text in special}, str(path)))
     return tokens
 
 
