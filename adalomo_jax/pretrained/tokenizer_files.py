@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from adalomo_jax.pretrained.json_files import Fields, check, read_json, shown
-from adalomo_jax.pretrained.rust_errors import as_value_errors
+from adalomo_jax.pretrained.rust_errors import as_value_errors, one_line
 from adalomo_jax.pretrained.templates import MOST_BYTES
 from adalomo_jax.pretrained.tokenizer import TextTokenizer, is_token
 from adalomo_jax.pretrained.tokenizer_json import read_tokenizer_json
@@ -163,13 +163,15 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken
     import tokenizers
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for number, token in sorted(tokens.items()):
-        if token.content in known:
-            continue
+    missing = {number: token for number, token in sorted(tokens.items()) if token.content not in known}
+    made = []
+    for token in missing.values():
         normalized = not token.special if token.normalized is None else token.normalized
         flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
-        with as_value_errors(f"{folder}: the token {shown(token.content)} cannot be added"):
-            tokenizer.add_tokens([tokenizers.AddedToken(token.content, normalized=normalized, **flags)])
+        made.append(tokenizers.AddedToken(token.content, normalized=normalized, **flags))
+    with as_value_errors(f"{folder}: its added tokens cannot be added"):
+        tokenizer.add_tokens(made)
+    for number, token in missing.items():
         if (got := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(
                 f"{folder}: the token {shown(token.content)} must be {number}, as added_tokens_decoder or "
@@ -214,11 +216,14 @@ def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bo
     before, after = around
     single = [*(text for text, _ in before), "$A", *(text for text, _ in after)]
     pair = [*single, *(f"{text}:1" for text, _ in before), "$B:1", *(f"{text}:1" for text, _ in after)]
-    with as_value_errors(f"{path}: BOS and EOS cannot be put around texts"):
-        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-            single=single, pair=pair, special_tokens=[*before, *after]
-        )
-        got = tokenizer.encode("").ids
+    try:
+        with as_value_errors("they cannot be written"):
+            tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+                single=single, pair=pair, special_tokens=[*before, *after]
+            )
+            got = tokenizer.encode("").ids
+    except ValueError as error:
+        raise ValueError(f"{path}: BOS and EOS must be names that a template takes: {one_line(error)}") from None
     if got != (wanted := [token for _, token in (*before, *after)]):
         raise ValueError(f"{path}: the tokens {wanted} must stand around a text, got {got}: their names mean others")
 

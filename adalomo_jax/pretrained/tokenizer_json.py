@@ -14,9 +14,9 @@ from adalomo_jax.pretrained.rust_errors import Panic, as_value_errors, one_line
 if TYPE_CHECKING:
     import tokenizers
 
-MOST_GROWTH = 1_000
+MOST_GROWTH = 64
 """Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to
-four; some hundreds of bytes of JSON could make it 10**10."""
+four, and SentencePiece's table a single Arabic sign 33 bytes; some hundreds of bytes of JSON could make it 10**10."""
 MOST_ADDED = 64
 """Tokens that stand around a text, at most. Those in use add up to four."""
 _TRIED = 300
@@ -63,6 +63,15 @@ def _check(content: dict[str, Any]) -> None:
             f"model.dropout must be null, got {shown(model['dropout'])}: it would read a text differently each time, "
             "and no run could go on from its checkpoint; write null there"
         )
+    for part in _parts(content.get("post_processor")):
+        single = part.get("single")
+        texts = (
+            [item for item in single if isinstance(item, dict) and "Sequence" in item]
+            if isinstance(single, list)
+            else [None]
+        )
+        if len(texts) != 1:
+            raise ValueError(f"post_processor must write a text once, got a template that does {len(texts):,} times")
     for step in ("normalizer", "decoder", "pre_tokenizer"):
         growth = 1
         for part in _parts(content.get(step)):

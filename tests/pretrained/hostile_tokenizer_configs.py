@@ -155,5 +155,9 @@ CONFIGS: dict[str, Callable[[Path], None]] = {
         "tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer", "add_eos_token": true}'
     ),
     "class-odd-token": raw("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer", "bos_token": "$A"}'),
+    "decoder-20000": raw(
+        "tokenizer_config.json",
+        json.dumps({"added_tokens_decoder": {str(i): {"content": f"<{i}>"} for i in range(291, 20_000)}}),
+    ),
     "class-odd-bos": raw("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer", "bos_token": ":"}'),
 }

@@ -215,6 +215,9 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
                 _template(("<a>", 2**32 - 1), single=("<a>",)),
                 _template(("<a>", 10**6), single=("<a>",)),
                 _template(single=("<a>",)),
+                _template(("<|im_end|>", 1), single=("<|im_end|>",) * 1000),
+                _template() | {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 1000},
+                _template() | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]},
                 _template(("<a>", -1), single=("<a>",)),
                 {"type": "BertProcessing", "sep": ["a", 9**9], "cls": ["b", 1]},
             )
