@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hostile_tokenizer_configs import CONFIGS
 from hostile_templates import BOMBS, ESCAPES
+from hostile_tokenizer_configs import CONFIGS
 from hostile_tokenizers import TOKENIZERS
 from small_tokenizers import CHATML, byte_level
 

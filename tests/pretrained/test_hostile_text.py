@@ -26,14 +26,14 @@ def test_a_sample_of_all_kinds(tmp_path):
         for name in ("times", "ljust", "list", "output", "recursion", "large", "message", "escape-5")
     }
     cases = [(kind, name) for kind in KINDS for name in KINDS[kind]]
-    chosen = [case for i, case in enumerate(cases) if case not in skipped and (i % 11 == 0 or case[0] == "templates")]
+    chosen = [case for i, case in enumerate(cases) if case not in skipped and (i % 9 == 0 or case[0] == "templates")]
     chosen += [(kind, name) for kind, names in TAKEN.items() for name in names]
     found = try_all(list(dict.fromkeys(chosen)), tmp_path)
     assert not wrong(found)
     assert len(found) >= 50
     for kind, names in TAKEN.items():
         assert all(found[kind, name] is None for name in names)
-    assert sum(isinstance(outcome, str) for outcome in found.values()) > 0.8 * len(found)
+    assert sum(isinstance(outcome, str) for outcome in found.values()) > 0.7 * len(found)
 
 
 @pytest.mark.slow
