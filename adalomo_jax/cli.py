@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from adalomo_jax.printable import printable
+
 if TYPE_CHECKING:
     from adalomo_jax.bench.config import BenchConfig
     from adalomo_jax.finetune.compare import PlotConfig
@@ -169,6 +171,5 @@ def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig
 
 def _stop(message: str, status: int) -> NoReturn:
     # Names of files and texts of libraries are within: what ends a line or is obeyed by a terminal is shown as it is.
-    shown = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in message)
-    print(f"adalomo-jax: {shown[:_LONGEST]}{'...' * (len(shown) > _LONGEST)}", file=sys.stderr)
+    print(f"adalomo-jax: {printable(message, _LONGEST)}", file=sys.stderr)
     sys.exit(status)

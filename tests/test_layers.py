@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "adalomo_jax"
 LAYERS = [
+    {"printable"},
     {"optimizers"},
     {"fused"},
     {"models"},
@@ -65,7 +66,8 @@ MODULES = {
     ],
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
-        *("chat", "tokenizer", "gguf_tokenizer", "export", "model"),
+        *("rust_errors", "template_process", "templates", "chat", "tokenizer", "tokenizer_json", "tokenizer_files"),
+        *("gguf_tokenizer", "export", "model"),
     ],
     "memory": [
         *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),

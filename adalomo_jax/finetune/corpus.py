@@ -20,10 +20,10 @@ from adalomo_jax.finetune.documents import (
     document_of,
     lines_of,
     parse_record,
-    printable,
 )
 from adalomo_jax.finetune.output_folder import is_of_run
 from adalomo_jax.pretrained.tokenizer import Tokenizer
+from adalomo_jax.printable import printable
 
 EVALUATION_SPLITS = ("validation", "test")
 """Of a data set with several splits, the one that is evaluated on; the first that there is."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from adalomo_jax.pretrained.chat import text_of
 from adalomo_jax.pretrained.json_files import shown
 from adalomo_jax.pretrained.tokenizer import Tokenizer
+from adalomo_jax.printable import printable
 
 FIELDS = "text, prompt and completion, or messages"
 """What a record has one of."""
@@ -48,16 +49,6 @@ class PassedOver(NamedTuple):
 
     place: str
     reason: str
-
-
-def printable(name: object) -> str:
-    """A file's name on one line that any terminal takes: its bytes may be no UTF-8, breaks, or what terminals obey.
-
-    >>> printable("a\\nb")
-    'a\\\\nb'
-    """
-    text = str(name).encode(errors="backslashreplace").decode()
-    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 
 from adalomo_jax.finetune.config import one_line
-from adalomo_jax.finetune.documents import printable
+from adalomo_jax.printable import printable
 
 _LONGEST = 300
 

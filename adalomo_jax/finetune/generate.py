@@ -14,13 +14,13 @@ import numpy as np
 
 from adalomo_jax.finetune.checkpoints import FOLDER, restore_params, steps_in
 from adalomo_jax.finetune.config import InputError, one_line
-from adalomo_jax.finetune.documents import printable
 from adalomo_jax.finetune.generate_config import GenerateConfig, check_generate_options
 from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
 from adalomo_jax.models.sampling import Sampler, stream
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import find_model, find_tokenizer
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
+from adalomo_jax.printable import printable
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How text ends whose last token is a part of a character."""

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from adalomo_jax.printable import printable
+
 _SHOWN = 60
 """Characters of a value in a message."""
 
@@ -76,11 +78,5 @@ def shown(value: Any) -> str:
 
 
 def plain(name: object, most: int = _SHOWN) -> str:
-    """The name of a tensor, a field or a file in a message, or what a library says: as `shown`, without quotes.
-
-    >>> plain("model.norm.weight"), plain("a\\nb")
-    ('model.norm.weight', 'a\\\\nb')
-    """
-    text = str(name)[: most + 1]
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= most else f"{text[:most]}..."
+    """The name of a tensor, a field or a file in a message, or what a library says: as `shown`, without quotes."""
+    return printable(name, most)

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from adalomo_jax.printable import printable
+
 _SHOWN = 200
 
 
@@ -40,9 +42,7 @@ def as_value_errors(what: str, *, quiet: bool = True) -> Iterator[None]:
 
 def one_line(error: BaseException | str) -> str:
     """What an error says, cut, and without what a terminal obeys."""
-    text = " ".join(str(error)[: 10 * _SHOWN].split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return printable(" ".join(str(error)[: 10 * _SHOWN].split()) or type(error).__name__, _SHOWN)
 
 
 def _is_panic(error: BaseException) -> bool:
