@@ -87,10 +87,10 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path
     """
     if paths is None:
         return Corpus(standard_library(), [], [], [])
-    items: dict[Path, tuple[Source, list[Document | Broken | PassedOver]]] = {}
+    items: dict[str, tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
         sources = list_sources(path, output)
-        keys = [source.path.resolve() for source in sources]
+        keys = [os.path.realpath(source.path) for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
                 items[key] = source, list(_items(source, tokenizer))
@@ -128,7 +128,7 @@ def list_sources(path: Path, output: Path | None = None) -> list[Source]:
         if not path.is_file():
             raise InputError(f"--data {printable(path)} is a device or a pipe: copy its text into a file")
         return [Source(path, path.name, "lines" if path.suffix.lower() in (*_LINES, ".json") else "text")]
-    if is_of_run(path) or (output is not None and path.resolve() == output.resolve()):
+    if is_of_run(path) or (output is not None and os.path.realpath(path) == os.path.realpath(output)):
         return [Source(path, "", "unread", True, reason=_OF_RUN)]
     if _holds(path, _DATASETS):
         return _splits(path)
@@ -265,7 +265,7 @@ def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
 
     Links are followed, each folder once.
     """
-    output, seen = output and output.resolve(), {root.resolve()}
+    real, seen = output and os.path.realpath(output), {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder, name)
@@ -274,8 +274,8 @@ def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
         to_read = []
         for name in sorted(name for name in folders if not name.startswith(".")):
             path = Path(folder, name)
-            found = path.resolve()
-            if found == output or is_of_run(path):
+            found = os.path.realpath(path)
+            if found == real or is_of_run(path):
                 yield _Entry(path, _OF_RUN)
             elif found not in seen:
                 seen.add(found)

@@ -75,7 +75,7 @@ def test_equals_optax_on_the_models_own_list(name):
 
     params = [v.value for v in model.trainable_variables]
     others = first = [v.value for v in model.non_trainable_variables]
-    step, tx = fuse(loss_fn, adalomo(1e-2), has_aux=True), adalomo(1e-2)
+    step, tx = fuse(loss_fn, adalomo(1e-2), has_aux=True, roll=4), adalomo(1e-2)
     placed = copied(step.place(params, others, X))
     assert [leaf.layers for leaf in step.plan(placed, others, X).leaves] == [LAYERS] * of_layer + [None, None]
     state, expected, of_optax, its_others = step.init(placed, others, X), params, tx.init(params), others
