@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+from adalomo_jax.printable import printable
+
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
 
@@ -25,7 +27,13 @@ METRICS = "metrics.jsonl"
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is one line and says what to give instead."""
+    """What the user gave cannot be used; the message is one line and says what to give instead.
+
+    Names of files and texts of libraries are in it, so it is made printable here, for all who raise it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Stopped(Exception):

@@ -23,7 +23,6 @@ from adalomo_jax.finetune.documents import (
 )
 from adalomo_jax.finetune.output_folder import is_of_run
 from adalomo_jax.pretrained.tokenizer import Tokenizer
-from adalomo_jax.printable import printable
 
 EVALUATION_SPLITS = ("validation", "test")
 """Of a data set with several splits, the one that is evaluated on; the first that there is."""
@@ -121,12 +120,12 @@ def list_sources(path: Path, output: Path | None = None) -> list[Source]:
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long, links in a circle
-        raise InputError(f"--data {printable(path)}: {error.strerror}") from None
+        raise InputError(f"--data {path}: {error.strerror}") from None
     if not exists:
-        raise InputError(f"--data {printable(path)}: no such file or folder")
+        raise InputError(f"--data {path}: no such file or folder")
     if not path.is_dir():
         if not path.is_file():
-            raise InputError(f"--data {printable(path)} is a device or a pipe: copy its text into a file")
+            raise InputError(f"--data {path} is a device or a pipe: copy its text into a file")
         return [Source(path, path.name, "lines" if path.suffix.lower() in (*_LINES, ".json") else "text")]
     if is_of_run(path) or (output is not None and os.path.realpath(path) == os.path.realpath(output)):
         return [Source(path, "", "unread", True, reason=_OF_RUN)]
@@ -288,8 +287,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise InputError(f"cannot read {printable(path)}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise InputError(f"cannot read {printable(error.filename)}: {error.strerror}") from error
+    raise InputError(f"cannot read {error.filename}: {error.strerror}") from error

@@ -6,7 +6,6 @@ import os
 import re
 
 from adalomo_jax.finetune.config import one_line
-from adalomo_jax.printable import printable
 
 _LONGEST = 300
 
@@ -21,18 +20,18 @@ def reason_of(error: BaseException) -> str | None:
     >>> reason_of(ValueError("x must be positive")) is None
     True
     """
-    for cause in (error, error.__cause__, error.__context__):
-        text = one_line(cause) if isinstance(cause, Exception) else ""
+    for cause in (error, error.__cause__):
+        text = one_line(cause)[:_LONGEST] if isinstance(cause, Exception) else ""
+        if isinstance(cause, OSError) and cause.errno is not None:
+            place = f": {cause.filename}" if cause.filename is not None else ""
+            return f"{os.strerror(cause.errno)}{place}"
+        if "No space left" in text or "Disk quota" in text:  # before memory: TensorStore says RESOURCE_EXHAUSTED, too
+            return text
         if isinstance(cause, MemoryError) or "Out of memory" in text or text.startswith("RESOURCE_EXHAUSTED"):
             return (
-                f"there is not enough memory ({text[:_LONGEST] or 'of this process'}); adalomo-jax memory says what a "
-                "run takes: less with a smaller --batch-size or --seq-len, --dtype bfloat16, or --mesh"
+                f"there is not enough memory ({text or 'of this process'}); adalomo-jax memory says what a run takes: "
+                "less with a smaller --batch-size or --seq-len, --dtype bfloat16, or --mesh"
             )
-        if isinstance(cause, OSError) and cause.errno is not None:
-            place = f": {printable(cause.filename)}" if cause.filename is not None else ""
-            return f"{os.strerror(cause.errno)}{place}"
         if match := re.search(r"\(os error (\d+)\)", text):  # of Rust: safetensors, tokenizers
-            return f"{os.strerror(int(match[1]))}: {text[:_LONGEST]}"
-        if "No space left" in text or "Disk quota" in text:
-            return text[:_LONGEST]
+            return f"{os.strerror(int(match[1]))}: {text}"
     return None

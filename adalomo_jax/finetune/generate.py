@@ -20,7 +20,6 @@ from adalomo_jax.models.sampling import Sampler, stream
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import find_model, find_tokenizer
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
-from adalomo_jax.printable import printable
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How text ends whose last token is a part of a character."""
@@ -79,7 +78,7 @@ def load_model(name: str, dtype: str) -> Loaded:
     except ValueError as error:
         steps = steps_in(path / FOLDER)
         hint = f"; the run has a checkpoint that you can name, {path / FOLDER / str(steps[-1])}" if steps else ""
-        raise InputError(printable(f"--model {name}: {one_line(error)}{hint}")) from None
+        raise InputError(f"--model {name}: {one_line(error)}{hint}") from None
 
 
 def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> np.ndarray:
@@ -92,7 +91,7 @@ def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokeniz
         text = _chat_text(config, tokenizer) if config.chat else config.prompt
         (encoded,) = tokenizer.encode([text], add_special=not config.chat)
     except ValueError as error:
-        raise InputError(printable(f"--model {config.model}: {one_line(error)}")) from None
+        raise InputError(f"--model {config.model}: {one_line(error)}") from None
     if not len(encoded.tokens):
         raise InputError("--prompt must be of at least one token, got none")
     return encoded.tokens

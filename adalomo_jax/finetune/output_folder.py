@@ -36,18 +36,23 @@ def output_folder(config: FinetuneConfig) -> Path:
         folder = Path("runs") / f"{Path(config.model).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     folder = local_path(folder, "--output")
     check_folder(folder)
+    check_held(folder, resume=config.resume)
+    return folder
+
+
+def check_held(folder: Path, *, resume: bool) -> None:
+    """Raise InputError for a folder that holds a run where one begins, or other weights where one is to go on."""
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if held and not config.resume:
+    if held and not resume:
         raise InputError(
             f"--output {folder} holds a run already ({', '.join(held)}); name another folder, or go on with --resume"
         )
     weights = next((path.name for path in sorted(folder.glob("*")) if path.suffix in WEIGHTS), None)
     checkpoints = (folder / "checkpoints").is_dir()
-    if config.resume and weights is not None and not (folder / METRICS).exists() and not checkpoints:
+    if resume and weights is not None and not (folder / METRICS).exists() and not checkpoints:
         raise InputError(
             f"--resume: {folder} is no folder of a run, it holds {weights} and no {METRICS}; name another --output"
         )
-    return folder
 
 
 def local_path(path: Path, option: str) -> Path:

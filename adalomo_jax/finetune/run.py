@@ -43,7 +43,7 @@ from adalomo_jax.finetune.failures import reason_of
 from adalomo_jax.finetune.find_lr import find_lr
 from adalomo_jax.finetune.loop import Trained, train
 from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
-from adalomo_jax.finetune.output_folder import claimed, output_folder
+from adalomo_jax.finetune.output_folder import check_held, claimed, output_folder
 from adalomo_jax.finetune.plot import plot_losses, plot_run
 from adalomo_jax.finetune.program import Program, build_program, check_attention
 from adalomo_jax.finetune.report import progress_bar, summarize, summary_table, warned_of
@@ -89,12 +89,14 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
         check_finished(config, folder, model, partial(data_of, config, model, folder))
         console.print(f"the run in {folder} is finished", markup=False, highlight=False, soft_wrap=True)
         return folder
-    with claimed(folder) if is_first else contextlib.nullcontext():
-        if is_first:
-            output_folder(config)  # again: another run may have ended there meanwhile
+    with contextlib.ExitStack() as stack:
+        with told_to_all():
+            if is_first:
+                stack.enter_context(claimed(folder))
+                check_held(folder, resume=config.resume)  # again: another run may have ended there meanwhile
         try:
             return _run_in(folder, config, model, mesh, console)
-        except BrokenPipeError:
+        except (InputError, Stopped, BrokenPipeError):  # which say what has happened
             raise
         except Exception as error:
             reason = reason_of(error)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from one_program import share_programs
@@ -73,6 +74,17 @@ def test_a_write_that_fails_is_one_line_and_the_run_goes_on(of, number, command,
     assert (folder / "model.safetensors").exists() and (folder / "summary.json").exists()
 
 
+def test_a_checkpoint_that_fails_says_so_itself(command, capsys, monkeypatch):
+    """What TensorStore says of a full disk begins as what XLA says of memory."""
+
+    def fails(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fails)
+    said = refused(capsys, command)
+    assert "could not be written: the disk is full" in said and "memory" not in said
+
+
 def test_other_words_for_full_disks_and_memory():
     rust = type("SafetensorError", (Exception,), {})("Error while serializing: I/O error: File too large (os error 27)")
     assert str(reason_of(rust)).startswith("File too large: Error while serializing")
@@ -82,6 +94,8 @@ def test_other_words_for_full_disks_and_memory():
     wrapped = RuntimeError("while writing")
     wrapped.__cause__ = OSError(errno.EDQUOT, "x", "/data/run")
     assert reason_of(wrapped) == "Disk quota exceeded: /data/run"
+    of_disk = RuntimeError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+    assert reason_of(of_disk) == "RESOURCE_EXHAUSTED: Error writing: No space left on device"
     assert reason_of(MemoryError()) is not None and reason_of(KeyError("x")) is None
 
 

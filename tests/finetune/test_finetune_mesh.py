@@ -16,7 +16,7 @@ import tiny
 from one_program import share_programs
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.output_folder import RUN_FILES
+from adalomo_jax.finetune.output_folder import RUN_FILES, claimed
 from adalomo_jax.models import PRESETS
 
 STEPS = 20
@@ -151,6 +151,15 @@ def test_processes_that_were_given_other_things_stop_before_training(differs, sa
     assert [len(of_process) for of_process in lines] == [1, 1] and says in lines[0][0]
     assert says in lines[1][0] or "/nowhere: no such file" in lines[1][0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_another_run_has_the_folder(corpus, tmp_path):
+    with claimed(tmp_path / "run"):
+        running = launch(2, corpus, tmp_path / "run")
+        printed = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], printed
+    assert "another run is writing there" in printed[0] and "process 0 has stopped before training" in printed[1]
 
 
 def free_port():
