@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from pydantic import Field
 
 from adalomo_jax.finetune.config import MOST_STEPS, InputError, one_line
-from adalomo_jax.finetune.devices import is_first_process, wait_for_all
+from adalomo_jax.finetune.devices import is_first_process
 from adalomo_jax.finetune.fingerprints import checksums
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import config_of
@@ -141,23 +141,20 @@ class Saver:
 
 
 @contextlib.contextmanager
-def open_saver(folder: Path, origin: Origin, *, keep: int, after: int) -> Iterator[Saver]:
+def open_saver(folder: Path, origin: Origin, *, keep: int) -> Iterator[Saver]:
     """To write checkpoints into a folder, which need not be there: ``folder/<step>``, each there whole or not at all.
 
-    All processes open it, and save at the same steps. Left without an error, it waits until all is written.
+    All processes open it, once `remove_later` is done, and save at the same steps. Left without an error, it waits
+    until all is written.
 
     Args:
         folder: of the checkpoints.
         origin: of the run.
         keep: how many of the last to keep; the best by evaluation loss is kept besides.
-        after: the step that the run goes on from; checkpoints of later steps are removed.
 
     Raises:
         InputError: the folder cannot be used, or a checkpoint could not be written.
     """
-    if is_first_process():
-        remove_later(folder, after)
-    wait_for_all("checkpoints of later steps are removed")
     loss = lambda metrics: metrics["eval_loss"]
     policies = [
         ocp.checkpoint_managers.LatestN(keep),

@@ -128,10 +128,11 @@ def _run_in(folder: Path, config: FinetuneConfig, model: Pretrained, mesh: Mesh 
     if is_first_process():
         set_weights_aside(folder)  # first of all: a run that is cut off from here on is not finished
         export_rest(folder, model, config.dtype)
+        # In this order: a kill between them leaves rows of later steps, which do no harm, and no gap.
+        remove_later(checkpoints_of(folder), start.step if start else 0)
         if config.resume:
-            # In this order: a kill between them leaves rows of later steps, which do no harm, and no gap.
-            remove_later(checkpoints_of(folder), start.step if start else 0)
             write_rows(folder / METRICS, rows)
+    wait_for_all("checkpoints of later steps are removed")
     trained = _train_with_rows(program, config, data, rows, folder, origin, start, mesh, console)
     if trained.stopped_at is not None:
         raise Stopped(
@@ -204,10 +205,9 @@ def train_saving(
     """`train`, with checkpoints and an ear for SIGTERM, unless the options ask for no checkpoints."""
     if not checkpoint_interval(config):
         return train(program, config, data, on_row, start=start)
-    after = start.step if start else 0
     with (
         stop_requests(mesh) as is_asked_to_stop,  # outermost: schedulers send SIGTERM again while a save is written
-        open_saver(checkpoints_of(folder), origin, keep=config.keep, after=after) as saver,
+        open_saver(checkpoints_of(folder), origin, keep=config.keep) as saver,
     ):
         trained = train(program, config, data, on_row, start=start, save=saver.save, is_asked_to_stop=is_asked_to_stop)
     if trained.stopped_at is None and is_first_process():

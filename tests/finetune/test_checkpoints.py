@@ -55,7 +55,7 @@ def damages(path):
 def outcomes(tmp_path):
     """Of each damage, one after the other: whether it is seen, has changed nothing, or is read as if all were well."""
     params, state = trees()
-    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {"next_index": 1}, 2.5)
 
     def found():
@@ -95,7 +95,7 @@ def test_earlier_formats_are_read(format, is_read, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "_sealed", sealed)
     params, state = trees(size=50)
-    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {}, None)
     if is_read:
         assert read_record(tmp_path / "1").origin == ORIGIN
@@ -117,7 +117,7 @@ def test_a_step_at_once_does_not_change_what_is_written(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: (x + 1).astype(x.dtype), tree), donate_argnums=0)
     params, state = trees(size=5_000_000)
     expected = jax.tree.map(lambda x: np.array(x, copy=True), (params, state))
-    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {}, None)
         now = params, state
         for _ in range(3):
@@ -130,15 +130,17 @@ def test_a_step_at_once_does_not_change_what_is_written(tmp_path):
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
     params, state = trees(size=50)
     losses = {1: 3.0, 2: 1.5, 3: 2.0, 4: None, 5: float("nan"), 6: 1.75}
-    with open_saver(tmp_path, ORIGIN, keep=2, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=2) as saver:
         for step in (1, 2, 3):
             saver.save(step, params, state, {}, losses[step])
-    with open_saver(tmp_path, ORIGIN, keep=2, after=3) as saver:
+    checkpoints.remove_later(tmp_path, 3)
+    with open_saver(tmp_path, ORIGIN, keep=2) as saver:
         for step in (4, 5, 6):
             saver.save(step, params, state, {}, losses[step])
     assert checkpoints.steps_in(tmp_path) == [2, 5, 6]
     assert best_step(tmp_path) == 2
-    with open_saver(tmp_path, ORIGIN, keep=2, after=5):
+    checkpoints.remove_later(tmp_path, 5)
+    with open_saver(tmp_path, ORIGIN, keep=2):
         assert checkpoints.steps_in(tmp_path) == [2, 5]
 
 
@@ -152,7 +154,7 @@ def test_only_names_that_are_given_to_checkpoints_are_steps(name, tmp_path):
 @pytest.mark.parametrize("are_later", [True, False])
 def test_a_kill_while_some_are_removed_leaves_none_in_part(are_later, tmp_path, monkeypatch):
     params, state = trees(size=50)
-    with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=3) as saver:
         for step in (1, 2, 3):
             saver.save(step, params, state, {}, None)
 
@@ -162,11 +164,13 @@ def test_a_kill_while_some_are_removed_leaves_none_in_part(are_later, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoints.shutil, "rmtree", killed)
-        with open_saver(tmp_path, ORIGIN, keep=1, after=1 if are_later else 3) as saver:
+        checkpoints.remove_later(tmp_path, 1 if are_later else 3)
+        with open_saver(tmp_path, ORIGIN, keep=1) as saver:
             saver.save(4, params, state, {}, None)
     assert checkpoints.steps_in(tmp_path) == ([1] if are_later else [4])
     assert not checkpoints.foreign_in(tmp_path)
-    with open_saver(tmp_path, ORIGIN, keep=1, after=4) as saver:
+    checkpoints.remove_later(tmp_path, 4)
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(5, params, state, {}, None)
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
 
@@ -174,15 +178,17 @@ def test_a_kill_while_some_are_removed_leaves_none_in_part(are_later, tmp_path, 
 @pytest.mark.parametrize("damage", ["{", ""])
 def test_a_damaged_loss_is_named_by_its_step(damage, tmp_path):
     params, state = trees(size=50)
-    with open_saver(tmp_path, ORIGIN, keep=3, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=3) as saver:
         for step, loss in {1: None, 2: 2.0, 3: 1.0}.items():
             saver.save(step, params, state, {}, loss)
     (tmp_path / "2" / "metrics" / "metrics").write_text(damage)
     with pytest.raises(InputError, match="checkpoint of step 2 in .* has a damaged evaluation loss.*; move .*/2 out"):
-        with open_saver(tmp_path, ORIGIN, keep=3, after=3):
+        checkpoints.remove_later(tmp_path, 3)
+        with open_saver(tmp_path, ORIGIN, keep=3):
             pass
     (tmp_path / "2").rename(tmp_path / "away")
-    with open_saver(tmp_path, ORIGIN, keep=3, after=3):
+    checkpoints.remove_later(tmp_path, 3)
+    with open_saver(tmp_path, ORIGIN, keep=3):
         assert checkpoints.steps_in(tmp_path) == [1, 3]
 
 
@@ -190,7 +196,7 @@ def test_a_full_disk_loses_no_older_checkpoint(tmp_path):
     small, large = trees(size=100), trees(size=500_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(InputError, match="could not be written: .*; there are those of the steps 1; ") as error:
-        with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+        with open_saver(tmp_path, ORIGIN, keep=1) as saver:
             saver.save(1, *small, {}, 1.0)
             saver.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may be longer
@@ -219,7 +225,7 @@ def test_restored_arrays_lie_where_they_belong_and_are_donated(optimizer, mesh, 
     shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract[0])
     params = jax.jit(training.make_params, out_shardings=shardings)()
     state = training.step.init(params, *training.args)
-    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {}, None)
     restored = restore(tmp_path / "1", read_record(tmp_path / "1"), *abstract)
     assert same(restored, (params, state))
@@ -260,7 +266,7 @@ def test_a_record_that_is_sealed_and_wrong_is_named(field, monkeypatch, tmp_path
         return {"record": contents, "sha256": checkpoints._digest(contents)}
 
     monkeypatch.setattr(checkpoints, "_sealed", broken)
-    with open_saver(tmp_path, ORIGIN, keep=1, after=0) as saver:
+    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, {"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, {"next_index": 1}, None)
     with pytest.raises(ValueError, match=f"^its record: {field.split('.')[0]}.* got ") as error:
         read_record(tmp_path / "1")

@@ -77,7 +77,7 @@ def test_a_checkpoint_within_a_run_is_restored(small, folder, params, tmp_path, 
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     origin = Origin({"dtype": "float32"}, {"name": "tiny", **dataclasses.asdict(small.config)}, "0")
-    with open_saver(run / "checkpoints", origin, keep=2, after=0) as saver:
+    with open_saver(run / "checkpoints", origin, keep=2) as saver:
         saver.save(1, jax.tree.map(lambda w: -w, params), {"count": jnp.int32(1)}, {}, None)
         saver.save(2, params, {"count": jnp.int32(2)}, {}, None)
     texts = {}
