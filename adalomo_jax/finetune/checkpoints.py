@@ -25,7 +25,7 @@ from adalomo_jax.finetune.devices import is_first_process
 from adalomo_jax.finetune.fingerprints import checksums
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import config_of
-from adalomo_jax.pretrained.json_files import Fields, check
+from adalomo_jax.models.fields import Fields, check
 from adalomo_jax.pretrained.names import param_shapes
 
 FOLDER = "checkpoints"

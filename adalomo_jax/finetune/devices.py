@@ -48,7 +48,10 @@ def wait_for_all(done: str) -> None:
         multihost_utils.sync_global_devices(done)
 
 
-_DIGEST, _MOST_PARTS = 32, 8
+_DIGEST = 32
+"""Bytes of a SHA-256."""
+_MOST_PARTS = 8
+"""What processes compare at once, at most: each part has a row of an array of one shape in all of them."""
 
 
 def check_agreed(parts: Mapping[str, str] | None) -> None:

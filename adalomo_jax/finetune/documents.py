@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.chat import text_of
-from adalomo_jax.pretrained.json_files import shown
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.printable import printable
 

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from adalomo_jax.finetune.config import MOST_STEPS
+from adalomo_jax.models.fields import Fields, check
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.json_files import Fields, check
 
 MOST_NATS = 700.0
 """Above it, ``exp`` is more than a float holds."""

@@ -22,6 +22,7 @@ from adalomo_jax.fused.runs import bytes_handed, nbytes
 
 _OF_LAYOUT = frozenset("broadcast_in_dim copy expand_dims reshape rev squeeze transpose".split())
 _OF_FLAGS = frozenset("and eq ge gt is_finite le lt ne not or".split())
+_CHEAP = _OF_LAYOUT | ELEMENTWISE | {"convert_element_type"}
 
 
 def evaluate_layer(
@@ -57,12 +58,12 @@ def evaluate_layer(
         values |= jax.checkpoint(compute, policy=policy, prevent_cse=False)({v: values[v] for v in read})
 
 
-def _made_again(equations: Sequence[Equation], parameters: Collection[int], wanted: Collection[int]) -> list[Equation]:
+def _made_again(equations: Sequence[Equation], parameters: Collection[int], wanted: set[int]) -> list[Equation]:
     """Those that are cheap, and read nothing but parameters, or what such have made."""
     known, again = set(parameters).difference(v for equation in equations for v in equation.outputs), []
     for equation in equations:
-        is_cheap = equation.name in _OF_LAYOUT | ELEMENTWISE | {"convert_element_type"} and not equation.has_effects
-        if is_cheap and known.issuperset(equation.inputs) and not set(wanted).intersection(equation.outputs):
+        is_cheap = equation.name in _CHEAP and not equation.has_effects
+        if is_cheap and known.issuperset(equation.inputs) and wanted.isdisjoint(equation.outputs):
             known.update(equation.outputs)
             again.append(equation)
     return again

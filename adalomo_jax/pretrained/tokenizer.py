@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.chat import ChatText, chat_prompt, chat_text
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.json_files import shown
+from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.rust_errors import as_value_errors
 
 if TYPE_CHECKING:
@@ -222,9 +222,13 @@ class TextTokenizer:
             **self._special_texts(),
             "chat_template": self.chat_template if self.tool_template is None else named,
         }
-        _write_json(folder / "tokenizer_config.json", config)
+        write_json(
+            folder / "tokenizer_config.json", {name: value for name, value in config.items() if value is not None}
+        )
         if self.stops not in ((), (self.eos,)):
-            _write_json(folder / "generation_config.json", {"bos_token_id": self.bos, "eos_token_id": list(self.stops)})
+            ends = {"eos_token_id": list(self.stops)}
+            bos = {} if self.bos is None else {"bos_token_id": self.bos}
+            write_json(folder / "generation_config.json", bos | ends)
 
     def _special_texts(self) -> dict[str, str | None]:
         texts = {"bos_token": self.bos, "eos_token": self.eos}
@@ -280,6 +284,15 @@ def is_token(tokenizer: tokenizers.Tokenizer, token: Any) -> bool:
     return 0 <= int(token) < 2**32 and tokenizer.id_to_token(int(token)) is not None
 
 
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    text = json.dumps({name: value for name, value in contents.items() if value is not None}, indent=2)
-    write_whole(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+def put_around(
+    tokenizer: tokenizers.Tokenizer, before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]
+) -> None:
+    """Have the tokenizer write these tokens, each by name and number, before a text and after it: BOS and EOS."""
+    from tokenizers import processors
+
+    names_before, names_after = ([name for name, _ in around] for around in (before, after))
+    single = [*names_before, "$A", *names_after]
+    pair = [*single, *(f"{name}:1" for name in names_before), "$B:1", *(f"{name}:1" for name in names_after)]
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=single, pair=pair, special_tokens=[*before, *after]
+    )

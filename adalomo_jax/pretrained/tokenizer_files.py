@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
 
-from adalomo_jax.pretrained.json_files import Fields, check, read_json, shown
+from adalomo_jax.models.fields import Fields, check, shown
+from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.rust_errors import as_value_errors, one_line
 from adalomo_jax.pretrained.templates import MOST_BYTES
-from adalomo_jax.pretrained.tokenizer import TextTokenizer, is_token
+from adalomo_jax.pretrained.tokenizer import TextTokenizer, is_token, put_around
 from adalomo_jax.pretrained.tokenizer_json import read_tokenizer_json
 
 if TYPE_CHECKING:
@@ -201,8 +202,6 @@ def _known(tokenizer: tokenizers.Tokenizer, file: Path, name: str, token: int) -
 
 def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bos: int | None, eos: int | None) -> None:
     """Make the post-processor anew where the class of the tokenizer does."""
-    from tokenizers import processors
-
     by_default = _ADDS_BOS.get((config.tokenizer_class or "").removesuffix("Fast"))
     flags = {"add_bos_token": config.add_bos_token, "add_eos_token": config.add_eos_token}
     if by_default is None or (config.backend is not None and set(flags.values()) == {None}):
@@ -214,13 +213,9 @@ def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bo
             raise ValueError(f"{path}: add_{name} is true, but no {name} is named")
         around.append([(tokenizer.id_to_token(token), token)] if adds and token is not None else [])
     before, after = around
-    single = [*(text for text, _ in before), "$A", *(text for text, _ in after)]
-    pair = [*single, *(f"{text}:1" for text, _ in before), "$B:1", *(f"{text}:1" for text, _ in after)]
     try:
         with as_value_errors("they cannot be written"):
-            tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-                single=single, pair=pair, special_tokens=[*before, *after]
-            )
+            put_around(tokenizer, before, after)
             got = tokenizer.encode("").ids
     except ValueError as error:
         raise ValueError(f"{path}: BOS and EOS must be names that a template takes: {one_line(error)}") from None

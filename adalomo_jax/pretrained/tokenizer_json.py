@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalomo_jax.pretrained.json_files import read_json, shown
+from adalomo_jax.models.fields import shown
+from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.rust_errors import Panic, as_value_errors, one_line
 
 if TYPE_CHECKING:
