@@ -5,86 +5,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
-from pydantic import Field
 
-from adalomo_jax.finetune.config import MOST_STEPS, InputError, one_line
+from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.devices import is_first_process
 from adalomo_jax.finetune.fingerprints import checksums
+from adalomo_jax.finetune.record import Origin, Record, sealed, unsealed
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import config_of
-from adalomo_jax.models.fields import Fields, check
 from adalomo_jax.pretrained.names import param_shapes
 
 FOLDER = "checkpoints"
 """Of a run's output: where its checkpoints are, by step."""
-FORMAT = 2
-"""Of the record; it grows when older code cannot read newer checkpoints. Those of earlier formats are read."""
-
-
 _REMOVED = ".removed"
 """Where checkpoints go to be removed, in one rename each: a kill leaves none that is half there under its own name."""
-
-
-class Origin(NamedTuple):
-    """What a run is made of. A checkpoint continues a run of the same origin."""
-
-    options: Mapping[str, Any]
-    """Those that have a say in the numbers, by name, with the values that they come to."""
-    model: Mapping[str, Any]
-    """The model's name, and its sizes as the fields of `LlamaConfig`."""
-    data: str
-    """The `data_fingerprint`."""
-    paths: Sequence[str] | None = None
-    """Where the text was, and none of it for the default; it may be elsewhere now. None in format 1."""
-
-
-class Record(NamedTuple):
-    """What a checkpoint says of itself."""
-
-    step: int
-    batches: Mapping[str, Any]
-    """The state of the iterator of the training batches."""
-    eval_loss: float | None
-    """After this step, where it was evaluated and finite."""
-    origin: Origin
-    checksums: Mapping[str, Mapping[str, int]]
-    """Of the arrays, by name, of ``params`` and of ``state``."""
-
-
-class _Format(Fields):
-    format: int = Field(ge=1)
-
-
-class _BatchesFields(Fields):
-    next_index: int = Field(default=0, ge=0, lt=2**48)
-
-
-class _OriginFields(Fields):
-    options: dict[str, Any]
-    model: dict[str, Any]
-    data: str
-    paths: list[str] | None = None
-
-
-class _RecordFields(Fields):
-    step: int = Field(ge=1, le=MOST_STEPS)
-    batches: _BatchesFields
-    eval_loss: float | None
-    origin: _OriginFields
-    checksums: dict[str, dict[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +56,7 @@ class Saver:
             self._wait()
             self.manager.save(
                 step,
-                args=ocp.args.Composite(**args, record=ocp.args.JsonSave(_sealed(record))),
+                args=ocp.args.Composite(**args, record=ocp.args.JsonSave(sealed(record))),
                 metrics=None if loss is None else {"eval_loss": loss},
                 force=True,
             )
@@ -216,18 +160,10 @@ def read_record(path: Path) -> Record:
     Raises:
         ValueError: there is none, it is damaged, or not of such a run.
     """
-    sealed = _read(path, record=ocp.args.JsonRestore())["record"]
-    contents = sealed.get("record") if isinstance(sealed, dict) else None
-    if not isinstance(contents, dict) or sealed.get("sha256") != _digest(contents):
-        raise ValueError("its record is damaged")
-    format_of = check(_Format, contents, "its record").format
-    if format_of > FORMAT:
-        raise ValueError(f"it has the format {format_of}, and this version reads those up to {FORMAT}")
-    check(_RecordFields, contents, "its record")
-    record = Record(*(contents[name] for name in Record._fields))
+    record = unsealed(_read(path, record=ocp.args.JsonRestore())["record"])
     if str(record.step) != path.name:
         raise ValueError(f"it says that it is of the step {record.step}")
-    return record._replace(origin=Origin(*(contents["origin"].get(name) for name in Origin._fields)))
+    return record
 
 
 def restore(path: Path, record: Record, params: Any, state: Any) -> tuple[Any, Any]:
@@ -351,15 +287,6 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return shape if shape.sharding is not None else shape.update(sharding=SingleDeviceSharding(jax.local_devices()[0]))
-
-
-def _sealed(record: Record) -> dict[str, Any]:
-    contents = record._asdict() | {"origin": record.origin._asdict(), "format": FORMAT}
-    return {"record": contents, "sha256": _digest(contents)}
-
-
-def _digest(contents: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adalomo_jax.finetune.checkpoints import Record
 from adalomo_jax.finetune.config import (
     FinetuneConfig,
     InputError,
@@ -23,6 +22,7 @@ from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
 from adalomo_jax.finetune.devices import Rows, gather, rows_here, spread, spread_batches, spread_rows
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
+from adalomo_jax.finetune.record import Record
 
 
 class Trained(NamedTuple):

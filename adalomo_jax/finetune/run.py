@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from adalomo_jax.finetune.checkpoints import Origin, Record, open_saver, remove_later
+from adalomo_jax.finetune.checkpoints import open_saver, remove_later
 from adalomo_jax.finetune.config import (
     METRICS,
     FinetuneConfig,
@@ -46,6 +46,7 @@ from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
 from adalomo_jax.finetune.output_folder import check_held, claimed, output_folder
 from adalomo_jax.finetune.plot import plot_losses, plot_run
 from adalomo_jax.finetune.program import Program, build_program, check_attention
+from adalomo_jax.finetune.record import Origin, Record
 from adalomo_jax.finetune.report import progress_bar, summarize, summary_table, warned_of
 from adalomo_jax.finetune.resume import (
     check_finished,

@@ -1,5 +1,6 @@
 """For tests of many runs: what they compile alike is compiled once, and what they would draw is left out."""
 
+import contextlib
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import pytest
 import tiny
 
 import adalomo_jax.finetune.run as run_module
+from adalomo_jax.cli import main
 from adalomo_jax.finetune.program import build_program
+from adalomo_jax.models import PRESETS
 
 OF_NO_PROGRAM = ("data", "output", "resume", "resume_step", "checkpoint_every", "keep", "evaluate_every")
 """Options that the compiled step does not depend on."""
@@ -49,10 +52,30 @@ def keeping_programs(build=build_program):
     return kept_program
 
 
+def refused(capsys, command, status=2):
+    """The one line that a command says on the standard error when it stops."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    captured = capsys.readouterr()
+    assert stopped.value.code == status, captured
+    assert captured.err.count("\n") == 1 and captured.err.startswith("adalomo-jax: "), captured.err
+    return captured.err
+
+
 def share_programs(patch):
     """Runs from here on share their programs, and draw nothing."""
     patch.setattr(run_module, "build_program", keeping_programs())
     draw_nothing(patch)
+
+
+@contextlib.contextmanager
+def tiny_programs():
+    """`share_programs`, and the preset ``tiny`` is smaller: what a test module's own fixture is for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", tiny.TINY)
+        share_programs(patch)
+        yield
 
 
 def draw_nothing(patch):

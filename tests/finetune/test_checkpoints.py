@@ -13,10 +13,12 @@ from jax.sharding import SingleDeviceSharding
 from tiers import slow
 
 import adalomo_jax.finetune.checkpoints as checkpoints
-from adalomo_jax.finetune.checkpoints import Origin, best_step, open_saver, read_record, restore
+import adalomo_jax.finetune.record as record_module
+from adalomo_jax.finetune.checkpoints import best_step, open_saver, read_record, restore
 from adalomo_jax.finetune.config import FinetuneConfig, InputError
 from adalomo_jax.finetune.fingerprints import checksums
 from adalomo_jax.finetune.program import abstract_arrays, make_training
+from adalomo_jax.finetune.record import FORMAT, Origin, Record, sealed, unsealed
 from adalomo_jax.models import batch_sharding, make_mesh
 
 ORIGIN = Origin({"dtype": "float32"}, {"name": "none"}, "0")
@@ -66,7 +68,7 @@ def outcomes(tmp_path):
             except ValueError:
                 yield "seen"
             else:
-                intact = record._replace(checksums={}) == checkpoints.Record(1, {"next_index": 1}, 2.5, ORIGIN, {})
+                intact = record._replace(checksums={}) == Record(1, {"next_index": 1}, 2.5, ORIGIN, {})
                 yield "harmless" if intact and same(restored, (params, state)) else "wrong"
 
     return found()
@@ -83,17 +85,16 @@ def test_without_checksums_some_does(outcomes, monkeypatch):
     assert "wrong" in outcomes
 
 
-@pytest.mark.parametrize(("format", "is_read"), [(1, True), (checkpoints.FORMAT + 1, False)])
+@pytest.mark.parametrize(("format", "is_read"), [(1, True), (FORMAT + 1, False)])
 def test_earlier_formats_are_read(format, is_read, tmp_path, monkeypatch):
-    old = checkpoints._sealed
 
-    def sealed(record):
-        contents = old(record)["record"] | {"format": format}
+    def old(written):
+        contents = sealed(written)["record"] | {"format": format}
         if format == 1:
             contents["origin"].pop("paths")
-        return {"record": contents, "sha256": checkpoints._digest(contents)}
+        return {"record": contents, "sha256": record_module._digest(contents)}
 
-    monkeypatch.setattr(checkpoints, "_sealed", sealed)
+    monkeypatch.setattr(checkpoints, "sealed", old)
     params, state = trees(size=50)
     with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {}, None)
@@ -256,18 +257,12 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("field", BREAKS)
-def test_a_record_that_is_sealed_and_wrong_is_named(field, monkeypatch, tmp_path):
-    sealed = checkpoints._sealed
-
-    def broken(record):
-        contents = json.loads(json.dumps(sealed(record)["record"]))
-        *outer, name = field.split(".")
-        (contents[outer[0]] if outer else contents)[name] = BREAKS[field]
-        return {"record": contents, "sha256": checkpoints._digest(contents)}
-
-    monkeypatch.setattr(checkpoints, "_sealed", broken)
-    with open_saver(tmp_path, ORIGIN, keep=1) as saver:
-        saver.save(1, {"w": jnp.zeros(2)}, {"w": jnp.zeros(2)}, {"next_index": 1}, None)
+def test_a_record_that_is_sealed_and_wrong_is_named(field):
+    good = sealed(Record(1, {"next_index": 1}, None, ORIGIN, {}))
+    assert unsealed(good) == Record(1, {"next_index": 1}, None, ORIGIN, {})
+    contents = json.loads(json.dumps(good["record"]))
+    *outer, name = field.split(".")
+    (contents[outer[0]] if outer else contents)[name] = BREAKS[field]
     with pytest.raises(ValueError, match=f"^its record: {field.split('.')[0]}.* got ") as error:
-        read_record(tmp_path / "1")
+        unsealed({"record": contents, "sha256": record_module._digest(contents)})
     assert len(str(error.value).splitlines()) == 1

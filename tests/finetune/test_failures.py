@@ -12,8 +12,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
-from one_program import share_programs
+from one_program import refused, tiny_programs
 from tiers import slow
 
 import adalomo_jax.finetune.run as run_module
@@ -22,16 +21,13 @@ from adalomo_jax.cli import main
 from adalomo_jax.finetune.failures import reason_of
 from adalomo_jax.finetune.metrics import StepRow, append_row
 from adalomo_jax.finetune.plot import plot_losses, plot_run, plot_runs
-from adalomo_jax.models import PRESETS
 
 OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--steps", "4"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", tiny.TINY)
-        share_programs(patch)
+    with tiny_programs():
         yield
 
 
@@ -39,15 +35,6 @@ def small():
 def command(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
     return ["finetune", "--data", str(tmp_path / "text.txt"), *OPTIONS, "--output", str(tmp_path / "run")]
-
-
-def refused(capsys, command, status=2):
-    """The one line that it says."""
-    with pytest.raises(SystemExit) as stopped:
-        main(command)
-    said = capsys.readouterr().err
-    assert (stopped.value.code, said.count("\n")) == (status, 1), said
-    return said
 
 
 ERRORS = [errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.ENOSPC]

@@ -13,11 +13,10 @@ import time
 import numpy as np
 import pytest
 import tiny
-from one_program import share_programs
+from one_program import tiny_programs
 
 from adalomo_jax.cli import main
 from adalomo_jax.finetune.output_folder import RUN_FILES, claimed
-from adalomo_jax.models import PRESETS
 
 STEPS = 20
 """So many that a run can be stopped on its way."""
@@ -28,9 +27,7 @@ MESH = ["--mesh", "fsdp=4,tensor=2"]
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", tiny.TINY)
-        share_programs(patch)
+    with tiny_programs():
         yield
 
 

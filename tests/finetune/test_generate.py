@@ -14,8 +14,9 @@ from flax import nnx
 
 import adalomo_jax.finetune.generate as generate_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.checkpoints import Origin, open_saver
+from adalomo_jax.finetune.checkpoints import open_saver
 from adalomo_jax.finetune.generate import Loaded, pieces
+from adalomo_jax.finetune.record import Origin
 from adalomo_jax.models import PRESETS, Llama, generate, llama_of
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.export import export_params

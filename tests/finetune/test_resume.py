@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import pytest
 import tiny
-from one_program import share_programs
+from one_program import refused, tiny_programs
 from safetensors.numpy import load_file
 from tiers import slow
 
@@ -29,9 +29,7 @@ OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--keep", "3"]
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "tiny", tiny.TINY)
-        share_programs(patch)
+    with tiny_programs():
         yield
 
 
@@ -79,17 +77,6 @@ def rows(folder):
 
 def weights(folder):
     return (folder / "model.safetensors").read_bytes()
-
-
-def refused(capsys, command, status=2):
-    """The one line that it says."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(command)
-    captured = capsys.readouterr()
-    assert stopped.value.code == status, captured
-    assert captured.err.count("\n") == 1 and captured.err.startswith("adalomo-jax: "), captured.err
-    return captured.err
 
 
 def test_a_run_goes_on_to_the_same_bits(killed, finished, command, capsys):
