@@ -109,7 +109,7 @@ def main() -> None:
     limits = setup["limits"]
     sys.path[:] = setup["path"]
     import jinja2.ext
-    import jinja2.sandbox  # noqa: F401
+    import jinja2.sandbox  # noqa: F401  (all imports before the bounds, under which a template alone is to run)
 
     restart = _bounded(limits)
     template = ""
