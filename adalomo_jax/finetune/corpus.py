@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -184,9 +184,11 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken |
         yield from _text(source)
         return
     for number, place, record in _lines(source) if source.kind == "lines" else _rows(source):
+        if isinstance(record, Broken):
+            yield record
+            continue
         try:
-            parsed = parse_record(record) if isinstance(record, bytes) else record
-            yield document_of(parsed, f"{source.name}:{number}", tokenizer)
+            yield document_of(record, f"{source.name}:{number}", tokenizer)
         except ValueError as error:
             yield Broken(place, str(error))
 
@@ -209,16 +211,30 @@ def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
         yield Document(source.name, text)
 
 
-def _lines(source: Source) -> Iterator[tuple[int, str, bytes]]:
-    """Number, place and content of the lines that are not blank."""
-    content = _read(source.path)
-    if reason := _encoded(content):
-        raise InputError(f"--data {source.path} is {reason}")
-    if content.lstrip()[:1] == b"[":
-        raise InputError(f"--data {source.path} is one JSON array: write one object a line")
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            yield number, f"{source.path}:{number}", line
+def _lines(source: Source) -> Iterator[tuple[int, str, Mapping[str, Any] | Broken]]:
+    """Number, place and record of the lines that are not blank. No line stays in memory beside its record."""
+    number, is_first = 0, True
+    try:
+        with source.path.open("rb") as file:
+            while line := file.readline():
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    if reason := _encoded(line):
+                        raise InputError(f"--data {source.path} is {reason}")
+                if not line or line.isspace():
+                    continue
+                if is_first and line.lstrip()[:1] == b"[":
+                    raise InputError(f"--data {source.path} is one JSON array: write one object a line")
+                is_first, place = False, f"{source.path}:{number}"
+                try:
+                    record = parse_record(line)
+                except ValueError as error:
+                    record = Broken(place, str(error))
+                del line
+                yield number, place, record
+    except OSError as error:
+        raise InputError(f"cannot read {source.path}: {error.strerror}") from error
 
 
 def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:

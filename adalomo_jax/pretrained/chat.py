@@ -177,17 +177,16 @@ def _added(i: int, prompt: str, through: str, full: str, eos_token: str | None) 
 
 def _marked(rendered: str) -> ChatText:
     """The text without the marks of the generation tag, and what stood between them."""
-    parts = re.split(f"{re.escape(OPEN)}(.*?){re.escape(CLOSE)}", rendered, flags=re.DOTALL)
-    text, learned, length = [], [], 0
-    for i, part in enumerate(parts):
-        if i % 2:
-            learned.append((length, length + len(part)))
-        text.append(part)
-        length += len(part)
-    joined = "".join(text)
-    if OPEN in joined or CLOSE in joined:
+    learned, marks, at = [], 0, 0
+    while (start := rendered.find(OPEN, at)) >= 0 and (at := rendered.find(CLOSE, start)) >= 0:
+        begin = start - marks
+        marks += len(OPEN) + len(CLOSE)
+        at += len(CLOSE)
+        learned.append((begin, at - marks))
+    text = rendered.replace(OPEN, "").replace(CLOSE, "")
+    if len(text) != len(rendered) - marks:
         raise ValueError("the chat template leaves a {% generation %} block before its end; what is learned is unclear")
-    return ChatText(joined, tuple(learned))
+    return ChatText(text, tuple(learned))
 
 
 def _without(chat: ChatText, is_learned: Sequence[bool]) -> ChatText:

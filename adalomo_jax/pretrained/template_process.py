@@ -1,7 +1,7 @@
 """The process in which chat templates run: a script of the standard library and Jinja alone; see `templates`.
 
 The lines that it reads are JSON: the bounds, then templates and the conversations that follow each. It answers each
-conversation by a line, and ends with its input.
+conversation by a line of JSON, which the texts follow as they are, and ends with its input.
 """
 
 from __future__ import annotations
@@ -119,11 +119,19 @@ def main() -> None:
             template = json.loads(line)
             continue
         try:
-            written = json.dumps(answer(template, line, limits), ensure_ascii=False).encode(errors="surrogatepass")
+            written = _as_lines(answer(template, line, limits))
         except MemoryError:
-            written = json.dumps({"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"}).encode()
-        sys.stdout.buffer.write(written + b"\n")
+            written = _as_lines({"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"})
+        sys.stdout.buffer.writelines(written)
         sys.stdout.buffer.flush()
+
+
+def _as_lines(reply: Mapping[str, Any]) -> list[bytes]:
+    """A reply as a line of JSON, in which texts are their sizes, and the texts."""
+    texts = [text if isinstance(text, int) else text.encode(errors="surrogatepass") for text in reply.get("texts", [])]
+    sizes = [text if isinstance(text, int) else {"bytes": len(text)} for text in texts]
+    line = json.dumps({**reply, "texts": sizes} if texts else dict(reply))
+    return [line.encode() + b"\n", *(text for text in texts if isinstance(text, bytes))]
 
 
 def _bounded(limits: Mapping[str, Any]) -> Any:

@@ -40,31 +40,47 @@ class _Process:
         self.owner = 0
         self.template: str | None = None
 
-    def ask(self, template: str, conversation: bytes) -> dict[str, Any]:
-        """What the process answers to a conversation, or why it ended."""
+    def ask(self, template: str, conversation: list[bytes]) -> dict[str, Any]:
+        """What the process answers to a conversation, which is JSON in pieces, or why it ended."""
         with self.lock:
             try:
-                line = self._asked(self._started(), template, conversation)
+                self._send(self._started(), template, conversation)
+                conversation.clear()  # a long one would be in memory beside its texts
+                reply = self._received()
             except BaseException:  # its answer would be taken for that to the next conversation
                 self.end()
                 raise
-            if line.endswith(b"\n"):
-                return json.loads(line)
+            if reply is not None:
+                return reply
             child = self.child
             self.end()
             return {"limit": _why(child.returncode if child else None)}
 
-    def _asked(self, child: subprocess.Popen[bytes], template: str, conversation: bytes) -> bytes:
-        assert child.stdin and child.stdout
-        try:
+    def _send(self, child: subprocess.Popen[bytes], template: str, conversation: list[bytes]) -> None:
+        assert child.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and so does its output
             if template != self.template:
                 child.stdin.write(json.dumps(template).encode() + b"\n")
                 self.template = template
-            child.stdin.write(conversation + b"\n")
+            child.stdin.writelines(conversation)
+            child.stdin.write(b"\n")
             child.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        return child.stdout.readline()
+
+    def _received(self) -> dict[str, Any] | None:
+        """The reply, its texts read; None where the process ended within it."""
+        assert self.child and self.child.stdout
+        line = self.child.stdout.readline()
+        if not line.endswith(b"\n"):
+            return None
+        reply = json.loads(line)
+        texts = reply.get("texts", [])
+        for i, text in enumerate(texts):
+            if isinstance(text, dict):
+                content = self.child.stdout.read(text["bytes"])
+                if len(content) < text["bytes"]:
+                    return None
+                texts[i] = content.decode(errors="surrogatepass")
+        return reply
 
     def end(self) -> None:
         """Without a process, there is nothing to do."""
@@ -133,7 +149,8 @@ def render(
     try:
         request = {"messages": messages, "parts": parts, "given": given, "dated": dated}
         # Half a surrogate pair passes: what is wrong with the text is found where it is made.
-        conversation = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass")
+        pieces = json.JSONEncoder(ensure_ascii=False).iterencode(request)
+        conversation = [piece.encode(errors="surrogatepass") for piece in pieces]
     except RecursionError:
         raise ValueError("messages have too many brackets inside each other") from None
     except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from toy_tokenizer import ToyTokenizer
 
 from adalomo_jax.finetune import packing
@@ -16,15 +17,19 @@ from adalomo_jax.finetune.packing import tokenize
 MOST = 8
 """Bytes of memory for each byte of the text, packed sequences and all."""
 SENTENCE = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer\n"
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 SCRIPT = """
 import re, sys
 from pathlib import Path
 from adalomo_jax.finetune.data import load_data
 from adalomo_jax.pretrained import ByteTokenizer
+from adalomo_jax.pretrained.tokenizer_files import read_tokenizer
 # Not getrusage: its peak is that of the process which started this one, if that is larger.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+tokenizer = read_tokenizer(Path(sys.argv[2])) if sys.argv[2:] else ByteTokenizer()
+tokenizer.encode(["once, so that the library has its threads"])
 before = peak()
-tokens = load_data([Path(sys.argv[1])], ByteTokenizer(), seq_len=1024).report.train_tokens
+tokens = load_data([Path(sys.argv[1])], tokenizer, seq_len=1024).report.train_tokens
 print(peak() - before, tokens)
 """
 
@@ -32,19 +37,38 @@ print(peak() - before, tokens)
 def record(kind, size):
     text = SENTENCE * (size // len(SENTENCE))
     half = len(text) // 2
+    if kind == "messages":
+        return {"messages": [{"role": "user", "content": text[:half]}, {"role": "assistant", "content": text[half:]}]}
     return {"text": text} if kind == "text" else {"prompt": text[:half], "completion": text[half:]}
+
+
+def write_tokenizer(folder):
+    """One that has words for tokens, as those of models have: BPE on bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SENTENCE] * 4, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
-@pytest.mark.parametrize("kind", ["text", "completion"])
-def test_memory_of_a_long_line(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "size", "has_words"),
+    [("text", 10**8, False), ("completion", 10**8, False), ("text", 10**8, True), ("messages", 2 * 10**7, True)],
+)
+def test_memory_of_a_long_line(tmp_path, kind, size, has_words):
     path = tmp_path / "long.jsonl"
-    small = json.dumps({"prompt": "1 + 1 = ", "completion": "2"})
-    path.write_text(f"{json.dumps(record(kind, 100_000_000))}\n{small}\n")
-    done = subprocess.run([sys.executable, "-c", SCRIPT, path], capture_output=True, text=True, check=True)
+    small = json.dumps(record(kind, 2 * len(SENTENCE)))
+    path.write_text(f"{json.dumps(record(kind, size))}\n{small}\n")
+    arguments = [path, write_tokenizer(tmp_path / "tokenizer")] if has_words else [path]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
     taken, tokens = map(int, done.stdout.split())
-    assert tokens > 40_000_000
+    assert tokens > size / (12 if has_words else 2.5)
     assert 1 < taken / path.stat().st_size <= MOST
 
 

@@ -76,16 +76,14 @@ def test_a_template_that_takes_too_long_is_refused_unseen_after_some_times(monke
 def test_an_interrupted_answer_is_not_taken_for_the_next(monkeypatch):
     rendered()
     with monkeypatch.context() as patch:
-        patch.setattr(templates._Process, "_asked", interrupt)
+        patch.setattr(templates._Process, "_received", interrupted)
         with pytest.raises(KeyboardInterrupt):
             rendered("late")
     assert templates._process.child is None
     assert rendered() == "Hi"
 
 
-def interrupt(process, started, template, conversation):
-    started.stdin.write(b'"late"\n' + conversation + b"\n")
-    started.stdin.flush()
+def interrupted(process):
     raise KeyboardInterrupt
 
 
