@@ -39,6 +39,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file."""
+    return read_json(path) if path.exists() else {}
+
+
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     """Write an object, whole or not at all.
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import BeforeValidator
 
 from adalomo_jax.models.fields import Fields, check, shown
-from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.added_tokens import AddedToken, add_tokens, read_special_tokens
+from adalomo_jax.pretrained.json_files import read_json_if_there
 from adalomo_jax.pretrained.rust_errors import as_value_errors, one_line
 from adalomo_jax.pretrained.templates import MOST_BYTES
 from adalomo_jax.pretrained.tokenizer import TextTokenizer, is_token, put_around
@@ -37,18 +38,6 @@ class _Templates(NamedTuple):
     tool_use: str | None = None
 
 
-def _token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, Mapping) else value
-    if value is not None and not (isinstance(text, str) and text and _is_unicode(text)):
-        raise ValueError("be a token's text, or an object with one as its content")
-    return text
-
-
-def _is_unicode(text: str) -> bool:
-    """Not with half a surrogate pair, which JSON can have and no tokenizer."""
-    return text.encode(errors="replace").decode() == text
-
-
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if value is None:
@@ -72,19 +61,7 @@ def _templates(value: Any) -> _Templates:
     return _Templates(named["default"], named.get("tool_use"))
 
 
-_Text = Annotated[Any, BeforeValidator(_token_text)]
 _Ids = Annotated[Any, BeforeValidator(_token_ids)]
-
-
-class AddedToken(Fields):
-    """A token that is found in a text before it is cut."""
-
-    content: Annotated[str, BeforeValidator(_token_text)]
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool | None = None
 
 
 class _Config(Fields):
@@ -93,11 +70,9 @@ class _Config(Fields):
     tokenizer_class: str | None = None
     backend: str | None = None
     """Written by transformers 5, which leaves the flags out: there ``tokenizer.json`` says it all."""
-    bos_token: _Text = None
-    eos_token: _Text = None
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
-    added_tokens_decoder: dict[str, AddedToken] | None = None
+    add_prefix_space: bool | None = None
     chat_template: Annotated[Any, BeforeValidator(_templates)] = _Templates()
 
 
@@ -112,25 +87,28 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder.
 
     It is ``tokenizer.json`` without the truncation and padding that it may carry, with the tokens that only
-    ``tokenizer_config.json`` (``added_tokens_decoder``) or ``added_tokens.json`` has. BOS and EOS are put around a text
+    ``tokenizer_config.json`` (``added_tokens_decoder``) or ``added_tokens.json`` has; all that are named special
+    (``additional_special_tokens``, ``pad_token``, ...) are found in a text. BOS and EOS are put around a text
     as the class that ``tokenizer_config.json`` names does it in transformers: Llama's, Gemma's, Cohere's and GPT-NeoX's
     by ``add_bos_token`` and ``add_eos_token``, all others by ``tokenizer.json``.
 
-    The special tokens are those of ``tokenizer_config.json``, and where that names none those of
-    ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The chat
-    template is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
+    The special tokens are those of ``tokenizer_config.json`` and ``special_tokens_map.json``, and where they name none
+    those of ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The
+    chat template is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
 
     Raises:
         ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.
     """
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
-    config = check(_Config, _read_if_there(path), str(path))
-    _add_tokens(tokenizer, _added_tokens(folder, config), folder)
+    config = check(_Config, read_json_if_there(path), str(path))
+    special = read_special_tokens(folder)
+    add_tokens(tokenizer, folder, special)
+    _set_prefix_space(tokenizer, config)
     files = [folder / name for name in ("generation_config.json", "config.json")]
-    ends = [(file, check(_Ends, _read_if_there(file), str(file))) for file in files]
-    bos = _special_token(tokenizer, path, "bos_token", config.bos_token, ends)
-    eos = _special_token(tokenizer, path, "eos_token", config.eos_token, ends)
+    ends = [(file, check(_Ends, read_json_if_there(file), str(file))) for file in files]
+    bos = _special_token(tokenizer, path, "bos_token", special.bos_token, ends)
+    eos = _special_token(tokenizer, path, "eos_token", special.eos_token, ends)
     stops = [_known(tokenizer, file, "eos_token_id", token) for file, said in ends for token in said.eos_token_id]
     _put_around(tokenizer, path, config, bos, eos)
     templates = _read_templates(folder, config)
@@ -140,58 +118,28 @@ def read_tokenizer(folder: Path) -> TextTokenizer:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _added_tokens(folder: Path, config: _Config) -> dict[int, AddedToken]:
-    """By their numbers, the tokens that files beside ``tokenizer.json`` name."""
-    tokens: dict[int, AddedToken] = {}
-    for number, token in (config.added_tokens_decoder or {}).items():
-        if not (number.isascii() and number.isdecimal() and int(number[:20]) < 2**32):
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must have tokens by their numbers, got "
-                f"{shown(number)}"
-            )
-        tokens[int(number)] = token
-    path = folder / "added_tokens.json"
-    special = {config.bos_token, config.eos_token}
-    for text, number in _read_if_there(path).items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**32:
-            raise ValueError(f"{path}: {shown(text)} must be the number of a token, got {shown(number)}")
-        tokens.setdefault(number, check(AddedToken, {"content": text, "special": text in special}, str(path)))
-    return tokens
-
-
-def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Mapping[int, AddedToken], folder: Path) -> None:
-    """Add those that ``tokenizer.json`` has not, in the order of their numbers, which must come out as they stand."""
-    import tokenizers
-
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    missing = {number: token for number, token in sorted(tokens.items()) if token.content not in known}
-    made = []
-    for token in missing.values():
-        normalized = not token.special if token.normalized is None else token.normalized
-        flags = {name: getattr(token, name) for name in ("special", "lstrip", "rstrip", "single_word")}
-        made.append(tokenizers.AddedToken(token.content, normalized=normalized, **flags))
-    with as_value_errors(f"{folder}: its added tokens cannot be added"):
-        tokenizer.add_tokens(made)
-    for number, token in missing.items():
-        if (got := tokenizer.token_to_id(token.content)) != number:
-            raise ValueError(
-                f"{folder}: the token {shown(token.content)} must be {number}, as added_tokens_decoder or "
-                f"added_tokens.json has it, and with the tokens of tokenizer.json it is {got}"
-            )
-
-
 def _special_token(
-    tokenizer: tokenizers.Tokenizer, path: Path, name: str, text: str | None, ends: list[tuple[Path, _Ends]]
+    tokenizer: tokenizers.Tokenizer, path: Path, name: str, named: AddedToken | None, ends: list[tuple[Path, _Ends]]
 ) -> int | None:
-    if text is not None:
-        token = tokenizer.token_to_id(text)
+    if named is not None:
+        token = tokenizer.token_to_id(named.content)
         if token is None:
-            raise ValueError(f"{path}: the {name} {shown(text)} is not in tokenizer.json")
+            raise ValueError(f"{path}: the {name} {shown(named.content)} is not in tokenizer.json")
         return token
     for file, said in ends:
         if tokens := getattr(said, f"{name}_id"):
             return _known(tokenizer, file, f"{name}_id", tokens[0])
     return None
+
+
+def _set_prefix_space(tokenizer: tokenizers.Tokenizer, config: _Config) -> None:
+    """Transformers 4 sets it anew where a text is cut by bytes alone; Llama's class does not unless it is told to."""
+    from tokenizers import pre_tokenizers
+
+    is_llama = (config.tokenizer_class or "").removesuffix("Fast") == "LlamaTokenizer"
+    is_left = config.add_prefix_space is None and (is_llama or config.backend is not None)
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel) and not is_left:
+        tokenizer.pre_tokenizer.add_prefix_space = bool(config.add_prefix_space)
 
 
 def _known(tokenizer: tokenizers.Tokenizer, file: Path, name: str, token: int) -> int:
@@ -233,8 +181,3 @@ def _read_templates(folder: Path, config: _Config) -> _Templates:
         return _Templates(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
-    return read_json(path) if path.exists() else {}

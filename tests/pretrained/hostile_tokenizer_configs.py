@@ -39,6 +39,10 @@ FIELDS = (
     "added_tokens_decoder",
     "backend",
     "add_eos_token",
+    "add_prefix_space",
+    "pad_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
 )
 IDS = [
     "-1",
@@ -68,6 +72,11 @@ CONFIGS: dict[str, Callable[[Path], None]] = {
     **{
         f"{field}-{i}": raw("tokenizer_config.json", f'{{"{field}": {value}}}')
         for field in FIELDS
+        for i, value in enumerate(VALUES)
+    },
+    **{
+        f"map-{field}-{i}": raw("special_tokens_map.json", f'{{"{field}": {value}}}')
+        for field in ("eos_token", "cls_token", "additional_special_tokens")
         for i, value in enumerate(VALUES)
     },
     **{

@@ -218,6 +218,40 @@ def test_tokens_beside_tokenizer_json_are_tokens(tmp_path, file):
     assert tokenizer.vocab_size == size + 2
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_that_are_named_special_are_found_in_a_text(tmp_path, file):
+    """A word of the vocabulary becomes one, with the spaces that it is said to take; one that has no row does not."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    ids = {text: byte_level().token_to_id(text) for text in ("cat", "sat", "at")}
+    named = [{"content": "cat", "lstrip": True, "normalized": False}, "sat", "<new>"]
+    write_config(tmp_path, file, pad_token="at", additional_special_tokens=named)
+    tokenizer = read_tokenizer(tmp_path)
+    tokens = tokenizer.encode(["a cat sat at<new>"])[0].tokens.tolist()
+    pieces = [byte_level().encode(text).ids for text in ("a", " ", " ", "<new>")]
+    assert tokens == [*pieces[0], ids["cat"], *pieces[1], ids["sat"], *pieces[2], ids["at"], *pieces[3]]
+    assert tokenizer.decode([ids["cat"], ids["at"]]) == ""
+    assert tokenizer.vocab_size == byte_level().get_vocab_size()
+
+
+def test_the_map_is_not_read_beside_added_tokens(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, "special_tokens_map.json", eos_token="<|im_start|>")
+    write_config(tmp_path, eos_token="<|im_end|>")
+    assert read_tokenizer(tmp_path).eos == 0
+    write_config(tmp_path, eos_token="<|im_end|>", added_tokens_decoder={})
+    assert read_tokenizer(tmp_path).eos == 1
+
+
+@pytest.mark.parametrize(("config", "adds"), [({}, False), ({"add_prefix_space": True}, True), (None, True)])
+def test_a_space_before_a_text_is_up_to_the_configuration(tmp_path, config, adds):
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer.add_prefix_space = True
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_config(tmp_path, **({"tokenizer_class": LLAMA} if config is None else config))
+    text = " the" if adds else "the"
+    assert read_tokenizer(tmp_path).encode(["the"])[0].tokens.tolist() == byte_level().encode(text).ids
+
+
 def test_the_template_of_tools_is_taken_for_them(folder, tmp_path):
     template = "{{ tools[0].name }}{% for m in messages %}{{ m.content }}{% endfor %}"
     named = [{"name": "tool_use", "template": template}, {"name": "default", "template": "one"}]

@@ -53,6 +53,32 @@ def test_bos_and_eos_are_put_around_as_they_do(make, tmp_path, name, flags, befo
     assert [one.tokens.tolist() for one in ours] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
+NAMED = {
+    "additional": {"additional_special_tokens": ["cat", {"__type": "AddedToken", "content": "sat", "lstrip": True}]},
+    "role": {"pad_token": "at", "cls_token": {"__type": "AddedToken", "content": "the", "single_word": True}},
+    "space": {"add_prefix_space": True},
+    "decoder": {"added_tokens_decoder": {"1": {"content": "<|im_end|>", "lstrip": True, "special": True}}},
+}
+MAPS = {"none": None, "eos": {"eos_token": "<|im_start|>"}, "additional": {"additional_special_tokens": ["bad", "it"]}}
+SPELLED = ["the bad cat sat at the mat, 12 hats<|im_end|> ", "<|im_end|>cat it bathe at", "the"]
+
+
+@pytest.mark.skipif(VERSION >= 5, reason="transformers 5 reads other files")
+@pytest.mark.parametrize("file", MAPS)
+@pytest.mark.parametrize(
+    ("name", "named"),
+    # Llama's class makes itself anew from a slow one where it is told of a space.
+    [*(("PreTrainedTokenizerFast", x) for x in NAMED), *(("LlamaTokenizerFast", x) for x in NAMED if x != "space")],
+)
+def test_named_tokens_are_found_as_they_are(make, name, named, file):
+    folder = make(tokenizer_class=name, **NAMED[named])
+    if MAPS[file] is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(MAPS[file]))
+    tokenizer, ours = theirs(folder), read_tokenizer(folder)
+    assert [one.tokens.tolist() for one in ours.encode(SPELLED)] == [tokenizer(text)["input_ids"] for text in SPELLED]
+    assert (ours.bos, ours.eos) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
 TEMPLATES = {
     "chatml": CHATML,
     "tools": "{% for t in tools or [] %}{{ t | tojson(indent=2) }}\n{% endfor %}" + CHATML,
