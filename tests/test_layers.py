@@ -66,8 +66,8 @@ MODULES = {
     ],
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
-        *("rust_errors", "template_process", "templates", "chat", "tokenizer", "tokenizer_json", "tokenizer_files"),
-        *("gguf_tokenizer", "export", "model"),
+        *("rust_errors", "template_process", "templates", "chat", "tokenizer", "tokenizer_json", "added_tokens"),
+        *("tokenizer_files", "gguf_tokenizer", "export", "model"),
     ],
     "memory": [
         *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),
