@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adalomo_jax.fused.stacked import layer_of, stack
+from adalomo_jax.fused.plan.stacked import layer_of, stack
+from adalomo_jax.fused.plan.tracing import Traced
 from adalomo_jax.fused.state import FusedState
-from adalomo_jax.fused.tracing import Traced
 from adalomo_jax.optimizers.per_layer import PerLayer
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalomo_jax.fused.loss_scale import DynamicLossScale
-from adalomo_jax.fused.runs import FEWEST
+from adalomo_jax.fused.plan.runs import FEWEST
 
 
 class Range(NamedTuple):

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from adalomo_jax.fused import backward
-from adalomo_jax.fused.checks import (
+from adalomo_jax.fused.convert import state_of_layers, state_of_stacks
+from adalomo_jax.fused.loss_scale import DynamicLossScale
+from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
+from adalomo_jax.fused.options import Options, check_loss_and_tx
+from adalomo_jax.fused.plan.checks import (
     check_by_position,
     check_extra_args,
     check_not_deleted,
@@ -20,19 +23,16 @@ from adalomo_jax.fused.checks import (
     leaves_on_host,
     warn_of_whole,
 )
-from adalomo_jax.fused.convert import state_of_layers, state_of_stacks
-from adalomo_jax.fused.loss_scale import DynamicLossScale
-from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
-from adalomo_jax.fused.options import Options, check_loss_and_tx
-from adalomo_jax.fused.plan import Plan
+from adalomo_jax.fused.plan.plan import Plan
+from adalomo_jax.fused.plan.rolling import find_stacks
+from adalomo_jax.fused.plan.stacked import is_stacked, layers_of, stack_layers, unstack_layers
+from adalomo_jax.fused.plan.tracing import Traced, trace_call
 from adalomo_jax.fused.result import Donating, StepResult, by_path, check_call
-from adalomo_jax.fused.rolling import find_stacks
+from adalomo_jax.fused.run import passes
+from adalomo_jax.fused.run.unfused import all_gradients
+from adalomo_jax.fused.run.updater import Updater, any_written
 from adalomo_jax.fused.sharding import constrain, of_own_state, sharding_of
-from adalomo_jax.fused.stacked import is_stacked, layers_of, stack_layers, unstack_layers
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
-from adalomo_jax.fused.tracing import Traced, trace_call
-from adalomo_jax.fused.unfused import all_gradients
-from adalomo_jax.fused.updater import Updater, any_written
 from adalomo_jax.optimizers.rounding import rounds_stochastically
 
 
@@ -159,7 +159,7 @@ class FusedStep:
         Parameters, which are read again, are not among them, nor is what the last stage before the loss holds.
         """
         traced = self._trace(params, args)
-        return backward.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
+        return passes.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
 
     def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
         """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`.
@@ -175,15 +175,15 @@ class FusedStep:
         plan, updater, options = traced.plan, self._updater(traced, state), self.options
         check_placed(plan, traced.leaves, options)
         d_loss, offloads = self._d_loss(state), options.offloads_activations
-        ran = backward.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
+        ran = passes.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
-        measure = lambda: backward.norm_of_gradient(plan, ran, updater)
+        measure = lambda: passes.norm_of_gradient(plan, ran, updater)
         looks_ahead, norm = self._looks_ahead(state), None
         if looks_ahead is not False:
             norm = measure() if looks_ahead is True else lax.cond(looks_ahead, measure, lambda: jnp.float32(0))
-            ran = backward.begin_after(ran, norm)
+            ran = passes.begin_after(ran, norm)
         updater = self._decide(updater, result, norm, extra_args)
-        done = backward.backward(plan, ran, updater, state.inner, traced.leaves)
+        done = passes.backward(plan, ran, updater, state.inner, traced.leaves)
         return self._finish(traced, state, result, done, norm)
 
     @cached_property
@@ -202,7 +202,7 @@ class FusedStep:
         updater = self._decide(updater, result, norm, extra_args)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
         leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
-        return self._finish(traced, state, result, backward.Pass(leaves, inner, statistics), norm)
+        return self._finish(traced, state, result, passes.Pass(leaves, inner, statistics), norm)
 
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
         """The call, traced."""
@@ -303,13 +303,13 @@ class FusedStep:
         traced: Traced,
         state: FusedState,
         result: tuple[jax.Array, Any],
-        done: backward.Pass,
+        done: passes.Pass,
         norm: jax.Array | None,
     ) -> StepResult:
         """The result, with the state's counters and the metrics."""
         loss, aux = result
         if norm is None or self.options.max_grad_norm is None:  # it was not taken, or not in each step
-            norm = backward.norm_in(done.statistics)
+            norm = passes.norm_in(done.statistics)
         unwritten = sum((jnp.sum(~s.written) for s in done.statistics.values()), start=jnp.zeros([], jnp.int32))
         wrote = any_written(done.statistics)
         metrics: dict[str, Any] = {

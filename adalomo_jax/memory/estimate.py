@@ -10,7 +10,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from adalomo_jax.fused import FusedStep
-from adalomo_jax.fused.jaxpr import Program, trace
+from adalomo_jax.fused.plan.jaxpr import Program, trace
 from adalomo_jax.memory.compile import place, shares_of, whole_bytes
 from adalomo_jax.memory.liveness import temporary_bytes
 from adalomo_jax.memory.placement import TPU_GRANULE, Chip, table_bytes

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax.fused.jaxpr import Equation, Program, program_of, scan_of
+from adalomo_jax.fused.plan.jaxpr import Equation, Program, program_of, scan_of
 
 LOOPS = ("scan", "while", "cond")
 """What runs programs of its own, which read and write whole buffers."""

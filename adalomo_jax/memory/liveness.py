@@ -27,7 +27,7 @@ from collections.abc import Collection, Mapping, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from adalomo_jax.fused.jaxpr import Equation, Program, scan_of
+from adalomo_jax.fused.plan.jaxpr import Equation, Program, scan_of
 from adalomo_jax.memory.flat import WRITES, Flat, Operation, flatten, needed_whole
 from adalomo_jax.memory.placement import ANY_CHIP, Chip, Lives, most_alive
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import accumulate
 from typing import NamedTuple
 
-from adalomo_jax.fused.jaxpr import Program
+from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.memory.flat import LOOPS, WRITES, Flat, flatten, needed_whole
 
 TPU_GRANULE = 16 * 2**10

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalomo_jax import fuse
-from adalomo_jax.fused.runs import FEWEST
+from adalomo_jax.fused.plan.runs import FEWEST
 
 DIM, LENGTH, BATCH = 8, 5, 2
 

@@ -10,7 +10,7 @@ from compiled import memory_of, tree_bytes
 from lists_of_layers import MODELS, data, fuse_lists
 
 from adalomo_jax import fuse
-from adalomo_jax.fused.plan import LayerScan
+from adalomo_jax.fused.plan.plan import LayerScan
 
 LAYERS, DIM, PARTS = 4, 64, 4
 MATRIX = 4 * DIM * DIM

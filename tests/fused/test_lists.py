@@ -7,7 +7,7 @@ import pytest
 from lists_of_layers import DIM, MODELS, apply, data, error, fuse_lists, local_and_global, loop, matrix, model
 
 from adalomo_jax import adalomo
-from adalomo_jax.fused.lists import nth, period_of
+from adalomo_jax.fused.plan.lists import nth, period_of
 
 
 def reasons(loss_fn, params, tx=None, *, placed=True, **options):

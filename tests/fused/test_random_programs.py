@@ -16,7 +16,7 @@ from random_losses import batch, loss_of, parameters
 from random_programs import Options, RandomProgram, Scan, Stack, is_layered, random_programs
 
 from adalomo_jax import DynamicLossScale, FusedStep, Plan, StepResult, adalomo, fuse, lomo
-from adalomo_jax.fused import backward
+from adalomo_jax.fused.run import passes
 
 EXAMPLES, SEED = os.environ.get("RANDOM_PROGRAMS"), int(os.environ.get("RANDOM_SEED", "0"))
 FAST = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
@@ -188,6 +188,6 @@ def test_finds_cotangents_that_are_not_summed(monkeypatch: pytest.MonkeyPatch):
     """The check can fail: of a leaf that is read at both ends only one end counts."""
     program = RandomProgram((Scan(2, (_TANH,)),), begin="embedding", end="tied")
     check(program)
-    monkeypatch.setattr(backward, "accumulate", lambda cotangents, more: cotangents.update(more))
+    monkeypatch.setattr(passes, "accumulate", lambda cotangents, more: cotangents.update(more))
     with pytest.raises(AssertionError, match="whole/tied"):
         check(program)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from adalomo_jax.fused.jaxpr import trace
-from adalomo_jax.fused.terms import Terms
+from adalomo_jax.fused.plan.jaxpr import trace
+from adalomo_jax.fused.plan.terms import Terms
 
 X, Y = jnp.ones(3), jnp.ones(2)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax.fused.jaxpr import trace
+from adalomo_jax.fused.plan.jaxpr import trace
 from adalomo_jax.memory.liveness import temporary_bytes
 from adalomo_jax.memory.placement import Chip
 

@@ -1,0 +1,1 @@
+"""What will be updated where: a value, made of the traced loss before anything runs."""

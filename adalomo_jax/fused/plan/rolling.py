@@ -1,0 +1,123 @@
+"""Which parameters of a list of layers a step keeps stacked: those of layers that repeat, and are updated alike."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adalomo_jax.fused.offload import shapes_on_device
+from adalomo_jax.fused.options import Options, is_bool
+from adalomo_jax.fused.plan.checks import path_name, trained_leaves
+from adalomo_jax.fused.plan.differences import Leaf
+from adalomo_jax.fused.plan.jaxpr import Program, is_checkpoint, trace
+from adalomo_jax.fused.plan.leafwise import rules_of_leaves
+from adalomo_jax.fused.plan.lists import Lists, why_not_stacked
+from adalomo_jax.fused.plan.order import with_layers_as_inputs
+from adalomo_jax.fused.plan.repeats import Repeat, find_repeats
+from adalomo_jax.fused.plan.stacked import layers_of, unstack_layers
+from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
+
+FEWEST_WITHOUT_CHECKPOINTS = 6
+"""So many layers are stacked if they save more than their inputs. Unrolled, XLA saves less of each layer than a scan
+does; what a stack spares, gradients, outweighs that from here on (tests/fused/benchmark_few_layers.py)."""
+
+
+def find_stacks(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformationExtraArgs,
+    options: Options,
+    params: Any,
+    args: Sequence[Any],
+    extra_args: Mapping[str, Any],
+) -> list[tuple[int, ...]]:
+    """Of each stack the positions of its layers among the parameters, in the order in which the loss reads them.
+
+    Layers are of one stack only if they are trained alike, spread over devices alike, and if ``tx`` has the same rule
+    for each: where a mask or a label names one of them, that one stays by itself.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    trained = trained_leaves(params, options.trainable)
+    program, _ = trace(lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args), shapes_on_device(leaves), *args)
+    of_params = program.inputs[: len(leaves)]
+    if not any(_are_enough(repeat, options.roll) for repeat in find_repeats(program, of_params, trained).repeats):
+        return []  # as most models: then tx need not be asked
+    rules = _rules(tx, treedef, [program.avals[v] for v in of_params], trained, extra_args)
+    kinds = list(zip(trained, rules, map(str, map(sharding_of, leaves)), strict=True))
+    found = find_repeats(program, of_params, kinds)
+    repeats = [repeat for repeat in found.repeats if _are_enough(repeat, options.roll)]
+    position = {v: i for i, v in enumerate(of_params)}
+    scanned = [scanned.values for repeat in repeats for scanned in repeat.scanned]
+    return [tuple(position[v] for v in values) for values in scanned if all(v in position for v in values)]
+
+
+def lists_of(
+    tx: optax.GradientTransformationExtraArgs,
+    options: Options,
+    program: Program,
+    treedef: Any,
+    shardings: Sequence[Sharding],
+    extra_args: Mapping[str, Any],
+) -> Lists:
+    """What is known of the lists of layers of a loss: what could be stacked and is not, and why other leaves are not.
+
+    Args:
+      tx: the optimizer.
+      options: of the step.
+      program: the loss, with nothing rolled up yet.
+      treedef: of its parameters, placed or not.
+      shardings: of each.
+      extra_args: those of ``tx.update`` that are known.
+    """
+    types = [program.avals[v] for v in program.inputs[: len(shardings)]]
+    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = treedef.unflatten(list(map(shape, types, shardings)))
+    positions, unplaced = layers_of(params), unstack_layers(params)
+    layers = [len(of_stack) if len(of_stack) > 1 else None for of_stack in positions]
+    program, inputs = with_layers_as_inputs(program, layers)
+    order = [k for k, _ in sorted(enumerate(i for of_stack in positions for i in of_stack), key=lambda pair: pair[1])]
+    values = [inputs[k] for k in order]
+    trained = trained_leaves(unplaced, options.trainable)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(unplaced)
+    try:
+        rules = _rules(tx, treedef, [leaf for _, leaf in paths_and_leaves], trained, extra_args)
+    except ExtraArgumentMissing:  # before a step they may not be known: then what `tx` does is not told apart
+        rules = [None] * len(values)
+    leaves = [
+        Leaf(path_name(path), v, program.avals[v].str_short(), is_trained, rule, str(sharding_of(x)))
+        for (path, x), v, is_trained, rule in zip(paths_and_leaves, values, trained, rules, strict=True)
+    ]
+    found = find_repeats(program, values, [leaf.kind for leaf in leaves])
+    stacked = {i for of_stack in positions if len(of_stack) > 1 for i in of_stack}
+    reasons = why_not_stacked(found, leaves, stacked)
+    numbers = {leaf.value for i, leaf in enumerate(leaves) if i not in stacked}
+    repeats = [repeat for repeat in found.repeats if any(numbers.issuperset(s.values) for s in repeat.scanned)]
+    enough = [repeat for repeat in repeats if _are_enough(repeat, options.roll)]
+    too_few = [repeat for repeat in repeats if repeat not in enough]
+    return Lists(enough, too_few, [reasons[of_stack[0]] for of_stack in positions])
+
+
+def _are_enough(repeat: Repeat, roll: bool | int) -> bool:
+    """Whether so many layers are stacked: if it takes less memory, or from as many on as the user says."""
+    if not is_bool(roll):
+        return repeat.layers >= roll
+    own = {scanned.received for scanned in repeat.scanned if scanned.is_parameter}
+    unchecked = any(own.intersection(equation.inputs) for equation in repeat.layer if not is_checkpoint(equation))
+    return repeat.layers >= FEWEST_WITHOUT_CHECKPOINTS or not unchecked
+
+
+def _rules(
+    tx: optax.GradientTransformationExtraArgs,
+    treedef: Any,
+    avals: Sequence[Any],
+    trained: Sequence[bool],
+    extra_args: Mapping[str, Any],
+) -> list[Any]:
+    """Of each parameter what ``tx`` does with it; equal for those that it treats alike."""
+    tensors = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
+    group = Group(tuple(i for i, is_trained in enumerate(trained) if is_trained), None)
+    loss = jax.ShapeDtypeStruct((), jnp.float32)
+    rules = rules_of_leaves(PerLayer(tx, treedef, tensors, (group,)), {"value": loss, **extra_args})
+    return [rules.get(i) for i in range(len(trained))]
