@@ -54,8 +54,8 @@ def _main(args: Sequence[str] | None) -> None:
             missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
             if missing:
                 _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
-            from adalomo_jax.finetune.config import InputError, Stopped
             from adalomo_jax.finetune.failures import reason_of
+            from adalomo_jax.finetune.inputs import InputError, Stopped
 
             try:
                 run = _runner(_parse(args))
@@ -102,9 +102,10 @@ def _parse(args: Sequence[str] | None) -> Any:
 
     from adalomo_jax.bench.config import BenchConfig
     from adalomo_jax.finetune.compare import PlotConfig
-    from adalomo_jax.finetune.config import FinetuneConfig, InputError
+    from adalomo_jax.finetune.config import FinetuneConfig
     from adalomo_jax.finetune.fit_config import MemoryConfig
     from adalomo_jax.finetune.generate_config import GenerateConfig
+    from adalomo_jax.finetune.inputs import InputError
 
     commands = {
         "finetune": FinetuneConfig,

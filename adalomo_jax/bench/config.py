@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from adalomo_jax.bench.contestants import NAMES
-from adalomo_jax.finetune.config import InputError, default
+from adalomo_jax.finetune.inputs import InputError, default
 from adalomo_jax.finetune.output_folder import check_folder
 
 Dtype = Literal["float32", "bfloat16"]

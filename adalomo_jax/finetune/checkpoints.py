@@ -17,9 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.devices import is_first_process
 from adalomo_jax.finetune.fingerprints import checksums
+from adalomo_jax.finetune.inputs import InputError, one_line
 from adalomo_jax.finetune.record import Origin, Record, sealed, unsealed
 from adalomo_jax.models import LlamaConfig
 from adalomo_jax.models.config import config_of

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from adalomo_jax.finetune.config import METRICS, InputError
+from adalomo_jax.finetune.inputs import InputError
 from adalomo_jax.finetune.output_folder import check_picture
+from adalomo_jax.finetune.run_files import METRICS
 
 if TYPE_CHECKING:
     from adalomo_jax.finetune.metrics import Row

@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg
-
-from adalomo_jax.printable import printable
+from adalomo_jax.finetune.inputs import InputError, Optimizer, batch_parts, default, mesh_sizes
 
 if TYPE_CHECKING:
     from adalomo_jax.models import LlamaConfig
 
-AXES = ("data", "fsdp", "tensor")
-"""What a mesh may have."""
-
-Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
-
 MOST_STEPS = 2**31 - 1
-METRICS = "metrics.jsonl"
-"""Of a run's output: its rows."""
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message is one line and says what to give instead.
-
-    Names of files and texts of libraries are in it, so it is made printable here, for all who raise it.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
-
-
-class Stopped(Exception):
-    """A signal has ended the run, and all is saved; the message is one line and says how to go on."""
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, as part of a sentence."""
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def default(meaning: str, metavar: str | None = None) -> object:
-    """What ``--help`` shows as the default, where its value would say nothing, and as the option's value."""
-    return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,32 +189,5 @@ def checkpoint_interval(config: FinetuneConfig) -> int:
     return evaluation_interval(config) if config.checkpoint_every is None else config.checkpoint_every
 
 
-def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
-    """The sizes of a mesh by axis, from the text of an option; none where it is not given."""
-    sizes: dict[str, int] = {}
-    for part in text.split(",") if text else ():
-        axis, _, size = part.partition("=")
-        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(
-                f"{option} takes each of {', '.join(AXES)} once, as axis=size with a size of at least 1, got {part!r}"
-            )
-        sizes[axis] = int(size)
-    return sizes
-
-
-def batch_parts(sizes: Mapping[str, int]) -> int:
-    """Over how many devices a mesh of these sizes spreads a batch."""
-    return sizes.get("data", 1) * sizes.get("fsdp", 1)
-
-
 def _is_positive(number: float | None) -> bool:
     return number is None or (math.isfinite(number) and number > 0)
-
-
-def check_preset(name: str, presets: list[str], or_file: str = "") -> None:
-    """Raise InputError for a name that is no preset; the message offers the nearest, and what else may be given."""
-    if name in presets:
-        return
-    close = difflib.get_close_matches(name, presets, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    raise InputError(f"unknown model {name!r}; {guess}presets: {', '.join(presets)}{or_file and f', {or_file}'}")

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.documents import (
     COLUMNS,
     FIELDS,
@@ -21,7 +20,8 @@ from adalomo_jax.finetune.documents import (
     lines_of,
     parse_record,
 )
-from adalomo_jax.finetune.output_folder import is_of_run
+from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.finetune.run_files import is_of_run
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 
 EVALUATION_SPLITS = ("validation", "test")

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adalomo_jax.finetune.config import FinetuneConfig, InputError, mesh_sizes
+from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.inputs import InputError, mesh_sizes
 from adalomo_jax.models import make_mesh
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from adalomo_jax.finetune.config import one_line
+from adalomo_jax.finetune.inputs import one_line
 
 _LONGEST = 300
 

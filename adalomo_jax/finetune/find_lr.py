@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from adalomo_jax.finetune.config import FinetuneConfig, InputError
+from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.data import Data
+from adalomo_jax.finetune.inputs import InputError
 from adalomo_jax.finetune.loop import train
 from adalomo_jax.finetune.metrics import Row, StepRow, to_json
 from adalomo_jax.finetune.optimizer import make_range_schedule

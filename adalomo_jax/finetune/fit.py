@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from adalomo_jax.finetune.config import FinetuneConfig, InputError, Optimizer, mesh_sizes
+from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.fit_config import MemoryConfig, check_memory_options, model_sizes, picture
+from adalomo_jax.finetune.inputs import InputError, Optimizer, mesh_sizes
 from adalomo_jax.finetune.program import abstract_params, make_training
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table

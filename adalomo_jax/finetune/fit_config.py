@@ -8,15 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.finetune.config import (
-    InputError,
-    Optimizer,
-    batch_parts,
-    check_preset,
-    default,
-    mesh_sizes,
-    one_line,
-)
+from adalomo_jax.finetune.inputs import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes, one_line
 from adalomo_jax.finetune.output_folder import check_picture
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adalomo_jax.finetune.checkpoints import FOLDER, restore_params, steps_in
-from adalomo_jax.finetune.config import InputError, one_line
 from adalomo_jax.finetune.generate_config import GenerateConfig, check_generate_options
+from adalomo_jax.finetune.inputs import InputError, one_line
 from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
 from adalomo_jax.models.sampling import Sampler, stream
 from adalomo_jax.pretrained.load import load_params

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
-from adalomo_jax.finetune.config import InputError, default
+from adalomo_jax.finetune.inputs import InputError, default
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,17 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adalomo_jax.finetune.config import (
-    FinetuneConfig,
-    InputError,
-    batch_parts,
-    checkpoint_interval,
-    evaluation_interval,
-    mesh_sizes,
-    one_line,
-)
-from adalomo_jax.finetune.data import Data, evaluation_batches, training_batches
+from adalomo_jax.finetune.batches import evaluation_batches, training_batches
+from adalomo_jax.finetune.config import FinetuneConfig, checkpoint_interval, evaluation_interval
+from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.devices import Rows, gather, rows_here, spread, spread_batches, spread_rows
+from adalomo_jax.finetune.inputs import InputError, batch_parts, mesh_sizes, one_line
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.finetune.program import Program
 from adalomo_jax.finetune.record import Record

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from adalomo_jax import FusedStep, fuse
-from adalomo_jax.finetune.config import FinetuneConfig, InputError, one_line
+from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.inputs import InputError, one_line
 from adalomo_jax.finetune.memory_use import release_freed_memory
 from adalomo_jax.finetune.optimizer import make_optimizer, make_schedule
 from adalomo_jax.finetune.packing import Batch

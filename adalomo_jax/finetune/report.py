@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from adalomo_jax.finetune.config import FinetuneConfig, one_line
+from adalomo_jax.finetune.config import FinetuneConfig
+from adalomo_jax.finetune.inputs import one_line
 from adalomo_jax.finetune.loop import Trained
 from adalomo_jax.finetune.memory_use import peak_bytes
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, StepRow, perplexity

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from adalomo_jax.finetune.checkpoints import FOLDER, foreign_in, read_record, restore, steps_in
-from adalomo_jax.finetune.config import METRICS, FinetuneConfig, InputError, evaluation_interval, one_line
+from adalomo_jax.finetune.config import FinetuneConfig, evaluation_interval
 from adalomo_jax.finetune.data import Data
 from adalomo_jax.finetune.fingerprints import data_fingerprint
+from adalomo_jax.finetune.inputs import InputError, one_line
 from adalomo_jax.finetune.loop import Reports
 from adalomo_jax.finetune.metrics import EvaluationRow, Row, read_rows
 from adalomo_jax.finetune.optimizer import peak_learning_rate, warmup_steps
 from adalomo_jax.finetune.record import Origin, Record
+from adalomo_jax.finetune.run_files import METRICS
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.model import Pretrained
 from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource

@@ -17,18 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from adalomo_jax.finetune.checkpoints import open_saver, remove_later
-from adalomo_jax.finetune.config import (
-    METRICS,
-    FinetuneConfig,
-    InputError,
-    Stopped,
-    batch_parts,
-    check_options,
-    check_preset,
-    checkpoint_interval,
-    mesh_sizes,
-    one_line,
-)
+from adalomo_jax.finetune.config import FinetuneConfig, check_options, checkpoint_interval
 from adalomo_jax.finetune.data import Data, load_data
 from adalomo_jax.finetune.devices import (
     check_agreed,
@@ -41,6 +30,7 @@ from adalomo_jax.finetune.devices import (
 )
 from adalomo_jax.finetune.failures import reason_of
 from adalomo_jax.finetune.find_lr import find_lr
+from adalomo_jax.finetune.inputs import InputError, Stopped, batch_parts, check_preset, mesh_sizes, one_line
 from adalomo_jax.finetune.loop import Trained, train
 from adalomo_jax.finetune.metrics import Row, append_row, to_json, write_rows
 from adalomo_jax.finetune.output_folder import check_held, claimed, output_folder
@@ -59,6 +49,7 @@ from adalomo_jax.finetune.resume import (
     restored,
     set_weights_aside,
 )
+from adalomo_jax.finetune.run_files import METRICS
 from adalomo_jax.finetune.stopping import stop_requests
 from adalomo_jax.finetune.tensorboard import event_file
 from adalomo_jax.models import PRESETS, generate, llama_of

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jax
 
+from adalomo_jax.finetune.batches import training_batches
 from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.data import training_batches
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.finetune.run import data_of, model_of
 

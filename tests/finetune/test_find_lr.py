@@ -11,8 +11,9 @@ import pytest
 from one_program import draw_nothing
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.config import FinetuneConfig, InputError
+from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.find_lr import ABOVE, BELOW, STEPS, Rate, smooth, suggest
+from adalomo_jax.finetune.inputs import InputError
 from adalomo_jax.finetune.optimizer import LEARNING_RATES, make_range_schedule
 from adalomo_jax.models import PRESETS
 

@@ -20,9 +20,10 @@ from tiers import slow
 
 import adalomo_jax.finetune.run as run_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.data import evaluation_batches, load_data
+from adalomo_jax.finetune.batches import evaluation_batches
+from adalomo_jax.finetune.data import load_data
 from adalomo_jax.finetune.optimizer import LEARNING_RATES
-from adalomo_jax.finetune.output_folder import RUN_FILES
+from adalomo_jax.finetune.run_files import RUN_FILES
 from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, llama_of, next_token_loss
 from adalomo_jax.pretrained import ByteTokenizer

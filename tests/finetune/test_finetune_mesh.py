@@ -16,7 +16,8 @@ import tiny
 from one_program import tiny_programs
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.output_folder import RUN_FILES, claimed
+from adalomo_jax.finetune.output_folder import claimed
+from adalomo_jax.finetune.run_files import RUN_FILES
 
 STEPS = 20
 """So many that a run can be stopped on its way."""

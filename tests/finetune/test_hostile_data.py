@@ -11,8 +11,8 @@ import pytest
 from tiers import always
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune.config import InputError
 from adalomo_jax.finetune.data import load_data
+from adalomo_jax.finetune.inputs import InputError
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer
 
 GOOD = b'{"text": "a text that goes on and on"}\n' * 8

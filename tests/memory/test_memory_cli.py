@@ -14,8 +14,9 @@ from tiers import slow
 
 import adalomo_jax.finetune.fit as fit
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.config import AXES, FinetuneConfig
+from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.finetune.fit_config import MemoryConfig
+from adalomo_jax.finetune.inputs import AXES
 from adalomo_jax.finetune.program import build_program
 from adalomo_jax.memory import TARGETS, Usage
 from adalomo_jax.models import PRESETS
