@@ -19,10 +19,10 @@ from adalomo_jax.printable import printable
 
 if TYPE_CHECKING:
     from adalomo_jax.bench.config import BenchConfig
-    from adalomo_jax.finetune.compare import PlotConfig
-    from adalomo_jax.finetune.config import FinetuneConfig
-    from adalomo_jax.finetune.fit_config import MemoryConfig
-    from adalomo_jax.finetune.generate_config import GenerateConfig
+    from adalomo_jax.commands.generate_options import GenerateConfig
+    from adalomo_jax.commands.memory_options import MemoryConfig
+    from adalomo_jax.commands.plot import PlotConfig
+    from adalomo_jax.training.config import FinetuneConfig
 
 EXTRA = (
     *("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "pydantic", "rich", "safetensors"),
@@ -54,8 +54,8 @@ def _main(args: Sequence[str] | None) -> None:
             missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
             if missing:
                 _stop(f"the commands need {', '.join(missing)}: pip install 'adalomo-jax[finetune]'", 2)
-            from adalomo_jax.finetune.failures import reason_of
-            from adalomo_jax.finetune.inputs import InputError, Stopped
+            from adalomo_jax.commands.failures import reason_of
+            from adalomo_jax.inputs import InputError, Stopped
 
             try:
                 run = _runner(_parse(args))
@@ -101,11 +101,11 @@ def _parse(args: Sequence[str] | None) -> Any:
     import tyro
 
     from adalomo_jax.bench.config import BenchConfig
-    from adalomo_jax.finetune.compare import PlotConfig
-    from adalomo_jax.finetune.config import FinetuneConfig
-    from adalomo_jax.finetune.fit_config import MemoryConfig
-    from adalomo_jax.finetune.generate_config import GenerateConfig
-    from adalomo_jax.finetune.inputs import InputError
+    from adalomo_jax.commands.generate_options import GenerateConfig
+    from adalomo_jax.commands.memory_options import MemoryConfig
+    from adalomo_jax.commands.plot import PlotConfig
+    from adalomo_jax.inputs import InputError
+    from adalomo_jax.training.config import FinetuneConfig
 
     commands = {
         "finetune": FinetuneConfig,
@@ -143,26 +143,26 @@ def _first_paragraph(box: str) -> str:
 
 def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> Callable[[], object]:
     """What a command runs. Imports what it needs, and nothing else, so that ``--help`` is quick."""
-    from adalomo_jax.finetune.compare import PlotConfig, compare
-    from adalomo_jax.finetune.compilation_cache import use_compilation_cache
-    from adalomo_jax.finetune.config import FinetuneConfig
-    from adalomo_jax.finetune.fit_config import MemoryConfig
-    from adalomo_jax.finetune.generate_config import GenerateConfig
+    from adalomo_jax.commands.compilation_cache import use_compilation_cache
+    from adalomo_jax.commands.generate_options import GenerateConfig
+    from adalomo_jax.commands.memory_options import MemoryConfig
+    from adalomo_jax.commands.plot import PlotConfig, compare
+    from adalomo_jax.training.config import FinetuneConfig
 
     if isinstance(command, FinetuneConfig | GenerateConfig | MemoryConfig):
         use_compilation_cache()
     if isinstance(command, FinetuneConfig):
-        from adalomo_jax.finetune.run import run
+        from adalomo_jax.commands.finetune import run
 
         return partial(run, command)
     if isinstance(command, GenerateConfig):
-        from adalomo_jax.finetune.generate import run as run_generate
+        from adalomo_jax.commands.generate import run as run_generate
 
         return partial(run_generate, command)
     if isinstance(command, PlotConfig):
         return partial(compare, command)
     if isinstance(command, MemoryConfig):
-        from adalomo_jax.finetune.fit import run as run_memory
+        from adalomo_jax.commands.memory import run as run_memory
 
         return partial(run_memory, command)
     from adalomo_jax.bench.run import run as run_bench

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.run import run
+from adalomo_jax.commands.finetune import run
+from adalomo_jax.training.config import FinetuneConfig
 
 FEW = {"steps": 10, "batch_size": 2, "seq_len": 64}
 MANY = {"steps": 100, "batch_size": 1, "seq_len": 512, "evaluate_every": 100}

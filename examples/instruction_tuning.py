@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.generate import run as generate
-from adalomo_jax.finetune.generate_config import GenerateConfig
-from adalomo_jax.finetune.run import run as finetune
+from adalomo_jax.commands.finetune import run as finetune
+from adalomo_jax.commands.generate import run as generate
+from adalomo_jax.commands.generate_options import GenerateConfig
+from adalomo_jax.training.config import FinetuneConfig
 
 CONVERSATIONS = Path(__file__).parent / "lighthouse.jsonl"
 QUESTIONS = ["What is the capital of Italy?", "Why is the sky blue?", "How do I bake a cake?", "Who are you?"]

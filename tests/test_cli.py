@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from adalomo_jax.cli import EXTRA, main
-from adalomo_jax.finetune.config import FinetuneConfig
 from adalomo_jax.models import PRESETS
+from adalomo_jax.training.config import FinetuneConfig
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

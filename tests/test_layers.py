@@ -15,7 +15,10 @@ LAYERS = [
     {"linen", "nnx"},
     {"pretrained"},
     {"memory"},
-    {"finetune"},
+    {"inputs", "run_files"},
+    {"text"},
+    {"training"},
+    {"commands"},
     {"bench"},
     {"cli"},
     {"__main__"},
@@ -41,6 +44,12 @@ MODULES = {
     "memory": [
         *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),
         *("estimate", "report"),
+    ],
+    "text": ["documents", "corpus", "split", "packing", "data", "batches"],
+    "training": [
+        *("config", "devices", "memory_use", "metrics", "optimizer", "plots", "program", "checkpoints.fingerprints"),
+        *("checkpoints.record", "checkpoints.save", "checkpoints.stopping", "loop", "report", "tensorboard"),
+        *("checkpoints.resume", "output_folder"),
     ],
 }
 """Within a layer, from the bottom to the top."""
@@ -92,10 +101,10 @@ def test_imports_that_point_up_are_found(tmp_path):
         ("optimizers/moments.py", "import adalomo_jax.models.llama"),
         ("optimizers/moments.py", "from adalomo_jax import fuse"),
         ("optimizers/rounding.py", "from adalomo_jax.optimizers.adalomo import adalomo"),
-        ("fused/plan/plan.py", "def f():\n    from adalomo_jax.finetune.run import run"),
+        ("fused/plan/plan.py", "def f():\n    from adalomo_jax.commands.finetune import run"),
         ("fused/plan/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
         ("models/llama.py", "from adalomo_jax.cli import main"),
-        ("pretrained/tokenizer.py", "from adalomo_jax.finetune.config import InputError"),
+        ("pretrained/tokenizer.py", "from adalomo_jax.training.config import InputError"),
         ("pretrained/chat.py", "from adalomo_jax.pretrained.tokenizer import Encoded"),
         ("models/llama.py", "from adalomo_jax.pretrained.tokenizer import Tokenizer"),
         ("pretrained/tokenizer.py", "from adalomo_jax.memory.usage import format_bytes"),

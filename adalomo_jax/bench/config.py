@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from adalomo_jax.bench.contestants import NAMES
-from adalomo_jax.finetune.inputs import InputError, default
-from adalomo_jax.finetune.output_folder import check_folder
+from adalomo_jax.inputs import InputError, default
+from adalomo_jax.training.output_folder import check_folder
 
 Dtype = Literal["float32", "bfloat16"]
 LOMO_OPTIM = ("torch", "transformers", "lomo_optim")

@@ -24,8 +24,8 @@ from adalomo_jax.bench.report import (
     title_of,
     to_json,
 )
-from adalomo_jax.finetune.fit_config import model_sizes
-from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.commands.memory_options import model_sizes
+from adalomo_jax.inputs import InputError
 from adalomo_jax.models import PRESETS, LlamaConfig
 from adalomo_jax.pretrained.files import write_whole
 

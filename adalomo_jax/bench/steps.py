@@ -13,11 +13,11 @@ from flax import nnx
 
 from adalomo_jax import adalomo, fuse, lomo
 from adalomo_jax.bench.contestants import Contestant
-from adalomo_jax.finetune.memory_use import release_freed_memory
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Llama, LlamaConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
 from adalomo_jax.optimizers.precision import in_float32
+from adalomo_jax.training.memory_use import release_freed_memory
 
 
 class Compiled(NamedTuple):

@@ -19,8 +19,8 @@ def main() -> None:
 
     from adalomo_jax.bench.contestants import Contestant
     from adalomo_jax.bench.steps import compile_step
-    from adalomo_jax.finetune.memory_use import peak_bytes
     from adalomo_jax.models.config import config_of
+    from adalomo_jax.training.memory_use import peak_bytes
 
     batch_size, seq_len = order["shape"]
     contestant = Contestant(**order["contestant"])

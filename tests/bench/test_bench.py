@@ -19,7 +19,7 @@ from adalomo_jax.bench.report import Result, line_through, memory_table, time_ta
 from adalomo_jax.bench.run import run
 from adalomo_jax.bench.steps import compile_step
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.inputs import InputError
 from adalomo_jax.models import PRESETS
 
 SMALL = dataclasses.replace(PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)

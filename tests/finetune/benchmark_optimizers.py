@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 
-from adalomo_jax.finetune.batches import training_batches
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.program import build_program
-from adalomo_jax.finetune.run import data_of, model_of
+from adalomo_jax.commands.finetune import data_of, model_of
+from adalomo_jax.text.batches import training_batches
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.program import build_program
 
 ROWS = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "further_pretraining.py"))["ROWS"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-import adalomo_jax.finetune.run as run_module
+import adalomo_jax.commands.finetune as run_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.program import build_program
 from adalomo_jax.models import PRESETS
+from adalomo_jax.training.program import build_program
 
 OF_NO_PROGRAM = ("data", "output", "resume", "resume_step", "checkpoint_every", "keep", "evaluate_every")
 """Options that the compiled step does not depend on."""

@@ -12,15 +12,15 @@ import tiny
 from jax.sharding import SingleDeviceSharding
 from tiers import slow
 
-import adalomo_jax.finetune.checkpoints as checkpoints
-import adalomo_jax.finetune.record as record_module
-from adalomo_jax.finetune.checkpoints import best_step, open_saver, read_record, restore
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.fingerprints import checksums
-from adalomo_jax.finetune.inputs import InputError
-from adalomo_jax.finetune.program import abstract_arrays, make_training
-from adalomo_jax.finetune.record import FORMAT, Origin, Record, sealed, unsealed
+import adalomo_jax.training.checkpoints.record as record_module
+import adalomo_jax.training.checkpoints.save as checkpoints
+from adalomo_jax.inputs import InputError
 from adalomo_jax.models import batch_sharding, make_mesh
+from adalomo_jax.training.checkpoints.fingerprints import checksums
+from adalomo_jax.training.checkpoints.record import FORMAT, Origin, Record, sealed, unsealed
+from adalomo_jax.training.checkpoints.save import best_step, open_saver, read_record, restore
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.program import abstract_arrays, make_training
 
 ORIGIN = Origin({"dtype": "float32"}, {"name": "none"}, "0")
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import adalomo_jax.finetune.plot as plot_module
+import adalomo_jax.training.plots as plot_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.compare import run_names
-from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row
+from adalomo_jax.commands.plot import run_names
+from adalomo_jax.training.metrics import EvaluationRow, StepRow, append_row
 
 
 def make_run(folder, loss):

@@ -10,12 +10,12 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from one_program import draw_nothing
 
-import adalomo_jax.finetune.fit as fit_module
-import adalomo_jax.finetune.generate as generate_module
-import adalomo_jax.finetune.run as run_module
+import adalomo_jax.commands.finetune as run_module
+import adalomo_jax.commands.generate as generate_module
+import adalomo_jax.commands.memory as fit_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune import compilation_cache
-from adalomo_jax.finetune.compilation_cache import cache_folder
+from adalomo_jax.commands import compilation_cache
+from adalomo_jax.commands.compilation_cache import cache_folder
 from adalomo_jax.models import PRESETS
 
 HITS = []
@@ -71,7 +71,7 @@ def test_each_command_that_compiles_keeps_it(command, no_setting, monkeypatch):
 )
 def test_jax_s_own_settings_hold(settings, place, tmp_path):
     """In a process of its own, since JAX reads them when it is imported."""
-    code = "from adalomo_jax.finetune.compilation_cache import use_compilation_cache; use_compilation_cache()\n"
+    code = "from adalomo_jax.commands.compilation_cache import use_compilation_cache; use_compilation_cache()\n"
     code += "import jax; print(jax.jit(lambda x: x + 1)(1.0))"
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")} | settings

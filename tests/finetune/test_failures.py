@@ -15,12 +15,12 @@ import pytest
 from one_program import refused, tiny_programs
 from tiers import slow
 
-import adalomo_jax.finetune.run as run_module
-import adalomo_jax.finetune.tensorboard as tensorboard
+import adalomo_jax.commands.finetune as run_module
+import adalomo_jax.training.tensorboard as tensorboard
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.failures import reason_of
-from adalomo_jax.finetune.metrics import StepRow, append_row
-from adalomo_jax.finetune.plot import plot_losses, plot_run, plot_runs
+from adalomo_jax.commands.failures import reason_of
+from adalomo_jax.training.metrics import StepRow, append_row
+from adalomo_jax.training.plots import plot_losses, plot_run, plot_runs
 
 OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--steps", "4"]
 

@@ -11,11 +11,11 @@ import pytest
 from one_program import draw_nothing
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.find_lr import ABOVE, BELOW, STEPS, Rate, smooth, suggest
-from adalomo_jax.finetune.inputs import InputError
-from adalomo_jax.finetune.optimizer import LEARNING_RATES, make_range_schedule
+from adalomo_jax.commands.find_lr import ABOVE, BELOW, STEPS, Rate, smooth, suggest
+from adalomo_jax.inputs import InputError
 from adalomo_jax.models import PRESETS
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.optimizer import LEARNING_RATES, make_range_schedule
 
 RATES = np.geomspace(1e-5, 1.0, STEPS)
 

@@ -18,17 +18,17 @@ from one_program import draw_nothing, keeping_programs
 from safetensors.numpy import load_file, save_file
 from tiers import slow
 
-import adalomo_jax.finetune.run as run_module
+import adalomo_jax.commands.finetune as run_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.batches import evaluation_batches
-from adalomo_jax.finetune.data import load_data
-from adalomo_jax.finetune.optimizer import LEARNING_RATES
-from adalomo_jax.finetune.run_files import RUN_FILES
 from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, llama_of, next_token_loss
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.run_files import RUN_FILES
+from adalomo_jax.text.batches import evaluation_batches
+from adalomo_jax.text.data import load_data
+from adalomo_jax.training.optimizer import LEARNING_RATES
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
 

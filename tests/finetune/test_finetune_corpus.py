@@ -11,10 +11,10 @@ import datasets
 import pytest
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune.corpus import read_corpus, standard_library
-from adalomo_jax.finetune.data import load_data
-from adalomo_jax.finetune.documents import Broken, Document, PassedOver
-from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.inputs import InputError
+from adalomo_jax.text.corpus import read_corpus, standard_library
+from adalomo_jax.text.data import load_data
+from adalomo_jax.text.documents import Broken, Document, PassedOver
 
 
 def read(*paths):

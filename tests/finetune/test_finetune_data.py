@@ -8,13 +8,13 @@ import pytest
 from tiers import slow
 from toy_tokenizer import EOS, ToyTokenizer
 
-from adalomo_jax.finetune.batches import evaluation_batches, training_batches
-from adalomo_jax.finetune.corpus import standard_library
-from adalomo_jax.finetune.data import Data, load_data
-from adalomo_jax.finetune.documents import Document
-from adalomo_jax.finetune.inputs import InputError
-from adalomo_jax.finetune.packing import Tokenized, pack
-from adalomo_jax.finetune.split import EVALUATION_SHARE, SHARE_FACTOR, split_documents
+from adalomo_jax.inputs import InputError
+from adalomo_jax.text.batches import evaluation_batches, training_batches
+from adalomo_jax.text.corpus import standard_library
+from adalomo_jax.text.data import Data, load_data
+from adalomo_jax.text.documents import Document
+from adalomo_jax.text.packing import Tokenized, pack
+from adalomo_jax.text.split import EVALUATION_SHARE, SHARE_FACTOR, split_documents
 
 DOCUMENTS = [Document(f"{i}.txt", f"document {i}\n" * (10 + i)) for i in range(40)]
 BYTES = ToyTokenizer(special=False)

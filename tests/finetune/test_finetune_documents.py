@@ -3,7 +3,7 @@
 import pytest
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune.documents import Document, document_of, listed, parse_record
+from adalomo_jax.text.documents import Document, document_of, listed, parse_record
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

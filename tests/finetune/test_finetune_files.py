@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from adalomo_jax.finetune.memory_use import peak_bytes
-from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row
 from adalomo_jax.memory.usage import format_bytes
 from adalomo_jax.models import PRESETS, to_hugging_face
 from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.training.memory_use import peak_bytes
+from adalomo_jax.training.metrics import EvaluationRow, StepRow, append_row
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

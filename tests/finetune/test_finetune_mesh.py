@@ -16,8 +16,8 @@ import tiny
 from one_program import tiny_programs
 
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.output_folder import claimed
-from adalomo_jax.finetune.run_files import RUN_FILES
+from adalomo_jax.run_files import RUN_FILES
+from adalomo_jax.training.output_folder import claimed
 
 STEPS = 20
 """So many that a run can be stopped on its way."""

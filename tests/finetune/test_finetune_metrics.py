@@ -11,10 +11,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-import adalomo_jax.finetune.plot as plot_module
-from adalomo_jax.finetune.metrics import EvaluationRow, StepRow, append_row, layer_medians, read_rows
-from adalomo_jax.finetune.plot import plot_losses, plot_run, plot_runs
-from adalomo_jax.finetune.tensorboard import event_file, scalars
+import adalomo_jax.training.plots as plot_module
+from adalomo_jax.training.metrics import EvaluationRow, StepRow, append_row, layer_medians, read_rows
+from adalomo_jax.training.plots import plot_losses, plot_run, plot_runs
+from adalomo_jax.training.tensorboard import event_file, scalars
 
 protocol = importlib.import_module("tensorboardX.proto.event_pb2")  # made at run time: no type checker knows it
 UPDATES = {

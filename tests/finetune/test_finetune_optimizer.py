@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.optimizer import LEARNING_RATES, make_optimizer, make_schedule
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.optimizer import LEARNING_RATES, make_optimizer, make_schedule
 
 
 def learning_rates(**options):

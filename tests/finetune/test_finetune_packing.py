@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_tokenizer import BOS, EOS, ToyTokenizer
 
-from adalomo_jax.finetune import packing
-from adalomo_jax.finetune.documents import Document, document_of
-from adalomo_jax.finetune.packing import Tokenized, best_fit, pack, tokenize
+from adalomo_jax.text import packing
+from adalomo_jax.text.documents import Document, document_of
+from adalomo_jax.text.packing import Tokenized, best_fit, pack, tokenize
 
 
 def numbered(lengths, learned=None):

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import adalomo_jax.finetune.generate as generate_module
+import adalomo_jax.commands.generate as generate_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.checkpoints import open_saver
-from adalomo_jax.finetune.generate import Loaded, pieces
-from adalomo_jax.finetune.record import Origin
+from adalomo_jax.commands.generate import Loaded, pieces
 from adalomo_jax.models import PRESETS, Llama, generate, llama_of
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.model import export_rest, find_model
+from adalomo_jax.training.checkpoints.record import Origin
+from adalomo_jax.training.checkpoints.save import open_saver
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4, max_position_embeddings=40)
 PROMPT = "a text"

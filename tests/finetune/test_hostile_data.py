@@ -11,9 +11,9 @@ import pytest
 from tiers import always
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune.data import load_data
-from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.inputs import InputError
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer
+from adalomo_jax.text.data import load_data
 
 GOOD = b'{"text": "a text that goes on and on"}\n' * 8
 TURN = {"role": "user", "content": "x"}

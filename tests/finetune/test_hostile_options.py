@@ -9,15 +9,15 @@ import tiny
 from tiers import slow
 
 import adalomo_jax.bench.run as bench_module
-import adalomo_jax.finetune.fit as fit_module
-import adalomo_jax.finetune.run as run_module
+import adalomo_jax.commands.finetune as run_module
+import adalomo_jax.commands.memory as fit_module
 from adalomo_jax.bench.config import BenchConfig
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.compare import PlotConfig
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.fit_config import MemoryConfig
-from adalomo_jax.finetune.generate_config import GenerateConfig
+from adalomo_jax.commands.generate_options import GenerateConfig
+from adalomo_jax.commands.memory_options import MemoryConfig
+from adalomo_jax.commands.plot import PlotConfig
 from adalomo_jax.models import PRESETS
+from adalomo_jax.training.config import FinetuneConfig
 
 VALUES = ["-1", "0", "1", "2147483648", f"1{'0' * 31}", "1e400", "nan", "-inf", "0x10", "١٢", "1_000", "", " ", "x"]
 VALUES += ["\udcff", "a\nb", "\x1b[31m", "x" * 5000, "../..", "/dev/zero", "None", "True", "data=1,data=1", "fsdp=0"]

@@ -17,7 +17,7 @@ def launch(tmp_path):
     """Starts the command in a process that has all imports done: they take longer than the run."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adalomo_jax.finetune.run", "one_program"])
+    context.set_forkserver_preload(["adalomo_jax.commands.finetune", "one_program"])
 
     def launched(folder, *options):
         args = ["finetune", "--data", str(tmp_path / "text.txt"), *OPTIONS, "--output", str(folder), *options]

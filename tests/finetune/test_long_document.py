@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from toy_tokenizer import ToyTokenizer
 
-from adalomo_jax.finetune import packing
-from adalomo_jax.finetune.documents import Document
-from adalomo_jax.finetune.packing import tokenize
+from adalomo_jax.text import packing
+from adalomo_jax.text.documents import Document
+from adalomo_jax.text.packing import tokenize
 
 MOST = 8
 """Bytes of memory for each byte of the text, packed sequences and all."""
@@ -21,7 +21,7 @@ TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content 
 SCRIPT = """
 import re, sys
 from pathlib import Path
-from adalomo_jax.finetune.data import load_data
+from adalomo_jax.text.data import load_data
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.tokenizer_files import read_tokenizer
 # Not getrusage: its peak is that of the process which started this one, if that is larger.

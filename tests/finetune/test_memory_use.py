@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adalomo_jax.finetune.memory_use import peak_bytes, release_freed_memory
+from adalomo_jax.training.memory_use import peak_bytes, release_freed_memory
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="reads Linux's /proc; the heap is GNU's")
 

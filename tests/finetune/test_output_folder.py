@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.inputs import InputError
-from adalomo_jax.finetune.output_folder import claimed, output_folder
-from adalomo_jax.finetune.run_files import LOCK, is_of_run
+from adalomo_jax.inputs import InputError
+from adalomo_jax.run_files import LOCK, is_of_run
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.output_folder import claimed, output_folder
 
 
 def folder_of(path, **options):
@@ -21,8 +21,8 @@ def test_a_second_run_is_told_of_the_first(tmp_path):
     folder = tmp_path / "a" / "run"
     code = f"""if True:
         from pathlib import Path
-        from adalomo_jax.finetune.inputs import InputError
-        from adalomo_jax.finetune.output_folder import claimed
+        from adalomo_jax.inputs import InputError
+        from adalomo_jax.training.output_folder import claimed
         try:
             with claimed(Path({str(folder)!r})):
                 print("mine")

@@ -14,14 +14,14 @@ from one_program import refused, tiny_programs
 from safetensors.numpy import load_file
 from tiers import slow
 
-import adalomo_jax.finetune.program as program_module
-import adalomo_jax.finetune.run as run_module
+import adalomo_jax.commands.finetune as run_module
+import adalomo_jax.training.program as program_module
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.checkpoints import Saver, restore_params
 from adalomo_jax.fused.step import FusedStep
 from adalomo_jax.models import PRESETS, llama_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.training.checkpoints.save import Saver, restore_params
 
 STEPS = 6
 OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--keep", "3"]

@@ -12,16 +12,16 @@ from typing import get_args, get_type_hints
 import pytest
 from tiers import slow
 
-import adalomo_jax.finetune.fit as fit
+import adalomo_jax.commands.memory as fit
 from adalomo_jax.cli import main
-from adalomo_jax.finetune.config import FinetuneConfig
-from adalomo_jax.finetune.fit_config import MemoryConfig
-from adalomo_jax.finetune.inputs import AXES
-from adalomo_jax.finetune.program import build_program
+from adalomo_jax.commands.memory_options import MemoryConfig
+from adalomo_jax.inputs import AXES
 from adalomo_jax.memory import TARGETS, Usage
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.sharding import AXES as MESH_AXES
 from adalomo_jax.pretrained.model import find_model
+from adalomo_jax.training.config import FinetuneConfig
+from adalomo_jax.training.program import build_program
 
 pytestmark = pytest.mark.uncached
 KEYS = "params_bytes state_bytes argument_bytes alias_bytes temp_bytes peak_bytes host_bytes limit_bytes".split()

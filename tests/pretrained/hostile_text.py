@@ -98,8 +98,8 @@ KINDS: dict[str, Mapping[str, Any]] = {
 
 def attempt(kind: str, case: Any, folder: Path) -> str | None:
     """Do with a case what a run and `generate` do. What is refused is a ValueError; the message, or None."""
-    from adalomo_jax.finetune.documents import document_of, parse_record
     from adalomo_jax.pretrained import TextTokenizer, read_tokenizer
+    from adalomo_jax.text.documents import document_of, parse_record
 
     try:
         if kind == "templates":

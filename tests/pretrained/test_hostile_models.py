@@ -17,8 +17,8 @@ from hostile_weights import finite_cases, index_cases, safetensors_cases
 from safetensors import safe_open
 from safetensors.numpy import save, save_file
 
-from adalomo_jax.finetune.fit_config import model_sizes
-from adalomo_jax.finetune.inputs import InputError
+from adalomo_jax.commands.memory_options import model_sizes
+from adalomo_jax.inputs import InputError
 from adalomo_jax.models import make_mesh, param_shardings
 from adalomo_jax.models.config import config_of
 from adalomo_jax.pretrained import source

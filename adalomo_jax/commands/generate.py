@@ -1,0 +1,149 @@
+"""The command ``generate``: text from a checkpoint, printed as it is made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adalomo_jax.commands.generate_options import GenerateConfig, check_generate_options
+from adalomo_jax.inputs import InputError, one_line
+from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
+from adalomo_jax.models.sampling import Sampler, stream
+from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.pretrained.model import find_model, find_tokenizer
+from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
+from adalomo_jax.training.checkpoints.save import FOLDER, restore_params, steps_in
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""How text ends whose last token is a part of a character."""
+
+
+class Loaded(NamedTuple):
+    """A model to run."""
+
+    config: LlamaConfig
+    tokenizer: ByteTokenizer | TextTokenizer
+    params: Any
+
+
+def run(config: GenerateConfig) -> str:
+    """Print the prompt, where it is continued, and what follows; return the latter.
+
+    Raises:
+        InputError: an option, a checkpoint or the prompt cannot be used. Nothing has been printed then.
+    """
+    check_generate_options(config)
+    loaded = load_model(config.model, config.dtype)
+    tokens = prompt_tokens(config, loaded.tokenizer)
+    room = loaded.config.max_position_embeddings
+    if len(tokens) + config.length > room:
+        raise InputError(
+            f"--prompt ({len(tokens):,} tokens) and --length {config.length} must fit the {room:,} positions of the "
+            "model together; shorten one of them"
+        )
+    model = llama_of(loaded.config, loaded.params)
+    sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.stops)
+    key = jax.random.key(config.seed)
+    drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)
+    # An answer begins a text of its own; what continues the prompt does not.
+    before = () if config.chat else tokens
+    return _print("" if config.chat else config.prompt, (int(token) for (token,) in drawn), loaded.tokenizer, before)
+
+
+def load_model(name: str, dtype: str) -> Loaded:
+    """The model that ``--model`` names, with its weights in a type.
+
+    Raises:
+        InputError: there is none, or it is broken.
+    """
+    path = Path(name)
+    if name in PRESETS and not path.exists():
+        raise InputError(f"--model {name} is a preset without weights; give a checkpoint, or train one with finetune")
+    try:
+        if path.parent.name == FOLDER and path.name.isdecimal():
+            params, sizes = restore_params(path)
+            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            return Loaded(sizes, find_tokenizer(path.parents[1]), params)
+        model = find_model(name)
+        if model.checkpoint is None:
+            raise ValueError("it has no weights")
+        return Loaded(model.config, model.tokenizer, load_params(model.config, model.checkpoint.source, dtype))
+    except ValueError as error:
+        steps = steps_in(path / FOLDER)
+        hint = f"; the run has a checkpoint that you can name, {path / FOLDER / str(steps[-1])}" if steps else ""
+        raise InputError(f"--model {name}: {one_line(error)}{hint}") from None
+
+
+def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> np.ndarray:
+    """The prompt as tokens ``[P]``; of a chat with what the template puts around it.
+
+    Raises:
+        InputError: it is empty, or there is no template, or it refuses the messages.
+    """
+    try:
+        text = _chat_text(config, tokenizer) if config.chat else config.prompt
+        (encoded,) = tokenizer.encode([text], add_special=not config.chat)
+    except ValueError as error:
+        raise InputError(f"--model {config.model}: {one_line(error)}") from None
+    if not len(encoded.tokens):
+        raise InputError("--prompt must be of at least one token, got none")
+    return encoded.tokens
+
+
+def _chat_text(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> str:
+    if isinstance(tokenizer, ByteTokenizer):
+        raise ValueError("bytes have no chat template; leave --chat out")
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    return tokenizer.prompt([*system, {"role": "user", "content": config.prompt}])
+
+
+def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()) -> Iterator[str]:
+    """The text of tokens, a piece as soon as it is known: whole characters, spaces between the tokens included.
+
+    The pieces together are what the tokens add to the text of those before them, without the last where that is one
+    that ends a text or a turn. Alone they would be read as the beginning of a text, where some tokenizers leave a space
+    out.
+    """
+    held = list(map(int, before))
+    known = tokenizer.decode(held)
+    for token in tokens:
+        if token in tokenizer.stops:
+            break
+        held.append(token)
+        text = tokenizer.decode(held)
+        if not text.endswith(_UNFINISHED):
+            yield text[len(known) :]
+            known = text
+    yield tokenizer.decode(held)[len(known) :]
+
+
+def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int]) -> str:
+    """The text after the prompt; then, on the standard error, how fast it came."""
+    times: list[float] = []
+
+    def timed() -> Iterator[int]:
+        for token in tokens:
+            times.append(time.perf_counter())
+            yield token
+
+    printed = ""
+    print(prompt, end="", flush=True)
+    try:
+        for piece in pieces(timed(), tokenizer, before):
+            printed += piece
+            print(piece, end="", flush=True)
+    except ValueError as error:  # of a tokenizer that cannot write some of its tokens
+        print()
+        raise InputError(one_line(error)) from None
+    print()
+    # The first token comes after the prompt was read, and the second after the program of one token was compiled.
+    speed = f", {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
+    print(f"{len(times)} tokens{speed}", file=sys.stderr)
+    return printed

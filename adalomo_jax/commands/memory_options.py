@@ -1,0 +1,117 @@
+"""The options of the command ``memory``, and what makes them invalid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from adalomo_jax.inputs import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes, one_line
+from adalomo_jax.training.output_folder import check_picture
+
+if TYPE_CHECKING:
+    from adalomo_jax.models import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Say what memory the step of finetune needs on a chip, which need not be there, and whether it fits.
+
+    The chip's own compiler compiles the step; nothing is run.
+    TPUs need adalomo-jax[tpu-aot] installed, NVIDIA's GPUs adalomo-jax[cuda-aot]."""
+
+    # tyro keeps the line breaks of these texts: a line is a sentence.
+    model: str = "llama-2-7b"
+    """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
+    Or a file: a Llama's config.json in Hugging Face's format."""
+    device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "cpu"] = "tpu-v5e"
+    """What to compile for; cpu is this machine's."""
+    batch_size: int = 1
+    """Sequences a step, of all chips together."""
+    microbatches: int = 1
+    """Parts of a batch that pass through the model one after the other; their gradients are summed, layer by layer."""
+    seq_len: int = 2048
+    """Length of a sequence, in tokens.
+    It may be longer than the model's own positions, which take no memory."""
+    optimizer: Optimizer = "adalomo"
+    """Update rule."""
+    fused: bool = True
+    """Update each layer during the backward pass; without, all gradients first."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations."""
+    compare: bool = False
+    """Add rows for the unfused step, optax.adafactor, optax.adamw with float32 moments, and lomo."""
+    chips: int = 1
+    """Chips that the step is spread over; of a TPU pod a power of two."""
+    shard: Annotated[str | None, default("no axes", metavar="AXIS=N[,AXIS=N]")] = None
+    """How: axes of the mesh and their sizes, which multiply to --chips, such as fsdp=16 or fsdp=8,tensor=2.
+    data gives each chip a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""
+    offload: Annotated[Literal["params", "activations"] | None, default("nothing")] = None
+    """What lies in the host's memory and is streamed to the chip layer by layer.
+    Of fused steps only: the unfused ones of --compare have all on the chip."""
+    estimate: bool = False
+    """Compile nothing, and estimate from shapes: no compiler is needed.
+    It is made for the presets on one TPU or GPU, tiny on sequences of up to its 512 tokens."""
+    json: bool = False
+    """Print one JSON object for each row, and nothing else; bytes, not gigabytes."""
+    output: Annotated[Path | None, default("memory.png under the current folder, and with --json none")] = None
+    """Picture to draw: a stacked bar for each row, and the chip's limit."""
+
+
+def check_memory_options(config: MemoryConfig) -> None:
+    """Raise InputError for the first option that cannot be used, before anything is compiled or written."""
+    sizes = mesh_sizes(config.shard, "--shard")
+    rows = batch_parts(sizes)
+    product = " x ".join(map(str, sizes.values())) or "none"
+    parts = config.microbatches
+    checks = {
+        f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
+        f"--microbatches must be at least 1 and divide the {config.batch_size} of --batch-size, got {parts}": (
+            parts >= 1 and config.batch_size % parts == 0
+        ),
+        f"--seq-len must be at least 2 tokens, one to read and one to predict, got {config.seq_len}": (
+            config.seq_len >= 2
+        ),
+        f"--chips must be at least 1, got {config.chips}": config.chips >= 1,
+        f"--chips {config.chips} must be the product of the sizes in --shard, which are {product}": (
+            math.prod(sizes.values()) == config.chips
+        ),
+        f"--batch-size {config.batch_size} must be a multiple of {rows}, the product of data and fsdp in --shard": (
+            config.batch_size % rows == 0
+        ),
+        "--estimate is of one chip; compile for several, without it": not config.estimate or config.chips == 1,
+        "--offload is of the fused step; leave --no-fused out": config.offload is None or config.fused,
+        "--estimate is of steps with all on the chip; compile with --offload": not (config.estimate and config.offload),
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise InputError(message)
+
+
+def model_sizes(name: str, presets: Mapping[str, LlamaConfig]) -> LlamaConfig:
+    """Of a preset, or of a ``config.json``."""
+    path = Path(name)
+    if name in presets:
+        return presets[name]
+    if path.suffix != ".json":
+        check_preset(name, list(presets), or_file="or the path of a config.json")
+    from adalomo_jax.models import from_hugging_face
+    from adalomo_jax.pretrained.json_files import read_json
+
+    try:
+        return from_hugging_face(read_json(path), name)
+    except ValueError as error:
+        raise InputError(f"--model {one_line(error)}") from None
+
+
+def picture(config: MemoryConfig) -> Path | None:
+    """The path to draw to, checked but not written; None where nothing is drawn."""
+    path = config.output
+    if path is None:
+        if config.json:
+            return None
+        path = Path("memory.png")
+    check_picture(path)
+    return path

@@ -1,0 +1,310 @@
+"""A corpus: the documents of files, folders and data sets, and the broken records among them."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from adalomo_jax.inputs import InputError
+from adalomo_jax.pretrained.tokenizer import Tokenizer
+from adalomo_jax.run_files import is_of_run
+from adalomo_jax.text.documents import (
+    COLUMNS,
+    FIELDS,
+    Broken,
+    Document,
+    PassedOver,
+    document_of,
+    lines_of,
+    parse_record,
+)
+
+EVALUATION_SPLITS = ("validation", "test")
+"""Of a data set with several splits, the one that is evaluated on; the first that there is."""
+
+_LINES = (".jsonl", ".ndjson")
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
+_COMPRESSED = {
+    ".gz": b"\x1f\x8b",
+    ".zip": b"PK\x03\x04",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".bz2": b"BZh91AY&SY",
+    ".xz": b"\xfd7zXZ\0",
+}
+"""Endings, and how such files begin."""
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_OF_RUN = "the output of a run"
+_NO_PART = "a split that is neither trained nor evaluated on"
+_DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
+
+
+class Source(NamedTuple):
+    """What documents are read from: a file, or a split of a data set."""
+
+    path: Path
+    name: str
+    """The start of its documents' names."""
+    kind: Literal["text", "lines", "dataset", "unread"]
+    in_folder: bool = False
+    """Found there, not named by the user: what is no text is passed over."""
+    evaluation: bool = False
+    """Its data set says that this is what to evaluate on."""
+    reason: str = ""
+    """Why it is not read."""
+
+
+class Corpus(NamedTuple):
+    """What was read."""
+
+    documents: list[Document]
+    evaluation: list[Document]
+    """What data sets say is to be evaluated on. Where they say nothing, there is none: some documents must be kept."""
+    broken: list[Broken]
+    passed_over: list[PassedOver]
+
+
+def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None) -> Corpus:
+    """All documents of the paths, each file once, in the order given, folders in the order of their names.
+
+    Links are followed. Folders that a run has written are passed over, and named: its rows and sizes are no text.
+
+    Args:
+        paths: text files, files of JSON lines (``.jsonl``, ``.ndjson``, ``.json``, in letters of any case), folders,
+            where ``.jsonl`` and ``.ndjson`` are lines and all other files text (hidden and empty ones are passed over,
+            and those that are compressed, UTF-16 or have zero bytes, which are named), and folders that ``datasets``
+            has saved. None for the sources of the standard library.
+        tokenizer: its chat template is applied to conversations.
+        output: the folder that is being written, passed over whatever it holds.
+
+    Raises:
+        InputError: a path that is missing, unreadable, empty, compressed or not text in UTF-8.
+    """
+    if paths is None:
+        return Corpus(standard_library(), [], [], [])
+    items: dict[str, tuple[Source, list[Document | Broken | PassedOver]]] = {}
+    for path in paths:
+        sources = list_sources(path, output)
+        keys = [os.path.realpath(source.path) for source in sources]
+        for key, source in zip(keys, sources):
+            if key not in items:
+                items[key] = source, list(_items(source, tokenizer))
+        _check_read(path, [item for key in keys for item in items[key][1]])
+    found = [(item, source.evaluation) for source, of_source in items.values() for item in of_source]
+    return Corpus(
+        [item for item, evaluation in found if isinstance(item, Document) and not evaluation],
+        [item for item, evaluation in found if isinstance(item, Document) and evaluation],
+        [item for item, _ in found if isinstance(item, Broken)],
+        [item for item, _ in found if isinstance(item, PassedOver)],
+    )
+
+
+def standard_library() -> list[Document]:
+    """The running Python's own ``*.py`` files, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    of_library = lambda path: path.suffix == ".py" and not _NOT_LIBRARY & set(path.relative_to(root).parts)
+    paths = [entry.path for entry in _walk(root) if entry.reason is None and of_library(entry.path)]
+    items = [item for path in paths for item in _text(Source(path, path.relative_to(root).as_posix(), "text", True))]
+    documents = [item for item in items if isinstance(item, Document)]
+    if not documents:
+        raise InputError(f"this Python has no library sources in {root}; give text with --data")
+    return documents
+
+
+def list_sources(path: Path, output: Path | None = None) -> list[Source]:
+    """What a path of ``--data`` stands for. Reads no documents; raises InputError for one that there is not."""
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, links in a circle
+        raise InputError(f"--data {path}: {error.strerror}") from None
+    if not exists:
+        raise InputError(f"--data {path}: no such file or folder")
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"--data {path} is a device or a pipe: copy its text into a file")
+        return [Source(path, path.name, "lines" if path.suffix.lower() in (*_LINES, ".json") else "text")]
+    if is_of_run(path) or (output is not None and os.path.realpath(path) == os.path.realpath(output)):
+        return [Source(path, "", "unread", True, reason=_OF_RUN)]
+    if _holds(path, _DATASETS):
+        return _splits(path)
+    if _holds(path, _DATASET):
+        return [Source(path, path.name, "dataset")]
+    unread = lambda entry: Source(entry.path, "", "unread", True, reason=entry.reason)
+    return [unread(entry) if entry.reason else _found(entry.path, path) for entry in _walk(path, output)]
+
+
+def _found(file: Path, folder: Path) -> Source:
+    """A file of a folder. What would be taken for text against all expectations is refused."""
+    if file.name in _DATASETS or (file.name in _DATASET and _holds(file.parent, _DATASET)):
+        raise InputError(f"--data {folder} holds a folder of datasets: give {file.parent} itself")
+    suffixes = [suffix.lower() for suffix in ("", *file.suffixes)]
+    if set(_LINES) & set(suffixes[:-1]) and suffixes[-1] in _COMPRESSED:
+        raise InputError(f"--data {file} is compressed: unpack it first")
+    return Source(file, file.relative_to(folder).as_posix(), "lines" if suffixes[-1] in _LINES else "text", True)
+
+
+def _splits(path: Path) -> list[Source]:
+    """What is trained on, what is evaluated on, and the others, for the report of what was not read."""
+    try:
+        splits = json.loads(_read(path / _DATASETS[0]))["splits"]
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise TypeError
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"--data {path}: {_DATASETS[0]} names no splits") from error
+    if "train" not in splits:
+        raise InputError(f"--data {path} must have the split train, got {', '.join(splits)}; give one of its folders")
+    chosen = ["train", *[split for split in EVALUATION_SPLITS if split in splits][:1]]
+    others = [split for split in splits if split not in chosen]
+    return [
+        *(Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen),
+        *(Source(path / name, f"{path.name}/{name}", "unread", reason=_NO_PART) for name in others),
+    ]
+
+
+def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> None:
+    """Refuses a path of which nothing was read."""
+    passed_over = [item for item in items if isinstance(item, PassedOver)]
+    if len(passed_over) < len(items):
+        return
+    if path.is_dir():
+        raise InputError("; ".join([f"--data {path} holds no text files", *lines_of(passed_over)]))
+    raise InputError(f"--data {path} is " + (passed_over[0].reason if passed_over else "empty"))
+
+
+def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken | PassedOver]:
+    """The documents of a source, or what is wrong with them."""
+    if source.kind == "unread":
+        yield PassedOver(str(source.path), source.reason)
+        return
+    if source.kind == "text":
+        yield from _text(source)
+        return
+    for number, place, record in _lines(source) if source.kind == "lines" else _rows(source):
+        if isinstance(record, Broken):
+            yield record
+            continue
+        try:
+            yield document_of(record, f"{source.name}:{number}", tokenizer)
+        except ValueError as error:
+            yield Broken(place, str(error))
+
+
+def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
+    content = _read(source.path)
+    reason = _encoded(content) or ("not text: it has zero bytes" if b"\0" in content else None)
+    if reason:
+        if not source.in_folder:
+            raise InputError(f"--data {source.path} is {reason}")
+        yield PassedOver(str(source.path), reason)
+        return
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield Broken(f"{source.path}:{line}", "is not UTF-8")
+        return
+    if text.strip():
+        yield Document(source.name, text)
+
+
+def _lines(source: Source) -> Iterator[tuple[int, str, Mapping[str, Any] | Broken]]:
+    """Number, place and record of the lines that are not blank. No line stays in memory beside its record."""
+    number, is_first = 0, True
+    try:
+        with source.path.open("rb") as file:
+            while line := file.readline():
+                number += 1
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                    if reason := _encoded(line):
+                        raise InputError(f"--data {source.path} is {reason}")
+                if not line or line.isspace():
+                    continue
+                if is_first and line.lstrip()[:1] == b"[":
+                    raise InputError(f"--data {source.path} is one JSON array: write one object a line")
+                is_first, place = False, f"{source.path}:{number}"
+                try:
+                    record = parse_record(line)
+                except ValueError as error:
+                    record = Broken(place, str(error))
+                del line
+                yield number, place, record
+    except OSError as error:
+        raise InputError(f"cannot read {source.path}: {error.strerror}") from error
+
+
+def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place and content of the rows of a data set, counted from 1."""
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        message = f"--data {source.path} is read by the package datasets: pip install 'adalomo-jax[datasets]'"
+        raise InputError(message) from error
+    try:
+        dataset = load_from_disk(str(source.path)).with_format(None)  # as plain Python values
+        columns = [column for column in COLUMNS if column in dataset.column_names]
+        if columns:
+            for number, row in enumerate(dataset.select_columns(columns), 1):
+                yield number, f"{source.path}: row {number}", dict(row)
+            return
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--data {source.path} cannot be read by datasets: {' '.join(str(error).split())}") from error
+    raise InputError(f"--data {source.path} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}")
+
+
+def _encoded(content: bytes) -> str | None:
+    """In what, other than UTF-8, and the way out."""
+    if content.startswith(tuple(_COMPRESSED.values())):
+        return "compressed: unpack it first"
+    return "UTF-16: save it as UTF-8" if content.startswith(_UTF_16) else None
+
+
+def _holds(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
+
+
+class _Entry(NamedTuple):
+    """Something below a folder."""
+
+    path: Path
+    reason: str | None
+    """Why it is not read."""
+
+
+def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
+    """What is below a folder, without hidden names: files in the order of their names, then those of its folders.
+
+    Links are followed, each folder once.
+    """
+    real, seen = output and os.path.realpath(output), {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            is_broken = path.is_symlink() and not path.exists()
+            yield _Entry(path, None if path.is_file() else "a broken link" if is_broken else "no regular file")
+        to_read = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            path = Path(folder, name)
+            found = os.path.realpath(path)
+            if found == real or is_of_run(path):
+                yield _Entry(path, _OF_RUN)
+            elif found not in seen:
+                seen.add(found)
+                to_read.append(name)
+        folders[:] = to_read
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes without the mark of UTF-8 that some editors put first."""
+    try:
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read {error.filename}: {error.strerror}") from error

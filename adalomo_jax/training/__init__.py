@@ -1,0 +1,1 @@
+"""A training run: the program that it compiles, its loop, and what it writes."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: saved while it trains, and gone on from to the same bits."""

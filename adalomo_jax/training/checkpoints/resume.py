@@ -1,0 +1,199 @@
+"""How a run goes on from a checkpoint: which one, whether it is of this run, and what to say if not."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adalomo_jax.inputs import InputError, one_line
+from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.model import Pretrained
+from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
+from adalomo_jax.run_files import METRICS
+from adalomo_jax.text.data import Data
+from adalomo_jax.training.checkpoints.fingerprints import data_fingerprint
+from adalomo_jax.training.checkpoints.record import Origin, Record
+from adalomo_jax.training.checkpoints.save import FOLDER, foreign_in, read_record, restore, steps_in
+from adalomo_jax.training.config import FinetuneConfig, evaluation_interval
+from adalomo_jax.training.loop import Reports
+from adalomo_jax.training.metrics import EvaluationRow, Row, read_rows
+from adalomo_jax.training.optimizer import peak_learning_rate, warmup_steps
+
+FREE = (
+    *("fused", "attention", "mesh", "coordinator", "processes", "process"),
+    *("checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
+    *("model", "data", "skip_bad"),
+)
+"""Options that may differ when a run goes on: up to rounding they change nothing, or `Origin` has what they led to."""
+
+
+_EARLIER = "earlier-"
+"""What the name of a file of weights begins with while the run is to come to its end once more."""
+
+
+def origin_of(config: FinetuneConfig, model: Pretrained, data: Data) -> Origin:
+    """What a run with these options is made of."""
+    return _origin(config, model, data_fingerprint(data))
+
+
+def _origin(config: FinetuneConfig, model: Pretrained, data: str) -> Origin:
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    options |= {
+        "learning_rate": peak_learning_rate(config),
+        "warmup_steps": warmup_steps(config),
+        "evaluate_every": evaluation_interval(config),
+    }
+    return Origin(options, {"name": model.name, **dataclasses.asdict(model.config)}, data, _paths(config))
+
+
+def _paths(config: FinetuneConfig) -> list[str]:
+    return [str(path.absolute()) for path in config.data or ()]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has left its weights there, whole, and its summary, which is written last."""
+    try:
+        return bool(read_json(folder / "summary.json")) and bool(SafetensorsSource(folder).shapes)
+    except ValueError:
+        return False
+
+
+def check_finished(config: FinetuneConfig, folder: Path, model: Pretrained, read: Callable[[], Data]) -> None:
+    """Raise InputError where the finished run in a folder is not the one that the options ask for.
+
+    Without checkpoints nothing tells. The text is read only where its paths are not those of the run: all else takes
+    no time.
+    """
+    steps = steps_in(checkpoints_of(folder))
+    if steps:
+        record = _record(folder, steps[-1])
+        was = record.origin
+        data = was.data if was.paths == _paths(config) else data_fingerprint(read())
+        _check_same(folder, record, _origin(config, model, data))
+
+
+def set_weights_aside(folder: Path) -> None:
+    """A run that goes on from before its end is not finished by the weights that it has left there.
+
+    They are renamed, not removed: until the run has come to its end again, they are the only ones.
+    """
+    for name in (SINGLE, INDEX):
+        if (folder / name).exists():
+            (folder / name).replace(folder / f"{_EARLIER}{name}")
+
+
+def drop_weights_set_aside(folder: Path) -> None:
+    """Once the checkpoint of the last step is whole, which holds the new ones; a run without checkpoints keeps both."""
+    for name in (SINGLE, INDEX):
+        (folder / f"{_EARLIER}{name}").unlink(missing_ok=True)
+
+
+def checkpoints_of(folder: Path) -> Path:
+    """Where a run in this folder has its checkpoints."""
+    return folder / FOLDER
+
+
+def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Record | None:
+    """The checkpoint to go on from, with ``--resume``; None to begin.
+
+    Raises:
+        InputError: it is damaged, or of another run; no other one is taken in its place.
+    """
+    steps = steps_in(checkpoints_of(folder)) if config.resume else []
+    if not steps and config.resume_step is None:
+        return None
+    step = config.resume_step or steps[-1]
+    if step not in steps:
+        there = f"only those of the steps {', '.join(map(str, steps))}" if steps else "none at all"
+        raise InputError(f"--resume-step {step}: {folder} has no checkpoint of this step, {there}")
+    foreign = foreign_in(checkpoints_of(folder))
+    if foreign:
+        raise InputError(f"{foreign[0]} has no record of a run, and may be somebody else's: move it out of that folder")
+    record = _record(folder, step)
+    _check_same(folder, record, origin)
+    return record
+
+
+def differences(was: Origin, now: Origin) -> list[str]:
+    """What differs between two runs, each with both values."""
+    name = lambda key: f"--{key.replace('_', '-')}"
+    found = [f"{name(key)} was {a}, and is {b}" for key, a, b in _differing(was.options, now.options)]
+    sizes = [f"--model: its {key} was {a}, and is {b}" for key, a, b in _differing(was.model, now.model)]
+    if was.data != now.data:
+        sizes.append(f"--data led to the sequences {was.data[:12]}, and leads to {now.data[:12]}")
+    return found + sizes
+
+
+def unusable(folder: Path, step: int, error: Exception) -> InputError:
+    """A checkpoint that cannot be read, and what there is besides."""
+    older = [other for other in steps_in(checkpoints_of(folder)) if other < step]
+    steps = ", ".join(map(str, older))
+    way_out = (
+        f"older ones are of the steps {steps}; to take one, say --resume-step {older[-1]}"
+        if older
+        else ("there is no older one; begin again in another --output")
+    )
+    return InputError(f"the checkpoint of step {step} in {folder} is damaged: {one_line(error)}; {way_out}")
+
+
+def restored(folder: Path, record: Record, params: Any, state: Any) -> tuple[Any, Any]:
+    """The arrays of the checkpoint that `find_checkpoint` has found, from their shapes."""
+    try:
+        return restore(checkpoints_of(folder) / str(record.step), record, params, state)
+    except ValueError as error:
+        raise unusable(folder, record.step, error) from None
+
+
+def earlier_rows(config: FinetuneConfig, folder: Path, start: Record | None) -> list[Row]:
+    """The rows of ``metrics.jsonl`` up to the step that a run goes on from.
+
+    Raises:
+        InputError: they are not those that the run has written: some are missing, there twice, or of another run.
+    """
+    if start is None:
+        return []
+    path = folder / METRICS
+    if not path.exists():
+        raise InputError(
+            f"{folder} has checkpoints and no {METRICS}, whose rows the run goes on with: copy it to there, too, from "
+            "where the run was"
+        )
+    try:
+        rows = [row for row in read_rows(path) if row.step <= start.step]
+    except ValueError as error:
+        raise InputError(f"{one_line(error)}; remove what is broken there, and give the same command again") from None
+    found, due = [(type(row), row.step) for row in rows], Reports.of(config).until(start.step)
+    if found != due:
+        at = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, due)) if x != y)
+        name = lambda row: f"the {'evaluation' if row[0] is EvaluationRow else 'row'} of step {row[1]}"
+        got = name(found[at]) if at < len(found) else f"no more up to step {start.step}"
+        raise InputError(
+            f"{path} must go on with {name(due[at]) if at < len(due) else 'none'} after {at} rows, got {got}: put the "
+            "file of that run there again, or go on from before that with --resume-step"
+        )
+    return rows
+
+
+def _record(folder: Path, step: int) -> Record:
+    try:
+        return read_record(checkpoints_of(folder) / str(step))
+    except ValueError as error:
+        raise unusable(folder, step, error) from None
+
+
+def _check_same(folder: Path, record: Record, origin: Origin) -> None:
+    differing = differences(record.origin, origin)
+    if differing:
+        raise InputError(
+            f"the checkpoint of step {record.step} in {folder} is of a run with other options: {'; '.join(differing)}; "
+            "give the same ones, or name another --output"
+        )
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    was, now = (json.loads(json.dumps(dict(values))) for values in (was, now))  # a checkpoint has lists for tuples
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
