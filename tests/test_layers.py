@@ -26,7 +26,18 @@ LAYERS = [
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
     "optimizers": [
-        *("arguments", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer", "adalomo", "lomo"),
+        *(
+            "arguments",
+            "sums",
+            "moments",
+            "precision",
+            "rounding",
+            "layer_axes",
+            "matrix_axes",
+            "per_layer",
+            "adalomo",
+            "lomo",
+        ),
     ],
     "fused": [
         *("loss_scale", "plan.jaxpr", "plan.dependence", "plan.terms", "plan.signatures", "plan.folded_keys"),

@@ -25,7 +25,6 @@ from adalomo_jax.optimizers.matrix_axes import (
     matrix_axes_of_leaves,
 )
 from adalomo_jax.optimizers.moments import (
-    Axes,
     FactoredMoment,
     Moment,
     is_factored,
@@ -36,6 +35,7 @@ from adalomo_jax.optimizers.moments import (
 )
 from adalomo_jax.optimizers.per_layer import per_layer
 from adalomo_jax.optimizers.precision import as_float32, in_float32
+from adalomo_jax.optimizers.sums import Axes
 
 
 class ScaleByAdalomoState(NamedTuple):

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from adalomo_jax.optimizers.layer_axes import LayerKey, Path, entries_of_leaves
-from adalomo_jax.optimizers.moments import LAST_TWO, Axes
+from adalomo_jax.optimizers.sums import LAST_TWO, Axes
 
 
 class MatrixAxes(NamedTuple):

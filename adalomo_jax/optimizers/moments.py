@@ -18,22 +18,17 @@ matrix. No more are needed: ``r`` takes one read of ``g``, and then one is enoug
 
     sum_ij u_ij**2 = mean(r) sum_j (sum_i g_ij**2 / r_i) / c_j
 
-and both sums over ``i`` can be taken at once.
+and both sums over ``i`` can be taken at once: `sums`.
 """
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Axes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Of a tensor the axes that are the rows of a matrix, and those that are its columns; all others are batch axes."""
-
-LAST_TWO: Axes = ((-2,), (-1,))
+from adalomo_jax.optimizers.sums import LAST_TWO, Axes, squared, sums_over_rows
 
 
 class FactoredMoment(NamedTuple):
@@ -67,13 +62,6 @@ def rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(squared(x)))
 
 
-def squared(x: jax.Array) -> jax.Array:
-    """``|x|**2`` of each entry, in float32."""
-    if jnp.iscomplexobj(x):
-        return squared(x.real) + squared(x.imag)
-    return jnp.square(x.astype(jnp.float32))
-
-
 def row_and_col_means(s: jax.Array, axes: Axes = LAST_TWO) -> FactoredMoment:
     """``[..., m, n] -> [..., m], [..., n]``."""
     rows, columns = axes
@@ -83,6 +71,30 @@ def row_and_col_means(s: jax.Array, axes: Axes = LAST_TWO) -> FactoredMoment:
 def accumulate(old: jax.Array, new: jax.Array, new_share: jax.Array) -> jax.Array:
     """``beta * old + (1 - beta) * new``; ``new_share`` is ``1 - beta``."""
     return (1.0 - new_share) * old + new_share * new
+
+
+def inverse_root(moment: FactoredMoment, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
+    """``1 / sqrt(v)`` as a factor for each row and one for each column: ``sqrt(mean(r) / r)`` and ``1 / sqrt(c)``.
+
+    Both have the rank of the tensor, with axes of size 1.
+    """
+    rows, columns = axes
+    r, c = jnp.expand_dims(moment.row, columns), jnp.expand_dims(moment.col, rows)
+    # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
+    return lax.rsqrt(r) * jnp.sqrt(jnp.mean(r, axis=rows, keepdims=True)), lax.rsqrt(c)
+
+
+def precondition(x: jax.Array, moment: Moment, axes: Axes = LAST_TWO) -> jax.Array:
+    """``x / sqrt(v)`` by a moment of the same tensor.
+
+    >>> v = FactoredMoment(row=jnp.array([1.0, 1.0]), col=jnp.array([4.0, 16.0]))
+    >>> precondition(jnp.ones((2, 2)), v).tolist()
+    [[0.5, 0.25], [0.5, 0.25]]
+    """
+    if not isinstance(moment, FactoredMoment):
+        return x * lax.rsqrt(moment)
+    row_factor, col_factor = inverse_root(moment, axes)
+    return x * row_factor * col_factor
 
 
 def normalized_update(
@@ -96,73 +108,34 @@ def normalized_update(
 ) -> tuple[jax.Array, Moment]:
     """``u`` and the moment after a step with the gradient ``g``, float32 or complex64: the equations above.
 
-    The moment of a factored tensor is moved by the means of the rows and columns of ``g**2 + eps``, that of another one
-    by ``g**2 + eps`` itself. ``new_share`` is ``1 - beta``.
+    It equals ``clip_rms(precondition(g, v), threshold)`` with the new moment ``v``, of which a factored one is moved by
+    the means of the rows and columns of ``g**2 + eps``, and another one by ``g**2 + eps`` itself. ``new_share`` is
+    ``1 - beta``.
     """
     # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
     eps = jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     if not isinstance(moment, FactoredMoment):
         v = accumulate(moment, squared(g) + eps, new_share)
-        return clip_rms(g * lax.rsqrt(v), threshold), v
+        return clip_rms(precondition(g, v), threshold), v
     rows, columns = axes
     m = math.prod(g.shape[axis] for axis in rows)
     r = accumulate(moment.row, jnp.mean(squared(g), axis=columns) + eps, new_share)
-    squares, squares_by_row = _sums_over_rows(g, lax.rsqrt(r), axes)
-    c = accumulate(moment.col, squares / m + eps, new_share)
-    # From here on all have the rank of g, with axes of size 1.
-    r_1, c_1, squares_by_row = (jnp.expand_dims(*x) for x in ((r, columns), (c, rows), (squares_by_row, rows)))
-    # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
-    root_of_mean = jnp.sqrt(jnp.mean(r_1, axis=rows, keepdims=True))
-    row_factor, col_factor = lax.rsqrt(r_1) * root_of_mean, lax.rsqrt(c_1)
-    rms_u = rms(jnp.sqrt(squares_by_row / m) * root_of_mean * col_factor)
-    row_factor = row_factor / jnp.maximum(1.0, rms_u / threshold)
-    return g * row_factor * col_factor, FactoredMoment(r, c)
+    sums, sums_by_row = sums_over_rows(g, lax.rsqrt(r), axes)
+    c = accumulate(moment.col, sums / m + eps, new_share)
+    v = FactoredMoment(r, c)
+    row_factor, col_factor = inverse_root(v, axes)
+    row_factor = row_factor / jnp.maximum(1.0, _rms_of_update(v, sums_by_row, m, axes) / threshold)
+    return g * row_factor * col_factor, v
+
+
+def _rms_of_update(v: FactoredMoment, sums_by_row: jax.Array, m: int, axes: Axes) -> jax.Array:
+    """``RMS(g / sqrt(v))`` without a read of ``g``, by the sums over ``i`` of ``g_ij**2 / r_i``."""
+    rows, columns = axes
+    mean_r = jnp.mean(jnp.expand_dims(v.row, columns), axis=rows, keepdims=True)
+    per_column = jnp.expand_dims(sums_by_row, rows) / m
+    return rms(jnp.sqrt(per_column) * jnp.sqrt(mean_r) * lax.rsqrt(jnp.expand_dims(v.col, rows)))
 
 
 def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """``u``, scaled down to ``RMS(u) = threshold`` where it is above: the grouped update normalization."""
     return u / jnp.maximum(1.0, rms(u) / threshold)
-
-
-def _sums_over_rows(g: jax.Array, row_factor: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
-    """``sum_i g_ij**2`` and ``sum_i (row_factor_i g_ij)**2``, ``[..., n]``, in one pass over ``g``."""
-    one, two, pair = (_over(axes, sums) for sums in (sums_as_one, sums_as_two, sums_as_pair))
-    return lax.platform_dependent(g, row_factor, cpu=one, tpu=two, default=pair)
-
-
-@cache
-def _over(axes: Axes, sums: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function each time: JAX traces one that it knows once for each shape."""
-    return partial(sums, axes=axes)
-
-
-def sums_as_two(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for XLA's compiler for TPUs, which makes one pass of the two."""
-    rows, columns = axes
-    return jnp.sum(squared(g), rows), jnp.sum(squared(g * jnp.expand_dims(row_factor, columns)), rows)
-
-
-def sums_as_pair(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for the compiler for GPUs, which makes two passes of two sums within a training step."""
-    rows, columns = axes
-    zero = jnp.zeros([], jnp.float32)
-    terms = squared(g), squared(g * jnp.expand_dims(row_factor, columns))
-    return lax.reduce(terms, (zero, zero), _add_pairs, [axis % g.ndim for axis in rows])
-
-
-def _add_pairs(old: tuple[Any, Any], new: tuple[Any, Any]) -> tuple[Any, Any]:
-    """One function for all sums, by which `lax.reduce` is known to be the same in two programs."""
-    return old[0] + new[0], old[1] + new[1]
-
-
-def sums_as_one(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for the compiler for CPUs, which would make two passes, and write ``g**2`` for them first."""
-    rows, columns = axes
-    # Which of the two sums it is, is an axis before the last one.
-    of_both = lambda x: jnp.expand_dims(x, -2)
-    factors = jnp.where(jnp.array([[False], [True]]), of_both(jnp.expand_dims(row_factor, columns)), 1.0)
-    last = g.ndim - 1
-    over = [axis + (axis == last) for axis in (axis % g.ndim for axis in rows)]
-    sums = jnp.sum(squared(of_both(g) * factors), over)
-    position = last - sum(axis < last for axis in over)
-    return lax.index_in_dim(sums, 0, position, keepdims=False), lax.index_in_dim(sums, 1, position, keepdims=False)

@@ -14,8 +14,9 @@ from tolerances import assert_apart, assert_close
 
 from adalomo_jax.optimizers import moments
 from adalomo_jax.optimizers.moments import FactoredMoment
+from adalomo_jax.optimizers.sums import sums_as_one, sums_as_pair, sums_as_two
 
-SUMS = (moments.sums_as_one, moments.sums_as_two, moments.sums_as_pair)
+SUMS = (sums_as_one, sums_as_two, sums_as_pair)
 normalized_update = jax.jit(moments.normalized_update)
 SHAPES = [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 1, 3, 5), (3, 3, 2, 2)]
 

@@ -12,7 +12,7 @@ import loop_passes
 import passes
 import pytest
 
-from adalomo_jax.optimizers import moments
+from adalomo_jax.optimizers import sums
 
 LEAST_BYTES = 24
 """Of a float32 weight; see moments.py."""
@@ -30,7 +30,7 @@ def test_bytes_moved_on_a_cpu_are_the_least():
 
 @pytest.mark.uncached
 def test_two_sums_over_rows_would_move_more_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(moments, "sums_as_one", moments.sums_as_two)
+    monkeypatch.setattr(sums, "sums_as_one", sums.sums_as_two)
     found = passes.passes_of("cpu", jnp.float32)
     assert found.bytes_accessed is not None and found.bytes_accessed > 1.15 * LEAST_BYTES
 
