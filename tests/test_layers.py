@@ -53,8 +53,7 @@ MODULES = {
         *("tokenizer_files", "gguf_tokenizer", "export", "model"),
     ],
     "memory": [
-        *("targets", "collectives", "usage", "compile", "flat", "placement", "liveness", "tiles"),
-        *("estimate", "report"),
+        *("targets", "collectives", "usage", "compile", "estimate", "report"),
     ],
     "text": ["documents", "corpus", "split", "packing", "data", "batches"],
     "training": [

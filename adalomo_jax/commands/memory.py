@@ -137,5 +137,5 @@ def _name(optimizer: str, fused: bool) -> str:
 
 def _title(config: MemoryConfig) -> str:
     where = config.device if config.chips == 1 else f"{config.chips} x {config.device} ({config.shard})"
-    how = "estimate, not compiled: " if config.estimate else ""
+    how = "lower bound, not compiled: " if config.estimate else ""
     return f"{how}{config.model}, {config.batch_size} x {config.seq_len}, {config.dtype}, on {where}"

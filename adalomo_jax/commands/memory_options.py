@@ -52,8 +52,8 @@ class MemoryConfig:
     """What lies in the host's memory and is streamed to the chip layer by layer.
     Of fused steps only: the unfused ones of --compare have all on the chip."""
     estimate: bool = False
-    """Compile nothing, and estimate from shapes: no compiler is needed.
-    It is made for the presets on one TPU or GPU, tiny on sequences of up to its 512 tokens."""
+    """Compile nothing, and print a lower bound from shapes: no compiler is needed.
+    It has the arguments, and the larger of the gradients alive at once and what the forward pass saves."""
     json: bool = False
     """Print one JSON object for each row, and nothing else; bytes, not gigabytes."""
     output: Annotated[Path | None, default("memory.png under the current folder, and with --json none")] = None

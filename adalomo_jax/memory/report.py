@@ -68,8 +68,10 @@ def _collectives(usage: Usage, kind: str) -> str:
 
 
 def verdict(usage: Usage) -> str:
-    """Whether it fits, or even was refused by the compiler."""
-    return "yes" if usage.fits else "refused" if usage.refused else "no"
+    """Whether it fits, or even was refused by the compiler. A lower bound can only rule it out."""
+    if usage.fits:
+        return "perhaps" if usage.estimated else "yes"
+    return "refused" if usage.refused else "no"
 
 
 def json_line(row: Row) -> str:

@@ -48,8 +48,6 @@ class Target:
     """Of a TPU: the memory that libtpu compares a program with, as its refusals state it. GiB are 2**30 bytes."""
     vector_mib: int = 0
     """Of a TPU: a core's vector memory (VMEM), where XLA keeps results. MiB are 2**20 bytes."""
-    cores: int = 1
-    """Of a TPU: those that XLA spreads a program over, with a vector memory each, and a main memory that they share."""
 
     @cached_property
     def limit_bytes(self) -> int:
@@ -72,7 +70,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("tpu-v5e", "tpu", "v5e", dimensions=2, usable_gib=15.75, vector_mib=128),
-        Target("tpu-v5p", "tpu", "v5p", dimensions=3, usable_gib=95.73, vector_mib=64, cores=2),
+        Target("tpu-v5p", "tpu", "v5p", dimensions=3, usable_gib=95.73, vector_mib=64),
         Target("tpu-v6e", "tpu", "v6e", dimensions=2, usable_gib=31.24, vector_mib=128),
         Target("h100", "cuda", "h100"),
         Target("rtx-4090", "cuda", "rtx-4090"),
@@ -139,7 +137,7 @@ def check_plugin(target: Target) -> None:
     if modules and not any(_installed(module) for module in modules):
         raise Unavailable(
             f"to compile for {target.name} its compiler must be installed: pip install 'adalomo-jax[{extra}]'; "
-            "an estimate from shapes needs none: --estimate"
+            "a lower bound from shapes needs none: --estimate"
         )
 
 

@@ -37,7 +37,7 @@ class Usage:
     """What a program may use on the chip."""
     compile_seconds: float
     estimated: bool = False
-    """Whether this was computed from shapes, and by no compiler."""
+    """Whether this is a lower bound from shapes, by no compiler."""
     refused: bool = False
     """Whether the compiler refused the program for lack of memory."""
     collectives: Mapping[str, Collectives] = field(default_factory=dict)

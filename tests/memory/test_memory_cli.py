@@ -139,7 +139,7 @@ def test_an_estimate_says_so_and_needs_no_compiler(capsys, monkeypatch):
     assert row["estimated"] and row["limit_bytes"] == TARGETS["tpu-v5e"].limit_bytes
     monkeypatch.setattr(fit, "usage_of", made_up)
     main(["memory", *SMALL, "--device", "tpu-v5e", "--estimate"])
-    assert "estimate, not compiled: tiny, 1 x 16" in capsys.readouterr().out
+    assert "lower bound, not compiled: tiny, 1 x 16" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -87,10 +87,10 @@ def test_7b_on_gpus(device):
     "device",
     [pytest.param("h100", marks=needs_cuda), pytest.param("tpu-v5p", marks=needs_libtpu)],
 )
-def test_an_estimate_is_within_a_tenth(model, fused, device):
+def test_a_bound_of_a_large_preset_is_below_the_compiled_figure(model, fused, device):
     options = ["--model", model, "--device", device, fused]
     (compiled,), (estimated,) = (memory_rows(*options, *more).values() for more in ([], ["--estimate"]))
     assert estimated["estimated"] and not compiled["estimated"]
-    assert estimated["peak_bytes"] == pytest.approx(compiled["peak_bytes"], rel=0.1)
+    assert 0.8 * compiled["peak_bytes"] < estimated["peak_bytes"] <= compiled["peak_bytes"]
     for exact in ("params_bytes", "state_bytes"):
         assert estimated[exact] == compiled[exact]
