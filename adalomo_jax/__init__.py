@@ -1,4 +1,21 @@
-"""AdaLomo for Optax, and training steps in which the gradients of the whole model never exist."""
+"""AdaLomo for Optax, and training steps in which the gradients of the whole model never exist.
+
+Here are the parts that need JAX and Optax alone:
+
+- ``adalomo``, ``lomo``, ``scale_by_adalomo``, ``scale_by_param_rms``: the rules, as Optax transformations.
+- ``fuse(loss_fn, tx)``: a training step that updates each layer while the gradients flow back. ``FusedStep``,
+  ``FusedState``, ``StepResult``, ``Plan``, ``InStack`` and ``DynamicLossScale`` are what it takes and returns.
+- ``apply_updates``, ``stochastic_round``: narrow weights, rounded so that small steps are not lost.
+- ``per_layer``, ``MatrixAxes``, ``attention_axes``: what one tensor is, in a stack of layers or a kernel of rank 3.
+
+The modules around them:
+
+- ``adalomo_jax.linen`` and ``adalomo_jax.nnx``: the step in Flax's training loops.
+- ``adalomo_jax.models``: the Llama that the commands train, its attention and its loss.
+- ``adalomo_jax.pretrained``: checkpoints and tokenizers of Hugging Face and llama.cpp.
+- ``adalomo_jax.memory``: what a step needs on a chip, by that chip's compiler.
+- ``adalomo-jax``, or ``python -m adalomo_jax``: the commands finetune, generate, plot, memory and bench.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -16,7 +16,27 @@ class LossScaleState(NamedTuple):
 
 
 class DynamicLossScale(NamedTuple):
-    """A loss scale that halves when a gradient is not finite, and doubles after many steps in which all were."""
+    """A loss scale that halves when a gradient is not finite, and doubles after many steps in which all were.
+
+    ``fuse(..., loss_scale=DynamicLossScale())`` multiplies the loss by it, and divides each gradient by it, in float32,
+    before ``tx`` sees it. A step whose loss or gradients are not finite writes nothing but the smaller scale.
+
+    Args:
+      initial: the scale of the first step.
+      growth_interval: steps with finite gradients after which the scale grows.
+      factor: by what it grows and shrinks.
+      smallest: the least scale.
+      largest: the greatest scale.
+
+    Source: Micikevicius et al. (2018), https://arxiv.org/abs/1710.03740, section 3.2; the numbers are those of
+    PyTorch's ``GradScaler``, which begins at 2**16.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scaling = DynamicLossScale(initial=8.0)
+      >>> float(scaling.update(scaling.init(), jnp.array(False)).scale)
+      4.0
+    """
 
     initial: float = 2.0**15
     growth_interval: int = 2000

@@ -45,9 +45,34 @@ class FusedStep:
     options: Options
 
     def init(self, params: Any, *args: Any) -> FusedState:
-        """The state to begin with. Arguments of the loss, and parameters, may be ``jax.ShapeDtypeStruct``s.
+        """The state before the first step: what ``tx.init`` makes of the trained parameters, and step counters.
 
-        Warns of each parameter that a scan runs over and that yet has to be updated whole.
+        It traces the loss, and finds here what a step cannot do. It warns of each parameter that a scan runs over and
+        that still has to be updated whole.
+
+        Args:
+          params: the loss's first argument, as the step gets it: after `place`, if that is used. Arrays or
+            ``jax.ShapeDtypeStruct``s, and so are ``args``.
+          args: the loss's other arguments, of the shapes and dtypes that the step will see.
+
+        Returns:
+          A :class:`FusedState`. Stacked layers have one state each, along the stack's layer axis.
+
+        Raises:
+          ValueError: ``params`` has leaves that are no arrays, no leaf is trained, or a trained one is not of floats of
+            16 bits at least; the loss does not return one float scalar (and ``aux``, if ``has_aux``), or changes arrays
+            in place; ``microbatches`` cannot slice ``args``; ``tx`` mixes leaves or the layers of a stack; ``strict``
+            does not hold. Each message names the leaf or argument, its value, and the way out.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from adalomo_jax import adalomo, fuse
+          >>> step = fuse(lambda params, x: jnp.mean((x @ params["w"]) ** 2), adalomo(1e-2))
+          >>> params, x = {"w": jnp.ones((4, 2))}, jnp.ones((3, 4))
+          >>> state = step.init(params, x)
+          >>> params, state, loss, *_ = step.jit(params, state, x)
+          >>> float(loss)
+          16.0
         """
         traced = self._trace(params, args)
         warn_of_whole(traced.plan)
@@ -162,10 +187,24 @@ class FusedStep:
         return passes.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
 
     def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
-        """One step: the loss, and the parameters and state after it. Pure: run it under ``jax.jit``, or call `jit`.
+        """One step: it equals `unfused`, up to rounding, with one layer's gradients alive at a time.
 
-        Arguments by position are the loss's, those by name are given to ``tx.update``, which gets the loss besides, as
-        ``value``, unless another ``value`` is given (such as the loss on other data, for ``reduce_on_plateau``).
+        It is pure. Run it under ``jax.jit`` with ``params`` and ``state`` donated, which is what `jit` does: only then
+        are they updated in place.
+
+        Args:
+          params: the loss's first argument: a tree of arrays.
+          state: what `init` or the last step returned for such parameters.
+          args: the loss's other arguments, by position.
+          extra_args: arguments of ``tx.update``, by name. It also gets the loss, as ``value``, unless ``value`` is
+            given (such as the loss on other data, for ``optax.contrib.reduce_on_plateau``).
+
+        Returns:
+          A :class:`StepResult`: parameters, state, the loss before the update, ``aux`` and metrics.
+
+        Raises:
+          ValueError: what `init` raises; or ``state`` is of other parameters or arguments than these, or of parameters
+            that were placed otherwise.
         """
         with jax.disable_jit(False):  # run as Python's, a loop would have no residuals of each iteration
             return self._run(params, state, args, extra_args)

@@ -51,6 +51,9 @@ def next_token_loss(
     Returns:
         The mean loss in nats a token, float32; 0 when the mask keeps no target.
 
+    Raises:
+        ValueError: a sequence of fewer than 2 tokens, or a ``chunk_size`` below 1.
+
     Example:
         >>> from flax import nnx
         >>> from adalomo_jax.models import PRESETS

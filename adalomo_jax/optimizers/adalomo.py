@@ -80,6 +80,20 @@ def scale_by_adalomo(
 
     Returns:
       A transformation whose state is a :class:`ScaleByAdalomoState` and whose updates have the gradients' dtypes.
+
+    Raises:
+      ValueError: a number out of its range; in ``init`` and ``update``, a tree with leaves that are not of floats, or
+        ``matrix_axes`` that are none of a leaf's.
+
+    Source: Lv et al. (2023), https://arxiv.org/abs/2310.10195, algorithm 1, without the learning rate.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_adalomo()
+      >>> grads = {"w": jnp.full((4, 2), 3.0)}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> float(updates["w"][0, 0]), state.v_row["w"].shape, state.v_col["w"].shape
+      (1.0, (4,), (2,))
     """
     if b2 is not None:
         check_number("b2", b2, lambda x: 0 <= x < 1, "at least 0 and less than 1")
@@ -126,6 +140,24 @@ def scale_by_param_rms(min_param_rms: float | jax.Array = 1e-3) -> optax.Gradien
     """Multiplies each tensor's update by ``max(min_param_rms, RMS(parameter))``.
 
     Equals ``optax.scale_by_param_block_rms``, but reads the parameter once.
+
+    Args:
+      min_param_rms: the least factor, so that a tensor of zeros moves; 0 or more.
+
+    Returns:
+      A transformation without a state, whose ``update`` needs ``params``.
+
+    Raises:
+      ValueError: a negative ``min_param_rms``; in ``update``, no ``params``, or gradients that are not of floats.
+
+    Source: Shazeer and Stern (2018), https://arxiv.org/abs/1804.04235, section 8.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_param_rms()
+      >>> updates, _ = tx.update({"w": jnp.ones(2)}, tx.init(None), {"w": jnp.array([3.0, -3.0])})
+      >>> updates["w"].tolist()
+      [3.0, 3.0]
     """
     check_not_negative("min_param_rms", min_param_rms)
 

@@ -45,6 +45,8 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     Raises:
       ValueError: for another dtype, an ``x`` that is not float32, or what is not one typed key.
 
+    Source: Gupta et al. (2015), https://arxiv.org/abs/1502.02551, section 3.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> x = jnp.full(10_000, 1.001)                        # bfloat16 has 1.0 and 1.0078125 there
