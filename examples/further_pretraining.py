@@ -5,7 +5,7 @@
 
 Each optimizer runs at three learning rates or more, on the same batches, and is judged by its best; while that one lies
 at the edge of its grid, the grid grows. adalomo and adamw then run with two more seeds. A run that has a line in
-results.jsonl is not run again; further_pretraining.jsonl has the lines of README's table.
+results.jsonl is not run again; further_pretraining.jsonl has the lines of the table in results/README.md.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What README shows runs."""
+"""What README, the guides and the results show runs, leads somewhere, and is what was measured."""
 
 import json
 import re
@@ -11,20 +11,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+RESULTS = ROOT / "examples" / "results" / "README.md"
+DOCS = [README, ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("*.md"))]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language, path=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_block_runs(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+PYTHON = [(path, code) for path in DOCS for code in blocks("python", path)]
+
+
+@pytest.mark.parametrize(("path", "code"), PYTHON, ids=[path.name for path, _ in PYTHON])
+def test_python_block_runs(path, code):
+    exec(compile(code, path.name, "exec"), {"__name__": "readme"})
 
 
 def test_there_are_blocks_to_run():
-    assert len(blocks("python")) == 8 and len(blocks("bash")) == 2
+    assert len(blocks("python")) == 2 and len(blocks("bash")) == 2 and len(PYTHON) == 10
+
+
+def test_readme_is_read_at_once():
+    assert len(README.read_text().splitlines()) <= 200
 
 
 def test_the_loop_is_short():
@@ -45,9 +54,16 @@ def test_bash_block_names_what_there_is(block):
     assert all(word in help_text for word in command[1:] if word not in ("-m", "pytest"))
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("path", DOCS, ids=[str(path.relative_to(ROOT)) for path in DOCS])
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_all_examples_are_in_their_table():
+    table = (ROOT / "examples" / "README.md").read_text()
+    files = [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.md")]
+    assert all(f"({path.name})" in table for path in files if path.name != "README.md")
 
 
 def test_the_table_of_times_is_what_the_benchmark_wrote():
@@ -59,7 +75,7 @@ def test_the_table_of_times_is_what_the_benchmark_wrote():
         return f"{row['median_seconds']:.3f} | {ratio:.3f} | {row['peak_bytes'] / 1e9:.2f} GB"
 
     for a, b in zip(short["rows"], long["rows"], strict=True):
-        assert f"| {a['name']} | {cells(a)} | {cells(b)} |" in README
+        assert f"| {a['name']} | {cells(a)} | {cells(b)} |" in RESULTS.read_text()
 
 
 def test_the_table_of_optimizers_is_what_the_runs_came_to():
@@ -68,4 +84,4 @@ def test_the_table_of_optimizers_is_what_the_runs_came_to():
     rows = of["compare"](of["read"](example.with_suffix(".jsonl")), run_once=None)
     expected = [of["table_row"](results) for results in rows]
     assert len(expected) == len(of["ROWS"])
-    assert all(row in README for row in expected), expected
+    assert all(row in RESULTS.read_text() for row in expected), expected
