@@ -20,6 +20,7 @@ from adalomo_jax.text.documents import (
     Document,
     PassedOver,
     document_of,
+    is_blank,
     lines_of,
     parse_record,
 )
@@ -207,7 +208,7 @@ def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
         line = content.count(b"\n", 0, error.start) + 1
         yield Broken(f"{source.path}:{line}", "is not UTF-8")
         return
-    if text.strip():
+    if not is_blank(text):
         yield Document(source.name, text)
 
 

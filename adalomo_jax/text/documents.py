@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pydantic_core
+
 from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.chat import text_of
 from adalomo_jax.pretrained.tokenizer import Tokenizer
@@ -83,7 +85,7 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
     {'text': 'To be'}
     """
     try:
-        record = json.loads(line.decode())
+        record = _parsed(line)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 at byte {error.start + 1} of the line") from error
     except json.JSONDecodeError as error:
@@ -95,6 +97,17 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"must be an object with {FIELDS}, got {_kind(record)}")
     return record
+
+
+def _parsed(line: bytes) -> Any:
+    """Pydantic's parser makes no text of the whole line, which takes four bytes a character if one is an emoji.
+
+    Python's own has the last word on what is no JSON, and on halves of surrogate pairs and the like, which it reads.
+    """
+    try:
+        return pydantic_core.from_json(line, cache_strings="none")
+    except ValueError:
+        return json.loads(line.decode())
 
 
 def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> Document:
@@ -140,7 +153,7 @@ def _conversation(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) ->
     tools = _tools(record.get("tools"))
     chat = tokenizer.chat(messages, tools=tools) if tools else tokenizer.chat(messages)
     for i, message in enumerate(messages, 1):
-        if "tool_calls" in chat.unwritten and message.get("tool_calls") and not message["content"].strip():
+        if "tool_calls" in chat.unwritten and message.get("tool_calls") and is_blank(message["content"]):
             raise ValueError(f"message {i} has tool_calls alone, which the chat template does not write")
     return Document(name, chat.text, chat.learned, formatted=True, unwritten=chat.unwritten)
 
@@ -163,7 +176,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         raise ValueError(f"messages must be a list, got {_kind(messages)}")
     checked = [_message(i, message) for i, message in enumerate(messages, 1)]
     said = [message for message in checked if message["role"] == "assistant"]
-    if not any(message["content"].strip() or message.get("tool_calls") for message in said):
+    if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in said):
         raise ValueError("must have a message of the role assistant that is not empty, for there is nothing to learn")
     return checked
 
@@ -186,6 +199,11 @@ def _message(i: int, message: Any) -> dict[str, Any]:
     return message | {"content": content}
 
 
+def is_blank(text: str) -> bool:
+    """Whether it is empty or white space; unlike ``strip``, which copies it."""
+    return not text or text.isspace()
+
+
 def _named(fields: Sequence[str]) -> str:
     """The first fields of a record, each cut, and how many more there are."""
     more = [f"and {len(fields) - 2 * NAMED:,} more"] if len(fields) > 2 * NAMED else []
@@ -197,7 +215,7 @@ def _string(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -
     value = record[field]
     if not isinstance(value, str):
         raise ValueError(f"{field} must be a string, got {_kind(value)}")
-    if not value.strip() and not may_be_empty:
+    if is_blank(value) and not may_be_empty:
         raise ValueError(f"{field} is empty")
     return value
 

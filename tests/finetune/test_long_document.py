@@ -37,6 +37,8 @@ print(peak() - before, tokens)
 def record(kind, size):
     text = SENTENCE * (size // len(SENTENCE))
     half = len(text) // 2
+    if kind == "emoji":  # with one, Python takes four bytes for each character of a text
+        return {"text": f"{text[:half]}\N{GRINNING FACE}{text[half:]}"}
     if kind == "messages":
         return {"messages": [{"role": "user", "content": text[:half]}, {"role": "assistant", "content": text[half:]}]}
     return {"text": text} if kind == "text" else {"prompt": text[:half], "completion": text[half:]}
@@ -59,7 +61,13 @@ def write_tokenizer(folder):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 @pytest.mark.parametrize(
     ("kind", "size", "has_words"),
-    [("text", 10**8, False), ("completion", 10**8, False), ("text", 10**8, True), ("messages", 2 * 10**7, True)],
+    [
+        ("text", 10**8, False),
+        ("completion", 10**8, False),
+        ("text", 10**8, True),
+        ("messages", 2 * 10**7, True),
+        ("emoji", 2 * 10**7, True),
+    ],
 )
 def test_memory_of_a_long_line(tmp_path, kind, size, has_words):
     path = tmp_path / "long.jsonl"
