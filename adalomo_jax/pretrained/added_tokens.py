@@ -52,8 +52,8 @@ class AddedToken(Fields):
 
 def _special(value: Any) -> Any:
     """A special token: a text, or an object."""
-    if value is None or isinstance(value, AddedToken):
-        return value
+    if value is None:
+        return None
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         said = {"content": _text(value["content"]), "special": True, "changes": True}
         return AddedToken.model_validate({**value, **said})
