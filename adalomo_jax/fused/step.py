@@ -12,7 +12,7 @@ from jax import lax
 
 from adalomo_jax.fused.convert import state_of_layers, state_of_stacks
 from adalomo_jax.fused.loss_scale import DynamicLossScale
-from adalomo_jax.fused.offload import fetch, place, put_beside, shapes_on_device
+from adalomo_jax.fused.offload import fetch, is_on_host, place, put_beside, shapes_on_device
 from adalomo_jax.fused.options import Options, check_loss_and_tx
 from adalomo_jax.fused.plan.checks import (
     check_by_position,
@@ -211,8 +211,11 @@ class FusedStep:
 
     def _run(self, params: Any, state: FusedState, args: Sequence[Any], extra_args: Mapping[str, Any]) -> StepResult:
         traced = self._trace_step(params, state, args, extra_args)
-        plan, updater, options = traced.plan, self._updater(traced, state), self.options
+        plan, options = traced.plan, self.options
         check_placed(plan, traced.leaves, options)
+        if not (plan.updates_early or any(map(is_on_host, traced.leaves))):
+            return self._run_unfused(traced, state, extra_args)
+        updater = self._updater(traced, state)
         d_loss, offloads = self._d_loss(state), options.offloads_activations
         ran = passes.forward(plan, traced.leaves, traced.args, options.microbatches, d_loss, offloads)
         result = self._result_of(traced, ran.outputs)
@@ -233,6 +236,11 @@ class FusedStep:
     def unfused(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
         """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
         traced = self._trace_step(params, state, args, extra_args, fetch)
+        result = self._run_unfused(traced, state, extra_args)
+        return result._replace(params=jax.tree.map(put_beside, result.params, params))
+
+    def _run_unfused(self, traced: Traced, state: FusedState, extra_args: Mapping[str, Any]) -> StepResult:
+        """The step by ``jax.vjp`` of the whole loss."""
         outputs, gradients = all_gradients(self.loss_fn, traced, self.options.microbatches, self._d_loss(state))
         result, updater = self._result_of(traced, outputs), self._updater(traced, state)
         looks_ahead, norm = self._looks_ahead(state), None
@@ -240,7 +248,6 @@ class FusedStep:
             norm = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares.norm(), 0)
         updater = self._decide(updater, result, norm, extra_args)
         leaves, inner, statistics = updater.update_all(state.inner, traced.leaves, gradients)
-        leaves = list(map(put_beside, leaves, jax.tree.leaves(params)))
         return self._finish(traced, state, result, passes.Pass(leaves, inner, statistics), norm)
 
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:

@@ -356,3 +356,22 @@ def test_stacks_that_are_read_in_another_order_than_they_are_named():
     assert relative_error(stacked, jax.tree.map(lambda *xs: jnp.stack(xs), *layers)) < RELATIVE_ERROR
     for k in shapes:
         np.testing.assert_allclose(metrics["update_rms"][k], [layer[k] for layer in rms], rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"microbatches": 2}], ids=str)
+def test_without_layers_it_is_the_unfused_step_itself(options):
+    step = fuse(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2), adalomo(1e-2), **options)
+    args = jnp.ones([8, 4]), step.init(jnp.ones([8, 4]), jnp.ones([2, 8])), jnp.ones([2, 8])
+    assert str(jax.make_jaxpr(step)(*args)) == str(jax.make_jaxpr(step.unfused)(*args))
+
+
+def test_a_loss_that_is_a_scan_alone_is_fused():
+    def loss_fn(ws):
+        return jax.lax.scan(lambda x, w: (jnp.sum(jnp.tanh(x * w)), None), jnp.ones([]), ws)[0]
+
+    step, ws = fuse(loss_fn, adalomo(1e-2)), jnp.ones([3, 8, 4])
+    plan = step.plan(ws)
+    assert plan.updates_early and plan.gradient_bytes == ws[0].nbytes
+    state = step.init(ws)
+    assert str(jax.make_jaxpr(step)(ws, state)) != str(jax.make_jaxpr(step.unfused)(ws, state))
+    chex.assert_trees_all_close(step(ws, state).params, step.unfused(ws, state).params, rtol=1e-6)

@@ -186,6 +186,11 @@ class Plan:
                 members.setdefault((leaf.stage, leaf.layers is None), []).append(i)
         return tuple(Group(tuple(leaves), self.leaves[leaves[0]].layers) for leaves in members.values())
 
+    @property
+    def updates_early(self) -> bool:
+        """Whether any gradient can be gone before all are there. If not, the fused step is the unfused one."""
+        return len(self.stages) > 1 or any(isinstance(stage, LayerScan) for stage in self.stages)
+
     def group_of(self, stage: int, *, whole: bool) -> Group | None:
         """The leaves that are updated in a stage's scan, or the whole ones after the stage has been pulled back."""
         groups = [group for group in self.groups if (group.layers is None) == whole]
