@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from adalomo_jax.models.fields import shown
-from adalomo_jax.pretrained.template_process import CLOSE, OPEN
 from adalomo_jax.pretrained.templates import render
 
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
@@ -25,7 +24,7 @@ class ChatText(NamedTuple):
 
 def chat_text(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Iterable[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     bos_token: str | None = None,
@@ -44,7 +43,8 @@ def chat_text(
     Args:
         template: the Jinja template. It runs in a sandbox, within bounds; see `templates.render`.
         messages: each with a ``role`` and mostly a ``content``; what else the template reads is passed on. A content
-            may be a list of parts, which are joined: ``{"type": "text", "text": ...}``.
+            may be a list of parts, which are joined: ``{"type": "text", "text": ...}``. Those of an iterator are
+            not kept while the template runs.
         tools: what the assistant may call, for the template.
         bos_token: the token that starts a text, for the template.
         eos_token: the token that ends one, for the template.
@@ -61,25 +61,23 @@ def chat_text(
     >>> [chat.text[start:end] for start, end in chat.learned]
     ['Hello!</s>']
     """
-    seen = _as_seen(messages)
-    given = _given(tools, bos_token, eos_token)
-    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    is_learned = [_is_learned(i, messages[i]) for i in said]
-    if _GENERATION_TAG.search(template):
-        marked = _marked(next(render(template, seen, [(len(seen), False)], given=given)))
-        chat = marked if all(is_learned) else _without(marked, is_learned)
-        return chat._replace(unwritten=_unwritten(template, seen, tools))
-    said = [i for i, learned in zip(said, is_learned) if learned]
-    parts = [(len(seen), False), *(part for i in said for part in ((i, True), (i + 1, False)))]
-    texts = render(template, seen, parts, given=given)
-    full = next(texts)
-    learned = tuple(_added(i, next(texts), next(texts), full, eos_token) for i in said)
-    return ChatText(full, learned, _unwritten(template, seen, tools))
+    seen, said = _as_seen(messages)
+    count, given = len(seen), _given(tools, bos_token, eos_token)
+    unwritten = _unwritten(template, seen, tools)
+    is_marked = _GENERATION_TAG.search(template) is not None
+    learned = [i for i, is_learned in said.items() if is_learned and not is_marked]
+    parts = [part for i in learned for part in ((i, True), (i + 1, False))]
+    text, marked, others = render(template, handed_over(seen), [(count, False), *parts], given=given)
+    if is_marked:
+        return ChatText(text, _learned_of(marked, list(said.values())), unwritten)
+    of_each = zip(learned, others[::2], others[1::2], strict=True)
+    added = tuple(_added(i, prompt, through, text, eos_token) for i, prompt, through in of_each)
+    return ChatText(text, added, unwritten)
 
 
 def chat_prompt(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Iterable[Mapping[str, Any]],
     *,
     bos_token: str | None = None,
     eos_token: str | None = None,
@@ -88,9 +86,15 @@ def chat_prompt(
 
     Args and errors are those of ``chat_text``. The template may write today's date.
     """
+    seen, _ = _as_seen(messages)
     given = _given(None, bos_token, eos_token)
-    text = next(render(template, _as_seen(messages), [(len(messages), True)], given=given, dated=True))
-    return text.replace(OPEN, "").replace(CLOSE, "")
+    return render(template, seen, [(len(seen), True)], given=given, dated=True).text
+
+
+def handed_over(messages: list[Any]) -> Iterator[Any]:
+    """The messages, each taken out of the list: who is given them has them alone, and long ones can go."""
+    while messages:
+        yield messages.pop(0)
 
 
 def text_of(content: Any) -> str:
@@ -131,16 +135,16 @@ def _unwritten(template: str, messages: Sequence[Mapping[str, Any]], tools: Any)
     return tuple(field for field, is_there in has.items() if is_there and not re.search(rf"\b{field}\b", template))
 
 
-def _as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as a template sees them."""
-    if not messages:
-        raise ValueError("a conversation needs at least one message, got none")
-    seen = []
+def _as_seen(messages: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, bool]]:
+    """The messages as a template sees them, and which are the assistant's: whether each of these is learned."""
+    seen, said = [], {}
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} needs a role, such as 'user', got {shown(message)}")
         if message.get("content") is None and "tool_calls" not in message:
             raise ValueError(f"message {i} needs a content, got {shown(message)}")
+        if message["role"] == "assistant":
+            said[i] = _is_learned(i, message)
         one = {field: value for field, value in message.items() if field not in ("weight", "train")}
         if isinstance(one.get("content"), list):
             try:
@@ -148,7 +152,9 @@ def _as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"message {i}: {error}") from None
         seen.append(one)
-    return seen
+    if not seen:
+        raise ValueError("a conversation needs at least one message, got none")
+    return seen, said
 
 
 def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
@@ -162,38 +168,29 @@ def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
     return True
 
 
-def _added(i: int, prompt: str, through: str, full: str, eos_token: str | None) -> tuple[int, int]:
-    """The characters that message ``i`` adds to those before it and the prompt for an answer."""
-    if not through.startswith(prompt) or not full.startswith(through):
+def _added(i: int, prompt: str | int, through: str | int, full: str, eos_token: str | None) -> tuple[int, int]:
+    """The characters that message ``i`` adds to those before it and the prompt for an answer; see `Rendered.others`."""
+    if isinstance(prompt, str) or isinstance(through, str) or prompt > through:
         raise ValueError(
             f"what the assistant says in message {i} cannot be told apart: the chat template writes messages "
             "differently when others follow; give a template that marks what is learned by {% generation %}"
         )
-    end = len(through)
-    if eos_token and through.rstrip().endswith(eos_token):
-        end = len(through.rstrip())
-    return len(prompt), max(end, len(prompt))
+    end = through
+    while end and full[end - 1].isspace():
+        end -= 1
+    ends = eos_token and full.endswith(eos_token, 0, end)
+    return prompt, max(end if ends else through, prompt)
 
 
-def _marked(rendered: str) -> ChatText:
-    """The text without the marks of the generation tag, and what stood between them."""
-    learned, marks, at = [], 0, 0
-    while (start := rendered.find(OPEN, at)) >= 0 and (at := rendered.find(CLOSE, start)) >= 0:
-        begin = start - marks
-        marks += len(OPEN) + len(CLOSE)
-        at += len(CLOSE)
-        learned.append((begin, at - marks))
-    text = rendered.replace(OPEN, "").replace(CLOSE, "")
-    if len(text) != len(rendered) - marks:
+def _learned_of(marked: tuple[tuple[int, int], ...] | None, is_learned: Sequence[bool]) -> tuple[tuple[int, int], ...]:
+    """What the template marks, of the messages that are learned."""
+    if marked is None:
         raise ValueError("the chat template leaves a {% generation %} block before its end; what is learned is unclear")
-    return ChatText(text, tuple(learned))
-
-
-def _without(chat: ChatText, is_learned: Sequence[bool]) -> ChatText:
-    """What the template marked, of the messages that are learned."""
-    if len(chat.learned) != len(is_learned):
+    if all(is_learned):
+        return marked
+    if len(marked) != len(is_learned):
         raise ValueError(
             f"some of the assistant's messages are not to be learned (weight or train), and the chat template marks "
-            f"{len(chat.learned)} blocks of {len(is_learned)} messages: which are theirs cannot be told"
+            f"{len(marked)} blocks of {len(is_learned)} messages: which are theirs cannot be told"
         )
-    return chat._replace(learned=tuple(span for span, learned in zip(chat.learned, is_learned) if learned))
+    return tuple(span for span, learned in zip(marked, is_learned) if learned)

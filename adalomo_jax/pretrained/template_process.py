@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 OPEN, CLOSE = "\0<generation>\0", "\0</generation>\0"
-"""What the generation tag leaves around its body in the rendered text, until the spans are read off."""
+"""What the generation tag leaves around its body, until it is known where in the text that stands."""
 _SHOWN = 200
 """Characters of a template's own error."""
 
@@ -27,7 +27,8 @@ class TooMuch(Exception):
 def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, Any]:
     """The texts that a line asks for, or why there are none; ``limit`` where that is a bound."""
     try:
-        return {"texts": _render(template, json.loads(line), len(line), limits)}
+        texts, marked = _render(template, json.loads(line), len(line), limits)
+        return {"texts": texts, "marked": marked}
     except TooMuch as error:
         return {"limit": str(error)}
     except MemoryError:
@@ -38,15 +39,20 @@ def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, A
         return {"error": _one_line(error)}
 
 
-def _render(template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]) -> list[str | int]:
-    """The texts; one that the first begins with is its length, or long conversations would be written very often."""
+def _render(
+    template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]
+) -> tuple[list[str | int], list[tuple[int, int]] | None]:
+    """The texts, and what the template marks in the first; None if a mark has no end.
+
+    A text that the first begins with is its length, or long conversations would be written very often.
+    """
     messages, given = request["messages"], dict(request["given"])
     if request["dated"]:
         given["strftime_now"] = datetime.datetime.now().strftime
     room = limits["output"] + limits["growth"] * size
     compiled = _compile(template)
     texts: list[str | int] = []
-    first = None
+    first, marked = None, None
     for count, is_prompt in request["parts"]:
         pieces, length = [], 0
         for piece in compiled.generate(messages=messages[:count], add_generation_prompt=is_prompt, **given):
@@ -54,10 +60,23 @@ def _render(template: str, request: Mapping[str, Any], size: int, limits: Mappin
             length += len(piece)
             if length > room:
                 raise TooMuch(f"it writes more than {room:,} characters of messages of {size:,}")
-        text = "".join(pieces)
+        text, of_text = _without_marks("".join(pieces))
         texts.append(text if first is None or not first.startswith(text) else len(text))
-        first = text if first is None else first
-    return texts
+        if first is None:
+            first, marked = text, of_text
+    return texts, marked
+
+
+def _without_marks(rendered: str) -> tuple[str, list[tuple[int, int]] | None]:
+    """A text without the marks of the generation tag, and the characters, from and to, that stood between them."""
+    between, marks, at = [], 0, 0
+    while (start := rendered.find(OPEN, at)) >= 0 and (at := rendered.find(CLOSE, start)) >= 0:
+        begin = start - marks
+        marks += len(OPEN) + len(CLOSE)
+        at += len(CLOSE)
+        between.append((begin, at - marks))
+    text = rendered.replace(OPEN, "").replace(CLOSE, "")
+    return text, between if len(text) == len(rendered) - marks else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,22 +11,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LIMITS = {"seconds": 10, "memory": 1 << 31, "output": 1_000_000, "growth": 10}
 """Of one conversation: seconds of a processor; bytes of memory; characters of a text, and so many more for each
 character of the messages."""
 MOST_BYTES = 1 << 20
 """Of a template. The largest that are published have a tenth of it."""
+_PIECE = 1 << 16
+"""Characters of a message that are made JSON at once."""
 _STRIKES = 3
 """How often a template may break a bound before it is refused unseen: it may take its time with each of many rows."""
 
@@ -117,19 +118,30 @@ _strikes: Counter[str] = Counter()
 atexit.register(_process.end)
 
 
+class Rendered(NamedTuple):
+    """What a template writes."""
+
+    text: str
+    """Of the first part."""
+    marked: tuple[tuple[int, int], ...] | None
+    """The characters of the text, from and to, that ``{% generation %}`` marks; None if a mark has no end."""
+    others: tuple[str | int, ...]
+    """The texts of the other parts; one that the first text begins with is its length."""
+
+
 def render(
     template: str,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Iterable[Mapping[str, Any]],
     parts: Sequence[tuple[int, bool]],
     *,
     given: Mapping[str, Any],
     dated: bool = False,
-) -> Iterator[str]:
-    """The texts that a template writes of a conversation and of its beginnings, one after the other.
+) -> Rendered:
+    """The texts that a template writes of a conversation and of its beginnings.
 
     Args:
         template: the Jinja template.
-        messages: JSON values.
+        messages: JSON values. Those of an iterator are not kept while the template runs.
         parts: for each text, of how many messages it is, and whether the start of an answer follows.
         given: what else the template sees, JSON values.
         dated: the template may ask for the date, by ``strftime_now``.
@@ -137,8 +149,8 @@ def render(
     Raises:
         ValueError: the template refuses the messages, or breaks a bound.
 
-    >>> list(render("{{ messages[0].content }}{{ '?' * n }}", [{"content": "Hi"}], [(1, False)], given={"n": 2}))
-    ['Hi??']
+    >>> render("{{ messages[0].content }}{{ '?' * n }}", [{"content": "Hi"}], [(1, False)], given={"n": 2}).text
+    'Hi??'
     """
     if len(template) > MOST_BYTES:
         raise ValueError(f"a chat template must have at most {MOST_BYTES:,} characters, got {len(template):,}")
@@ -147,10 +159,7 @@ def render(
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("chat templates need the package jinja2: pip install 'adalomo-jax[finetune]'")
     try:
-        request = {"messages": messages, "parts": parts, "given": given, "dated": dated}
-        # Half a surrogate pair passes: what is wrong with the text is found where it is made.
-        pieces = json.JSONEncoder(ensure_ascii=False).iterencode(request)
-        conversation = [piece.encode(errors="surrogatepass") for piece in pieces]
+        conversation = list(_request(messages, {"parts": parts, "given": given, "dated": dated}))
     except RecursionError:
         raise ValueError("messages have too many brackets inside each other") from None
     except (TypeError, ValueError) as error:
@@ -164,8 +173,31 @@ def render(
         raise ValueError(f"the chat template breaks its bounds: {reply['limit']}")
     if "error" in reply:
         raise ValueError(f"the chat template refuses the messages: {reply['error']}")
-    first, *others = reply["texts"]
-    return itertools.chain([first], (first[:text] if isinstance(text, int) else text for text in others))
+    text, *others = reply["texts"]
+    marked = reply["marked"]
+    return Rendered(text, None if marked is None else tuple((begin, end) for begin, end in marked), tuple(others))
+
+
+def _request(messages: Iterable[Mapping[str, Any]], others: Mapping[str, Any]) -> Iterator[bytes]:
+    """JSON of the messages and the others, in pieces: a long content is at no time there as JSON and as bytes."""
+    yield json.dumps(others).encode().removesuffix(b"}") + b', "messages": ['
+    for i, message in enumerate(messages):
+        yield b", {" if i else b"{"
+        for k, (field, value) in enumerate(message.items()):
+            yield (b", " if k else b"") + _json(str(field)) + b": "
+            if isinstance(value, str):
+                yield b'"'
+                yield from (_json(value[at : at + _PIECE])[1:-1] for at in range(0, len(value), _PIECE))
+                yield b'"'
+            else:
+                yield _json(value)
+        yield b"}"
+    yield b"]}"
+
+
+def _json(value: Any) -> bytes:
+    """Half a surrogate pair passes: what is wrong with a text is found where that is made."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _why(status: int | None) -> str:

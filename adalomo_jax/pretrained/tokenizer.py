@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
         ...
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
         """A conversation as text; ``ValueError`` where there is no template, or it refuses the messages."""
         ...
@@ -97,7 +97,7 @@ class ByteTokenizer:
         return b"".join(known).decode(errors="replace")
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
         """Raises ``ValueError``."""
         raise ValueError("bytes have no chat template; conversations need a checkpoint with one")
@@ -187,7 +187,7 @@ class TextTokenizer:
             return self.tokenizer.decode([int(token) for token in tokens])
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
         """A conversation by the chat template, as ``chat_text`` says.
 
@@ -197,7 +197,7 @@ class TextTokenizer:
         template = self.template(bool(tools))
         return chat_text(template, messages, tools=tools, **self._special_texts())
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def prompt(self, messages: Iterable[Mapping[str, Any]]) -> str:
         """The text that the assistant's answer to the messages continues; ``ValueError`` as in ``chat``."""
         return chat_prompt(self.template(), messages, **self._special_texts())
 

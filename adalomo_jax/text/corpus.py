@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -184,12 +184,9 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken |
     if source.kind == "text":
         yield from _text(source)
         return
-    for number, place, record in _lines(source) if source.kind == "lines" else _rows(source):
-        if isinstance(record, Broken):
-            yield record
-            continue
-        try:
-            yield document_of(record, f"{source.name}:{number}", tokenizer)
+    for number, place, read in _lines(source) if source.kind == "lines" else _rows(source):
+        try:  # the record is the document's alone: a long conversation goes once it is sent to its template
+            yield document_of(read(), f"{source.name}:{number}", tokenizer)
         except ValueError as error:
             yield Broken(place, str(error))
 
@@ -212,8 +209,8 @@ def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
         yield Document(source.name, text)
 
 
-def _lines(source: Source) -> Iterator[tuple[int, str, Mapping[str, Any] | Broken]]:
-    """Number, place and record of the lines that are not blank. No line stays in memory beside its record."""
+def _lines(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
+    """Of the lines that are not blank the number, the place, and what reads the record."""
     number, is_first = 0, True
     try:
         with source.path.open("rb") as file:
@@ -227,19 +224,16 @@ def _lines(source: Source) -> Iterator[tuple[int, str, Mapping[str, Any] | Broke
                     continue
                 if is_first and line.lstrip()[:1] == b"[":
                     raise InputError(f"--data {source.path} is one JSON array: write one object a line")
-                is_first, place = False, f"{source.path}:{number}"
-                try:
-                    record = parse_record(line)
-                except ValueError as error:
-                    record = Broken(place, str(error))
+                is_first = False
+                read = _once(line, parse_record)
                 del line
-                yield number, place, record
+                yield number, f"{source.path}:{number}", read
     except OSError as error:
         raise InputError(f"cannot read {source.path}: {error.strerror}") from error
 
 
-def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Number, place and content of the rows of a data set, counted from 1."""
+def _rows(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
+    """As `_lines`, of the rows of a data set, counted from 1."""
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -250,11 +244,19 @@ def _rows(source: Source) -> Iterator[tuple[int, str, dict[str, Any]]]:
         columns = [column for column in COLUMNS if column in dataset.column_names]
         if columns:
             for number, row in enumerate(dataset.select_columns(columns), 1):
-                yield number, f"{source.path}: row {number}", dict(row)
+                read = _once(row, dict)
+                del row
+                yield number, f"{source.path}: row {number}", read
             return
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"--data {source.path} cannot be read by datasets: {' '.join(str(error).split())}") from error
     raise InputError(f"--data {source.path} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}")
+
+
+def _once(x: Any, read: Callable[[Any], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+    """What reads ``x``, once: who does so has the record alone, and nothing else has ``x``."""
+    held = [x]
+    return lambda: read(held.pop())
 
 
 def _encoded(content: bytes) -> str | None:

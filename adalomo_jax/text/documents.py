@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pydantic_core
 
 from adalomo_jax.models.fields import shown
-from adalomo_jax.pretrained.chat import text_of
+from adalomo_jax.pretrained.chat import handed_over, text_of
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.printable import printable
 
@@ -136,7 +136,7 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
         prompt, completion = _string(record, "prompt", may_be_empty=True), _string(record, "completion")
         document = Document(name, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
     elif found == {"messages"}:
-        document = _conversation(record, name, tokenizer)
+        document = _conversation(record.pop("messages"), record.pop("tools", None), name, tokenizer)
         if not any(start < end for start, end in document.learned or ()):
             raise ValueError("has nothing that the assistant says, as the chat template writes it")
     else:
@@ -148,13 +148,15 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
     return document
 
 
-def _conversation(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> Document:
-    messages = _messages(record["messages"])
-    tools = _tools(record.get("tools"))
-    chat = tokenizer.chat(messages, tools=tools) if tools else tokenizer.chat(messages)
-    for i, message in enumerate(messages, 1):
-        if "tool_calls" in chat.unwritten and message.get("tool_calls") and is_blank(message["content"]):
-            raise ValueError(f"message {i} has tool_calls alone, which the chat template does not write")
+def _conversation(messages: Any, tools: Any, name: str, tokenizer: Tokenizer) -> Document:
+    messages, tools = _messages(messages), _tools(tools)
+    calls_alone = [
+        i for i, message in enumerate(messages, 1) if message.get("tool_calls") and is_blank(message["content"])
+    ]
+    given = handed_over(messages)  # a long one is not in memory beside the text that the template writes
+    chat = tokenizer.chat(given, tools=tools) if tools else tokenizer.chat(given)
+    if calls_alone and "tool_calls" in chat.unwritten:
+        raise ValueError(f"message {calls_alone[0]} has tool_calls alone, which the chat template does not write")
     return Document(name, chat.text, chat.learned, formatted=True, unwritten=chat.unwritten)
 
 

@@ -36,6 +36,7 @@ def test_fields_that_are_none_are_absent():
 
     class Strict(ToyTokenizer):
         def chat(self, messages, *, tools=None):
+            messages = list(messages)
             assert all(set(message) == {"role", "content"} for message in messages)
             return super().chat(messages)
 

@@ -37,9 +37,12 @@ print(peak() - before, tokens)
 def record(kind, size):
     text = SENTENCE * (size // len(SENTENCE))
     half = len(text) // 2
-    if kind == "emoji":  # with one, Python takes four bytes for each character of a text
-        return {"text": f"{text[:half]}\N{GRINNING FACE}{text[half:]}"}
-    if kind == "messages":
+    if kind.startswith("emoji"):  # with one, Python takes four bytes for each character of a text
+        text = f"{text[:half]}\N{GRINNING FACE}{text[half:-1]}\N{GRINNING FACE}"
+    if kind == "emoji":
+        return {"text": text}
+    if kind in ("messages", "emoji messages"):
+        half += 1
         return {"messages": [{"role": "user", "content": text[:half]}, {"role": "assistant", "content": text[half:]}]}
     return {"text": text} if kind == "text" else {"prompt": text[:half], "completion": text[half:]}
 
@@ -67,6 +70,7 @@ def write_tokenizer(folder):
         ("text", 10**8, True),
         ("messages", 2 * 10**7, True),
         ("emoji", 2 * 10**7, True),
+        ("emoji messages", 2 * 10**7, True),
     ],
 )
 def test_memory_of_a_long_line(tmp_path, kind, size, has_words):

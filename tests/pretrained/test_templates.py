@@ -1,5 +1,6 @@
 """The process in which templates run: its bounds, its end, and that it comes again."""
 
+import json
 import os
 import signal
 
@@ -13,7 +14,7 @@ PLAIN = "{{ messages[0].content }}"
 
 
 def rendered(template=PLAIN, **given):
-    return next(render(template, MESSAGES, [(1, False)], given=given))
+    return render(template, MESSAGES, [(1, False)], given=given).text
 
 
 def child():
@@ -25,14 +26,18 @@ def child():
 def test_all_parts_are_rendered():
     template = "{{ messages|length }}{{ add_generation_prompt }}{{ x }}"
     parts = [(3, False), (1, True), (3, False), (0, False)]
-    texts = list(render(template, MESSAGES * 3, parts, given={"x": "é\ud800"}))
-    assert texts == ["3Falseé\ud800", "1Trueé\ud800", "3Falseé\ud800", "0Falseé\ud800"]
-    assert list(render("{% for m in messages %}a{% endfor %}", MESSAGES * 3, parts, given={})) == [
-        "aaa",
-        "a",
-        "aaa",
-        "",
-    ]
+    text, marked, others = render(template, MESSAGES * 3, parts, given={"x": "é\ud800"})
+    assert (text, marked) == ("3Falseé\ud800", ()) and others == ("1Trueé\ud800", len(text), "0Falseé\ud800")
+    assert render("{% for m in messages %}a{% endfor %}", MESSAGES * 3, parts, given={}) == ("aaa", (), (1, 3, 0))
+
+
+@pytest.mark.parametrize(
+    "content", ['a"\\\n\0', "\ud83d", "é" * (1 << 16) + '\U0001f600"' * 9, [{"a": None}, 1.5], None]
+)
+def test_messages_arrive_as_they_are(content):
+    message = {"role": "user", "content": content, "other": {"name": content}}
+    as_json = json.dumps(message, ensure_ascii=False)
+    assert render("{{ messages[0]|tojson }}", iter([message]), [(1, False)], given={}).text == as_json
 
 
 def test_templates_take_turns_in_one_process():
@@ -89,7 +94,7 @@ def interrupted(process):
 
 def test_output_is_bounded_by_the_messages():
     long = [{"role": "user", "content": "a" * 3_000_000}]
-    assert len(next(render(PLAIN, long, [(1, False)], given={}))) == 3_000_000
+    assert len(render(PLAIN, long, [(1, False)], given={}).text) == 3_000_000
     with pytest.raises(ValueError, match="it writes more than 1,00.,... characters of messages of"):
         rendered("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}")
 
