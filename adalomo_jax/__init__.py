@@ -17,8 +17,7 @@ The modules around them:
 - ``adalomo-jax``, or ``python -m adalomo_jax``: the commands finetune, generate, plot, memory and bench.
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing takes a while to import, in which the commands would not hear Ctrl-C as they should
 if TYPE_CHECKING:
     from adalomo_jax.fused import DynamicLossScale as DynamicLossScale
     from adalomo_jax.fused import FusedState as FusedState
@@ -45,11 +44,8 @@ _OPTIMIZERS = (
 )
 
 
-def __getattr__(name: str) -> Any:
-    """What is offered is imported when it is first named: optimizers do without the engine, and commands start sooner.
-
-    JAX takes seconds to import, in which the commands would not hear Ctrl-C as they should.
-    """
+def __getattr__(name: str) -> object:
+    """What is offered is imported when it is first named: optimizers do without the engine, and commands start soon."""
     if name in _FUSED:
         import adalomo_jax.fused as home
     elif name in _OPTIMIZERS:

@@ -88,6 +88,8 @@ def _interrupted_after() -> Iterator[None]:
         return
     asked: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    if hasattr(signal, "pthread_sigmask"):  # `__main__` holds it back until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         yield
     finally:

@@ -194,9 +194,14 @@ def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: LlamaConfig, p
 
 def _hugging_face_names(config: LlamaConfig, architecture: str) -> dict[str, str]:
     """Hugging Face's names of a model's tensors by llama.cpp's."""
-    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
-    modules = [(tensor.name, *tensor.name.rsplit(".", 1)) for tensor in tensors_of(config)]
-    return {f"{names.get_name(module)}.{kind}": name for name, module, kind in modules}
+    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], 1)  # of all layers it takes a millisecond a layer
+    found = {}
+    for tensor in tensors_of(config):
+        module, kind = tensor.name.rsplit(".", 1)
+        of_first = module if tensor.layer is None else module.replace(f".{tensor.layer}.", ".0.", 1)
+        name = f"{names.get_name(of_first)}.{kind}"
+        found[name if tensor.layer is None else name.replace(".0.", f".{tensor.layer}.", 1)] = tensor.name
+    return found
 
 
 def _paired_heads(name: str, config: LlamaConfig) -> int | None:

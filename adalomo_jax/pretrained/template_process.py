@@ -154,17 +154,14 @@ def _as_lines(reply: Mapping[str, Any]) -> list[bytes]:
 
 
 def _bounded(limits: Mapping[str, Any]) -> Any:
-    """Bound the process where the system can; a function that gives it its time anew."""
+    """Bound the process; a function that gives it its time anew."""
+    import resource
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it ends this input
-    if hasattr(signal, "SIGPROF"):  # whoever started this may have it ignored or held back
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    try:
-        import resource
-    except ImportError:  # Windows
-        return lambda: None
+    # Whoever started this may have it ignored or held back.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for name, limit in {"RLIMIT_AS": limits["memory"], "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):  # a lower limit is there already
             resource.setrlimit(getattr(resource, name), (limit, limit))

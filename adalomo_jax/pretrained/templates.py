@@ -158,6 +158,10 @@ def render(
         raise ValueError(f"the chat template has broken its bounds {_STRIKES} times: it is not tried again")
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("chat templates need the package jinja2: pip install 'adalomo-jax[finetune]'")
+    if importlib.util.find_spec("resource") is None:
+        raise ValueError(
+            "chat templates are programs, and this system cannot bound them: use Linux, macOS, or on Windows WSL"
+        )
     try:
         conversation = list(_request(messages, {"parts": parts, "given": given, "dated": dated}))
     except RecursionError:

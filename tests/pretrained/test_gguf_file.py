@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 
 import chex
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from small_models import FAMILIES, LLAMA, LLAMA_3, QWEN2, random_params, tensors
 
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.rotary import frequency_divisors, rotary_frequencies
+from adalomo_jax.pretrained import gguf_file
 from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.names import tensors_of
@@ -148,3 +150,14 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("adalomo_jax.pretrained.gguf_file.dequantize", cannot)
     with pytest.raises(ValueError, match="model.gguf has a tensor of type Q8_0, which the gguf package cannot read"):
         source.read("model.embed_tokens.weight", ())
+
+
+@pytest.mark.parametrize(("architecture", "config"), [("llama", LLAMA), ("qwen2", QWEN2)])
+def test_names_are_those_of_the_gguf_package(architecture, config):
+    config = dataclasses.replace(config, num_hidden_layers=12)
+    of_all = gguf.get_tensor_name_map(gguf_file.ARCHITECTURES[architecture], 12)
+    found = gguf_file._hugging_face_names(config, architecture)
+    assert len(found) == len(tensors_of(config))
+    for theirs, ours in found.items():
+        module, kind = ours.rsplit(".", 1)
+        assert theirs == f"{of_all.get_name(module)}.{kind}"

@@ -1,5 +1,6 @@
 """The process in which templates run: its bounds, its end, and that it comes again."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -112,7 +113,11 @@ def test_a_process_that_cannot_be_started_is_one_line(monkeypatch):
     assert rendered() == "Hi"
 
 
-def test_without_jinja_the_way_out_is_said(monkeypatch):
-    monkeypatch.setattr(templates.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'adalomo-jax\[finetune\]'"):
+@pytest.mark.parametrize(
+    ("module", "way_out"), [("jinja2", r"pip install 'adalomo-jax\[finetune\]'"), ("resource", "on Windows WSL")]
+)
+def test_without_what_it_needs_the_way_out_is_said(monkeypatch, module, way_out):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(templates.importlib.util, "find_spec", lambda name: None if name == module else find_spec(name))
+    with pytest.raises(ValueError, match=way_out):
         rendered()
