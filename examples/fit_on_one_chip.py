@@ -17,7 +17,7 @@ from flax import nnx
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory import TARGETS, compile_usage, prepare
 from adalomo_jax.memory.usage import format_bytes
-from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.models import PRESETS, Decoder, next_token_loss
 from adalomo_jax.models.attention import kind_for
 
 
@@ -26,7 +26,7 @@ def main(preset="tiny", target="cpu"):
     prepare(chip)  # JAX starts without looking for the chip
     length = min(2048, config.max_position_embeddings)
     attention = kind_for(chip.platform, length, config.head_dim, jnp.bfloat16)
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention=attention))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention=attention))
     graphdef, params = nnx.split(model)  # shapes: nothing is allocated
     params = nnx.to_pure_dict(params)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)

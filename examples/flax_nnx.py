@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from adalomo_jax import adalomo
-from adalomo_jax.models import Llama, LlamaConfig, generate, next_token_loss
+from adalomo_jax.models import Decoder, DecoderConfig, generate, next_token_loss
 from adalomo_jax.nnx import FusedOptimizer
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=256,  # bytes
     hidden_size=64,
     intermediate_size=192,
@@ -39,7 +39,7 @@ def batches():
 
 
 def main():
-    model = Llama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     stream = batches()
     optimizer = FusedOptimizer(model, adalomo(2e-2), next_token_loss, next(stream))
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from adalomo_jax import adalomo, fuse
-from adalomo_jax.models import PRESETS, Llama, batch_sharding, make_mesh, next_token_loss, param_shardings
+from adalomo_jax.models import PRESETS, Decoder, batch_sharding, make_mesh, next_token_loss, param_shardings
 
 jax.config.update("jax_num_cpu_devices", 8)  # before JAX makes an array; leave out where there are real devices
 
@@ -22,7 +22,7 @@ STEPS, BATCH, LENGTH = 5, 8, 64
 def train(mesh=None):
     """The losses, and the bytes of parameters and optimizer state on the first device."""
     spread = None if mesh is None else batch_sharding(mesh)
-    model = lambda: Llama(PRESETS["tiny"], rngs=nnx.Rngs(0), batch_sharding=spread)
+    model = lambda: Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0), batch_sharding=spread)
     graphdef = nnx.graphdef(nnx.eval_shape(model))
     make_params = lambda: nnx.to_pure_dict(nnx.state(model(), nnx.Param))
     shardings = None if mesh is None else param_shardings(jax.eval_shape(make_params), mesh)

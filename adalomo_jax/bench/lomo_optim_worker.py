@@ -17,7 +17,7 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     order = json.loads(sys.stdin.readline())
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+    from transformers import DecoderConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     from lomo_optim import AdaLomo  # pyright: ignore[reportMissingImports]
@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(threads or 1)
     sizes = {k: v for k, v in order["sizes"].items() if k not in ("qkv_bias", "o_bias", "rope_scaling", "rope_theta")}
     rope = {"rope_type": "default", "rope_theta": order["sizes"]["rope_theta"]}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope, use_cache=False)).train()
+    model = LlamaForCausalLM(DecoderConfig(**sizes, rope_parameters=rope, use_cache=False)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(0, sizes["vocab_size"], order["shape"])
     optimizer = AdaLomo(model, lr=1e-3, loss_scale=None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalomo_jax.bench.contestants import REFERENCE, Case, Contestant
-from adalomo_jax.models import LlamaConfig
+from adalomo_jax.models import DecoderConfig
 
 WARM_UP = 2
 """Steps that are not counted: the first ones of a process are slower."""
@@ -102,13 +102,13 @@ class Worker:
         raise Failed(said[-1][:300] if said else f"ended with status {status}")
 
 
-def start_worker(case: Case, contestant: Contestant, model: LlamaConfig) -> Worker:
+def start_worker(case: Case, contestant: Contestant, model: DecoderConfig) -> Worker:
     """The contestant's process, its step compiled."""
     order = _order(case, model) | {"contestant": contestant._asdict()}
     return Worker([sys.executable, "-m", "adalomo_jax.bench.worker"], order)
 
 
-def start_official(case: Case, model: LlamaConfig) -> Worker:
+def start_official(case: Case, model: DecoderConfig) -> Worker:
     """The official PyTorch AdaLomo's."""
     file = Path(__file__).with_name("lomo_optim_worker.py")
     return Worker([sys.executable, str(file)], _order(case, model))
@@ -177,5 +177,5 @@ def _ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(ratios), low, high)
 
 
-def _order(case: Case, model: LlamaConfig) -> dict[str, Any]:
+def _order(case: Case, model: DecoderConfig) -> dict[str, Any]:
     return {"sizes": dataclasses.asdict(model), "shape": [case.batch_size, case.seq_len], "dtype": case.dtype}

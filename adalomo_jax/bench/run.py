@@ -26,7 +26,7 @@ from adalomo_jax.bench.report import (
 )
 from adalomo_jax.commands.memory_options import model_sizes
 from adalomo_jax.inputs import InputError
-from adalomo_jax.models import PRESETS, LlamaConfig
+from adalomo_jax.models import PRESETS, DecoderConfig
 from adalomo_jax.pretrained.files import write_whole
 
 
@@ -64,7 +64,7 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
     return results
 
 
-def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int | None) -> tuple[Case, LlamaConfig]:
+def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int | None) -> tuple[Case, DecoderConfig]:
     model = model_sizes(name, PRESETS)
     if seq_len > model.max_position_embeddings:
         most = model.max_position_embeddings
@@ -76,7 +76,7 @@ def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int 
     return case, model
 
 
-def _starts(config: BenchConfig, case: Case, model: LlamaConfig) -> dict[str, Callable[[], Worker]]:
+def _starts(config: BenchConfig, case: Case, model: DecoderConfig) -> dict[str, Callable[[], Worker]]:
     starts: dict[str, Callable[[], Worker]] = {
         contestant.name: partial(start_worker, case, contestant, model)
         for contestant in contestants_of(case, config.only)

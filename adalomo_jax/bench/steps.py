@@ -14,7 +14,7 @@ from flax import nnx
 from adalomo_jax import adalomo, fuse, lomo
 from adalomo_jax.bench.contestants import Contestant
 from adalomo_jax.memory.usage import peak_of
-from adalomo_jax.models import Llama, LlamaConfig, next_token_loss
+from adalomo_jax.models import Decoder, DecoderConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
 from adalomo_jax.optimizers.precision import in_float32
 from adalomo_jax.training.memory_use import release_freed_memory
@@ -44,10 +44,10 @@ def make_tx(name: str) -> optax.GradientTransformation:
     }[name]()
 
 
-def compile_step(contestant: Contestant, model: LlamaConfig, batch_size: int, seq_len: int, dtype: str) -> Compiled:
+def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, seq_len: int, dtype: str) -> Compiled:
     """The contestant's step on one batch of random tokens."""
     kind = kind_for(jax.default_backend(), seq_len, model.head_dim, jnp.dtype(dtype))
-    make_model = lambda: Llama(model, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=kind)
+    make_model = lambda: Decoder(model, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=kind)
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, model.vocab_size)
     loss_fn = lambda params, tokens: next_token_loss(nnx.merge(graphdef, params), tokens)

@@ -19,7 +19,7 @@ from rich.console import Console
 from adalomo_jax.commands.failures import reason_of
 from adalomo_jax.commands.find_lr import find_lr
 from adalomo_jax.inputs import InputError, Stopped, batch_parts, check_preset, mesh_sizes, one_line
-from adalomo_jax.models import PRESETS, generate, llama_of
+from adalomo_jax.models import PRESETS, decoder_of, generate
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.files import write_whole
@@ -238,7 +238,7 @@ def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -
     @jax.jit
     def continued(params, prompt_BP):
         # One sequence, which no mesh can spread, of any length, which not every kernel takes.
-        llama = llama_of(model.config, params)
+        llama = decoder_of(model.config, params)
         return generate(llama, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
     tokens = gather(continued(params, prompt[None]))[0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from adalomo_jax.commands.generate_options import GenerateConfig, check_generate_options
 from adalomo_jax.inputs import InputError, one_line
-from adalomo_jax.models import PRESETS, LlamaConfig, llama_of
+from adalomo_jax.models import PRESETS, DecoderConfig, decoder_of
 from adalomo_jax.models.sampling import Sampler, stream
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import find_model, find_tokenizer
@@ -28,7 +28,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class Loaded(NamedTuple):
     """A model to run."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: ByteTokenizer | TextTokenizer
     params: Any
 
@@ -48,7 +48,7 @@ def run(config: GenerateConfig) -> str:
             f"--prompt ({len(tokens):,} tokens) and --length {config.length} must fit the {room:,} positions of the "
             "model together; shorten one of them"
         )
-    model = llama_of(loaded.config, loaded.params)
+    model = decoder_of(loaded.config, loaded.params)
     sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.stops)
     key = jax.random.key(config.seed)
     drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)

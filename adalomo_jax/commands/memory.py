@@ -16,7 +16,7 @@ from adalomo_jax.inputs import InputError, Optimizer, mesh_sizes
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
-from adalomo_jax.models import PRESETS, LlamaConfig
+from adalomo_jax.models import PRESETS, DecoderConfig
 from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh
 from adalomo_jax.pretrained.files import write_whole
 from adalomo_jax.training.config import FinetuneConfig
@@ -72,7 +72,7 @@ def steps_of(config: MemoryConfig) -> list[Step]:
     return [Step(_name(optimizer, fused), optimizer, fused) for optimizer, fused in dict.fromkeys(wanted)]
 
 
-def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Step) -> Usage:
+def usage_of(config: MemoryConfig, model: DecoderConfig, target: Target, step: Step) -> Usage:
     """What one step needs: the step that finetune would run with these options."""
     offload = config.offload if step.fused else None
     spread, model = config.chips > 1, _with_positions(model, config.seq_len)
@@ -90,7 +90,7 @@ def usage_of(config: MemoryConfig, model: LlamaConfig, target: Target, step: Ste
     return usage(training.step, params, *args, target=target, fused=step.fused)
 
 
-def _rows(config: MemoryConfig, model: LlamaConfig, target: Target, console: Console) -> Iterator[Row]:
+def _rows(config: MemoryConfig, model: DecoderConfig, target: Target, console: Console) -> Iterator[Row]:
     for step in steps_of(config):
         doing = "estimating" if config.estimate else f"compiling for {target.name}"
         status = contextlib.nullcontext() if config.json else console.status(f"{doing}: {step.name}")
@@ -126,7 +126,7 @@ def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
     )
 
 
-def _with_positions(model: LlamaConfig, seq_len: int) -> LlamaConfig:
+def _with_positions(model: DecoderConfig, seq_len: int) -> DecoderConfig:
     """Rotary positions are computed, so that a longer limit takes no memory."""
     return dataclasses.replace(model, max_position_embeddings=max(model.max_position_embeddings, seq_len))
 

@@ -12,7 +12,7 @@ from adalomo_jax.inputs import InputError, Optimizer, batch_parts, check_preset,
 from adalomo_jax.training.output_folder import check_picture
 
 if TYPE_CHECKING:
-    from adalomo_jax.models import LlamaConfig
+    from adalomo_jax.models import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_memory_options(config: MemoryConfig) -> None:
             raise InputError(message)
 
 
-def model_sizes(name: str, presets: Mapping[str, LlamaConfig]) -> LlamaConfig:
+def model_sizes(name: str, presets: Mapping[str, DecoderConfig]) -> DecoderConfig:
     """Of a preset, or of a ``config.json``."""
     path = Path(name)
     if name in presets:

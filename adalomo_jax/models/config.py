@@ -1,13 +1,10 @@
-"""The sizes of a Llama, under Hugging Face's field names, and those of well-known models."""
+"""The sizes of a decoder, under Hugging Face's field names, and those of well-known models."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
-
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-"""Hugging Face's name of the architecture by ``model_type``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +24,8 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes of a Llama, or of a Mistral or Qwen2, which differ by the last fields.
+class DecoderConfig:
+    """Sizes of a `Decoder`: a Llama, or a Mistral or Qwen2, which differ by the last fields.
 
     The field names are those of Hugging Face's ``config.json``, but for the biases, which each family names otherwise.
     """
@@ -78,14 +75,14 @@ class LlamaConfig:
             raise ValueError(f"head_dim must be even: rotary positions turn pairs, got {self.head_dim}.")
 
 
-def config_of(fields: Mapping[str, Any]) -> LlamaConfig:
+def config_of(fields: Mapping[str, Any]) -> DecoderConfig:
     """The config that ``dataclasses.asdict`` made these of, perhaps by way of JSON."""
     scaling = fields["rope_scaling"]
-    return LlamaConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    return DecoderConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 
 
-PRESETS: dict[str, LlamaConfig] = {
-    "tiny": LlamaConfig(
+PRESETS: dict[str, DecoderConfig] = {
+    "tiny": DecoderConfig(
         vocab_size=256,
         hidden_size=128,
         intermediate_size=384,
@@ -95,7 +92,7 @@ PRESETS: dict[str, LlamaConfig] = {
         head_dim=32,
         max_position_embeddings=512,
     ),
-    "smollm2-135m": LlamaConfig(
+    "smollm2-135m": DecoderConfig(
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
@@ -107,7 +104,7 @@ PRESETS: dict[str, LlamaConfig] = {
         rope_theta=100000.0,
         tie_word_embeddings=True,
     ),
-    "llama-2-7b": LlamaConfig(
+    "llama-2-7b": DecoderConfig(
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -117,7 +114,7 @@ PRESETS: dict[str, LlamaConfig] = {
         head_dim=128,
         max_position_embeddings=4096,
     ),
-    "llama-2-13b": LlamaConfig(
+    "llama-2-13b": DecoderConfig(
         vocab_size=32000,
         hidden_size=5120,
         intermediate_size=13824,
@@ -127,7 +124,7 @@ PRESETS: dict[str, LlamaConfig] = {
         head_dim=128,
         max_position_embeddings=4096,
     ),
-    "llama-65b": LlamaConfig(
+    "llama-65b": DecoderConfig(
         vocab_size=32000,
         hidden_size=8192,
         intermediate_size=22016,
@@ -137,7 +134,7 @@ PRESETS: dict[str, LlamaConfig] = {
         head_dim=128,
         max_position_embeddings=2048,
     ),
-    "llama-3-8b": LlamaConfig(
+    "llama-3-8b": DecoderConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from adalomo_jax.models.config import FAMILIES
+from adalomo_jax.models.families import FAMILIES
 from adalomo_jax.models.fields import Fields
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]

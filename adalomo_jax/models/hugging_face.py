@@ -1,4 +1,4 @@
-"""The contents of Hugging Face's ``config.json`` of a Llama, Mistral or Qwen2, to sizes and back."""
+"""Hugging Face's ``config.json`` to the sizes of a decoder, and back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from adalomo_jax.models.config import FAMILIES, LlamaConfig, RopeScaling
+from adalomo_jax.models.config import DecoderConfig, RopeScaling
+from adalomo_jax.models.families import FAMILIES
 
 _DEFAULTS = {"rms_norm_eps": 1e-6}
-"""Hugging Face's own, where they are not those of `LlamaConfig`."""
-_MISTRAL_WINDOW = 4096
-"""Hugging Face's default, where a Mistral's file does not say ``null``."""
+"""Hugging Face's own, where they are not those of `DecoderConfig`."""
 
 
-def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> LlamaConfig:
+def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> DecoderConfig:
     """The sizes in the contents of a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
 
     Args:
@@ -43,29 +42,28 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
         raise ValueError(f"{place}: {error}") from None
 
 
-def to_hugging_face(config: LlamaConfig, dtype: str) -> dict[str, Any]:
-    """The contents of ``config.json``, in the family that has such biases and windows; `from_hugging_face` reads them.
+def to_hugging_face(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The contents of ``config.json``, in the first family that has such models; `from_hugging_face` reads them.
 
     Raises:
         ValueError: no family has both biases and a sliding window.
     """
     values = dataclasses.asdict(config)
-    qkv_bias, o_bias = values.pop("qkv_bias"), values.pop("o_bias")
-    family = "mistral" if config.sliding_window else "qwen2" if qkv_bias and not o_bias else "llama"
-    if (family == "mistral" and (qkv_bias or o_bias)) or (o_bias and not qkv_bias):
+    for name in ("qkv_bias", "o_bias", "sliding_window"):
+        del values[name]
+    described = [(family, family.fields(config)) for family in FAMILIES.values()]
+    family, fields = next(((family, fields) for family, fields in described if fields is not None), (None, {}))
+    if family is None:
         raise ValueError(
-            f"no family of {', '.join(FAMILIES)} has qkv_bias={qkv_bias}, o_bias={o_bias} and "
+            f"no family of {', '.join(FAMILIES)} has qkv_bias={config.qkv_bias}, o_bias={config.o_bias} and "
             f"sliding_window={config.sliding_window} together."
         )
-    if family != "mistral":
-        del values["sliding_window"]
-    if family == "llama":
-        values |= {"attention_bias": o_bias, "mlp_bias": False}
     if values["rope_scaling"] and config.rope_scaling and config.rope_scaling.rope_type == "linear":
         values["rope_scaling"] = {"rope_type": "linear", "factor": config.rope_scaling.factor}
     return values | {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
+        **fields,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_act": "silu",
         "bos_token_id": None,
         "eos_token_id": None,
@@ -73,16 +71,16 @@ def to_hugging_face(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _sizes(config: Mapping[str, Any]) -> LlamaConfig:
+def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
     """Of checked fields."""
     given = {name: value for name, value in config.items() if value is not None}
-    of_family = _of_family(config["model_type"], config)
+    of_family = FAMILIES[config["model_type"]].sizes(config)
     found = {**_DEFAULTS, **_derived(given), **given, **_rope(given), **of_family}
-    fields = dataclasses.fields(LlamaConfig)
+    fields = dataclasses.fields(DecoderConfig)
     missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
     if missing:
         raise ValueError(f"the sizes {', '.join(missing)} are missing")
-    return LlamaConfig(**{field.name: found[field.name] for field in fields if field.name in found})
+    return DecoderConfig(**{field.name: found[field.name] for field in fields if field.name in found})
 
 
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,15 +115,3 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"rope scaling of the type {kind!r} takes {', '.join(missing)} too")
     return theta | {"rope_scaling": RopeScaling(kind, **{name: rope[name] for name in names if name in rope})}
-
-
-def _of_family(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Biases and the sliding window, of which each family has its own."""
-    if family == "llama":
-        has_bias = bool(config.get("attention_bias", False))
-        return {"qkv_bias": has_bias, "o_bias": has_bias, "sliding_window": None}
-    if family == "mistral":
-        return {"sliding_window": config.get("sliding_window", _MISTRAL_WINDOW)}
-    if config.get("use_sliding_window", False):
-        raise ValueError("use_sliding_window must be False: a Qwen2's layers differ by it, got True")
-    return {"qkv_bias": True, "sliding_window": None}

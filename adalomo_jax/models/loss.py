@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from adalomo_jax.models.llama import HeadAxes, Llama, project
+from adalomo_jax.models.decoder import Decoder, HeadAxes, project
 from adalomo_jax.models.sharding import gather_rows, out_of_stream
 
 
@@ -25,7 +25,7 @@ def count_targets(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> j
 
 
 def next_token_loss(
-    model: Llama,
+    model: Decoder,
     tokens_BT: jax.Array,
     mask_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
@@ -57,7 +57,7 @@ def next_token_loss(
     Example:
         >>> from flax import nnx
         >>> from adalomo_jax.models import PRESETS
-        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
         >>> print(f"{next_token_loss(model, jnp.arange(64)[None]):.0f}")  # at random log(256) = 5.5, and rounded 6
         6
     """
@@ -82,7 +82,9 @@ def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Ar
     return weights_BT.at[:, -1].set(0.0)
 
 
-def _total(model: Llama, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+def _total(
+    model: Decoder, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> jax.Array:
     """The weighted sum of the loss. Under FSDP alone each device gathers the head once, and sums over its sequences.
 
     Left to itself, XLA sums the whole gradient of the head on each device.

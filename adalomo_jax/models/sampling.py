@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adalomo_jax.models.decoding import Cache, empty_cache, read
-from adalomo_jax.models.llama import Llama
+from adalomo_jax.models.cache import Cache, cached_hidden, empty_cache
+from adalomo_jax.models.decoder import Decoder
 
 
 class Sampler(NamedTuple):
@@ -25,7 +25,7 @@ class Sampler(NamedTuple):
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompt_tokens_BP: jax.Array,
     length: int,
     *,
@@ -72,7 +72,7 @@ def generate(
 
 
 def stream(
-    model: Llama, prompt_tokens_BP: jax.Array, length: int, *, key: jax.Array, sampler: Sampler
+    model: Decoder, prompt_tokens_BP: jax.Array, length: int, *, key: jax.Array, sampler: Sampler
 ) -> Iterator[np.ndarray]:
     """The tokens ``[B]`` that `generate` adds, each as soon as it is there, until all sequences have ended.
 
@@ -115,23 +115,23 @@ class _Decoding(NamedTuple):
     ended_B: jax.Array
 
 
-def _begin(model: Llama, prompt_tokens_BP: jax.Array, length: int, key: jax.Array, sampler: Sampler) -> _Decoding:
+def _begin(model: Decoder, prompt_tokens_BP: jax.Array, length: int, key: jax.Array, sampler: Sampler) -> _Decoding:
     """After the prompt, with room for ``length`` more tokens."""
     B, P = prompt_tokens_BP.shape
-    x_BPD, cache = read(model, prompt_tokens_BP, empty_cache(model, B, P + length))
+    x_BPD, cache = cached_hidden(model, prompt_tokens_BP, empty_cache(model, B, P + length))
     token_B = _draw(model, x_BPD, cache, key, sampler).astype(prompt_tokens_BP.dtype)
     return _Decoding(cache, token_B, _ends(token_B, sampler))
 
 
-def _advance(model: Llama, decoding: _Decoding, key: jax.Array, sampler: Sampler) -> _Decoding:
+def _advance(model: Decoder, decoding: _Decoding, key: jax.Array, sampler: Sampler) -> _Decoding:
     """One token further."""
-    x_B1D, cache = read(model, decoding.token_B[:, None], decoding.cache)
+    x_B1D, cache = cached_hidden(model, decoding.token_B[:, None], decoding.cache)
     token_B = _draw(model, x_B1D, cache, key, sampler).astype(decoding.token_B.dtype)
     token_B = jnp.where(decoding.ended_B, decoding.token_B, token_B)
     return _Decoding(cache, token_B, decoding.ended_B | _ends(token_B, sampler))
 
 
-def _draw(model: Llama, x_BSD: jax.Array, cache: Cache, key: jax.Array, sampler: Sampler) -> jax.Array:
+def _draw(model: Decoder, x_BSD: jax.Array, cache: Cache, key: jax.Array, sampler: Sampler) -> jax.Array:
     """The token after those that were read. Its place decides its key: it is the same however it was reached."""
     return _sample(jax.random.fold_in(key, cache.length), model.logits(x_BSD[:, -1]), sampler)
 
@@ -148,7 +148,7 @@ def _sample(key: jax.Array, logits_BV: jax.Array, sampler: Sampler) -> jax.Array
     return jax.random.categorical(key, logits_BV if sampler.top_p == 1 else nucleus(logits_BV, sampler.top_p))
 
 
-def _check(model: Llama, P: int, length: int, sampler: Sampler) -> None:
+def _check(model: Decoder, P: int, length: int, sampler: Sampler) -> None:
     window = model.config.max_position_embeddings
     if not 1 <= P <= P + length <= window:
         raise ValueError(

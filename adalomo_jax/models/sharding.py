@@ -65,7 +65,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     mesh divides them; layer axes are not cut. Norms are whole on each device.
 
     Args:
-      params: nested dictionary of a ``Llama``'s parameters, or of their shapes.
+      params: nested dictionary of a ``Decoder``'s parameters, or of their shapes.
       mesh: made by `make_mesh`.
     """
 

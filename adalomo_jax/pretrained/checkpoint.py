@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adalomo_jax.models import LlamaConfig, from_hugging_face
+from adalomo_jax.models import DecoderConfig, from_hugging_face
 from adalomo_jax.models.fields import plain
 from adalomo_jax.pretrained.files import own_file
 from adalomo_jax.pretrained.gguf_file import GGUFSource
@@ -21,7 +21,7 @@ class Checkpoint(NamedTuple):
     """What `open_checkpoint` finds. Nothing but headers has been read."""
 
     path: Path
-    config: LlamaConfig
+    config: DecoderConfig
     source: TensorSource
     hugging_face: dict[str, Any] | None
     """The contents of ``config.json``; None of a GGUF file."""

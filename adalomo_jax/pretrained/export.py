@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from adalomo_jax.models import LlamaConfig, to_hugging_face
+from adalomo_jax.models import DecoderConfig, to_hugging_face
 from adalomo_jax.pretrained.files import own_file, write_whole
 from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.names import Tensor, tensors_of
@@ -41,7 +41,7 @@ MOST_COPIED = 10**9
 def export_params(
     folder: Path,
     params: Any,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
     writes: bool = True,
@@ -53,7 +53,7 @@ def export_params(
 
     Args:
         folder: exists.
-        params: nested dictionary of a ``Llama``'s parameters.
+        params: nested dictionary of a ``Decoder``'s parameters.
         config: its sizes.
         fetch: an array, whole, in this process's memory; all processes call it.
         writes: whether this process writes.
@@ -73,7 +73,7 @@ def export_params(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def export_config(folder: Path, config: LlamaConfig, dtype: str, like: dict[str, Any] | None = None) -> None:
+def export_config(folder: Path, config: DecoderConfig, dtype: str, like: dict[str, Any] | None = None) -> None:
     """Write ``config.json``: that of the checkpoint that was trained, with the type of the weights; else a new one."""
     contents = to_hugging_face(config, dtype) if like is None else like
     key = "dtype" if "dtype" in contents else "torch_dtype"
@@ -103,7 +103,7 @@ def check_kept_files(folder: Path) -> list[Path]:
     return files
 
 
-def _files(params: Any, config: LlamaConfig, shard_bytes: int) -> Iterator[list[Tensor]]:
+def _files(params: Any, config: DecoderConfig, shard_bytes: int) -> Iterator[list[Tensor]]:
     """The tensors of each file."""
     held: list[Tensor] = []
     size = 0

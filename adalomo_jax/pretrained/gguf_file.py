@@ -14,15 +14,16 @@ import numpy as np
 from gguf.quants import dequantize
 from pydantic import Field
 
-from adalomo_jax.models import LlamaConfig, RopeScaling
+from adalomo_jax.models import DecoderConfig, RopeScaling
 from adalomo_jax.models.config_fields import Epsilon, Factor, HeadDim, Heads, Layers, Positions, Theta, Width
+from adalomo_jax.models.families import FAMILIES
 from adalomo_jax.models.fields import Fields, check, plain, shown
 from adalomo_jax.models.rotary import frequency_divisors, rotary_frequencies
 from adalomo_jax.pretrained.gguf_header import TensorPlace, read_header
 from adalomo_jax.pretrained.names import check_layers, tensors_of
 
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
-"""Llamas and Mistrals, and Qwen2."""
+ARCHITECTURES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
+"""The families by llama.cpp's names of them."""
 _BLOCK_BYTES = 2**24
 """Of the values that are dequantized at once."""
 _ROPE = "rope_freqs.weight"
@@ -80,6 +81,7 @@ class GGUFSource:
         check_layers(sizes.block_count, len(tensors))
         self.config = _config(sizes, tensors, path)
         names = _hugging_face_names(self.config, architecture)
+        is_paired = ARCHITECTURES[architecture].pairs_side_by_side
         self._places: dict[str, _Place] = {}
         for theirs, place in tensors.items():
             if len(place.shape) == 1 and gguf.GGML_QUANT_SIZES[place.type][0] > 1:
@@ -89,7 +91,7 @@ class GGUFSource:
                 name = names.get(theirs, theirs)
                 if name in self._places:
                     raise ValueError(f"{path} has the tensor {plain(name)} twice, by llama.cpp's name and by this one")
-                heads = _paired_heads(name, self.config) if architecture == "llama" else None
+                heads = _paired_heads(name, self.config) if is_paired else None
                 self._places[name] = _Place(place, heads)
         self.shapes = MappingProxyType({name: place.at.shape for name, place in self._places.items()})
 
@@ -140,7 +142,7 @@ def _values(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, path: Path) -> 
         raise ValueError(f"{path} has a tensor of type {kind.name}, which the gguf package cannot read") from None
 
 
-def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> LlamaConfig:
+def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> DecoderConfig:
     if sizes.experts:
         raise ValueError(f"{path} must be a model without experts, got {sizes.experts} of them")
     embedding = tensors.get("token_embd.weight")
@@ -150,7 +152,7 @@ def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> Ll
     if sizes.rope_dim not in (None, head_dim):
         raise ValueError(f"{path}: rope.dimension_count must be the width of a head, {head_dim}, got {sizes.rope_dim}")
     try:
-        config = LlamaConfig(
+        config = DecoderConfig(
             vocab_size=embedding.shape[0],
             hidden_size=sizes.embedding_length,
             intermediate_size=sizes.feed_forward_length,
@@ -171,7 +173,7 @@ def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> Ll
     return dataclasses.replace(config, rope_scaling=_scaling(sizes, tensors.get(_ROPE), config, path))
 
 
-def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: LlamaConfig, path: Path) -> RopeScaling | None:
+def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: DecoderConfig, path: Path) -> RopeScaling | None:
     """Llama 3's is in a tensor of divisors, and its parameters are found by computing them again."""
     if sizes.scaling == "linear":
         if sizes.factor is None:
@@ -192,19 +194,20 @@ def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: LlamaConfig, p
     raise ValueError(f"{_ROPE} in {path} must be Llama 3's scaling of rotary positions, and is another one")
 
 
-def _hugging_face_names(config: LlamaConfig, architecture: str) -> dict[str, str]:
+def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
     """Hugging Face's names of a model's tensors by llama.cpp's."""
-    names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], 1)  # of all layers it takes a millisecond a layer
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, 1)  # of all layers it takes a millisecond a layer
     found = {}
     for tensor in tensors_of(config):
-        module, kind = tensor.name.rsplit(".", 1)
+        module, part = tensor.name.rsplit(".", 1)
         of_first = module if tensor.layer is None else module.replace(f".{tensor.layer}.", ".0.", 1)
-        name = f"{names.get_name(of_first)}.{kind}"
+        name = f"{names.get_name(of_first)}.{part}"
         found[name if tensor.layer is None else name.replace(".0.", f".{tensor.layer}.", 1)] = tensor.name
     return found
 
 
-def _paired_heads(name: str, config: LlamaConfig) -> int | None:
+def _paired_heads(name: str, config: DecoderConfig) -> int | None:
     """Of queries and keys of a Llama, whose coordinates llama.cpp turns in pairs that are side by side."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2]) if "." in name else None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from adalomo_jax.models import LlamaConfig
+from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.fields import plain
 from adalomo_jax.pretrained.names import Tensor, check_layers, param_shapes, tensors_of
 from adalomo_jax.pretrained.source import TensorSource
@@ -23,7 +23,7 @@ _BUFFERS = ("rotary_emb.inv_freq",)
 """What older checkpoints hold, though it follows from the sizes."""
 
 
-def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
+def check_tensors(config: DecoderConfig, source: TensorSource) -> None:
     """See that the files hold the tensors of such a model.
 
     Raises:
@@ -43,12 +43,12 @@ def check_tensors(config: LlamaConfig, source: TensorSource) -> None:
 
 
 def load_params(
-    config: LlamaConfig,
+    config: DecoderConfig,
     source: TensorSource,
     dtype: str,
     shardings: Any | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a `Llama`, as a nested dictionary of arrays.
+    """The parameters of a `Decoder`, as a nested dictionary of arrays.
 
     One tensor at a time is read and written into its stack, in place. In memory are the parameters and that tensor; on
     a mesh each process reads the parts that its devices keep.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adalomo_jax.models import PRESETS, LlamaConfig, to_hugging_face
+from adalomo_jax.models import PRESETS, DecoderConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
 from adalomo_jax.pretrained.export import check_kept_files, copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
@@ -19,7 +19,7 @@ class Pretrained(NamedTuple):
     """A model to train or to run."""
 
     name: str
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: ByteTokenizer | TextTokenizer
     checkpoint: Checkpoint | None
     """Its weights; None of a preset, whose weights are drawn at random."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from adalomo_jax.models import Llama, LlamaConfig
+from adalomo_jax.models import Decoder, DecoderConfig
 
 
 class Tensor(NamedTuple):
@@ -18,14 +18,14 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     """As the checkpoint has it: matrices are ``[out, in]``."""
     path: tuple[str, ...]
-    """The parameter's, in the nested dictionary of a `Llama`'s parameters."""
+    """The parameter's, in the nested dictionary of a `Decoder`'s parameters."""
     layer: int | None
     """Its place on the parameter's layer axis; None where there is none."""
     is_transposed: bool
     """Whether the parameter has it as ``[in, out]``: Flax's kernels."""
 
 
-def tensors_of(config: LlamaConfig) -> list[Tensor]:
+def tensors_of(config: DecoderConfig) -> list[Tensor]:
     """All tensors of a model of these sizes, layer by layer.
 
     Example:
@@ -57,9 +57,9 @@ def check_layers(layers: int, tensors: int) -> None:
         )
 
 
-def param_shapes(config: LlamaConfig, dtype: str = "float32") -> dict:
-    """The shapes of a `Llama`'s parameters, as a nested dictionary."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=jax.numpy.dtype(dtype)))
+def param_shapes(config: DecoderConfig, dtype: str = "float32") -> dict:
+    """The shapes of a `Decoder`'s parameters, as a nested dictionary."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jax.numpy.dtype(dtype)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from adalomo_jax.inputs import InputError, Optimizer, batch_parts, default, mesh_sizes
 
 if TYPE_CHECKING:
-    from adalomo_jax.models import LlamaConfig
+    from adalomo_jax.models import DecoderConfig
 
 MOST_STEPS = 2**31 - 1
 
@@ -107,7 +107,7 @@ class FinetuneConfig:
     TensorBoard's file. It may hold no run yet, but with --resume."""
 
 
-def check_options(config: FinetuneConfig, model: LlamaConfig) -> None:
+def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
     """Raise InputError for the first option that cannot be used, before text is read, or anything compiled or written.
 
     The model's sizes are those that the option names.

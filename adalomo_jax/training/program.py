@@ -16,8 +16,8 @@ from adalomo_jax.inputs import InputError, one_line
 from adalomo_jax.memory.compile import shard_bytes, shares_of
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import (
-    Llama,
-    LlamaConfig,
+    Decoder,
+    DecoderConfig,
     batch_sharding,
     count_targets,
     next_token_loss,
@@ -72,7 +72,7 @@ class Training(NamedTuple):
 
 def make_training(
     config: FinetuneConfig,
-    model: LlamaConfig,
+    model: DecoderConfig,
     batch_sharding: NamedSharding | None = None,
     *,
     platform: str,
@@ -87,15 +87,17 @@ def make_training(
     """
     attention = attention_of(config, model, platform)
 
-    def make_model() -> Llama:
+    def make_model() -> Decoder:
         dtype = jnp.dtype(config.dtype)
-        return Llama(model, rngs=nnx.Rngs(config.seed), dtype=dtype, attention=attention, batch_sharding=batch_sharding)
+        return Decoder(
+            model, rngs=nnx.Rngs(config.seed), dtype=dtype, attention=attention, batch_sharding=batch_sharding
+        )
 
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     schedule = schedule or make_schedule(config)
 
     def loss_fn(params, batch: Batch, count):
-        model: Llama = nnx.merge(graphdef, params)
+        model: Decoder = nnx.merge(graphdef, params)
         return next_token_loss(model, batch.tokens_BT, batch.learned_BT, batch.segments_BT, count=count)
 
     # The mean is over the tokens of the whole batch: parts of it, which have more or fewer of them, are summed.
@@ -128,14 +130,14 @@ def _abstract_args(config: FinetuneConfig, sharding: NamedSharding | None) -> tu
     return Batch(of(jnp.int32), of(jnp.int32), of(jnp.bool_)), jax.ShapeDtypeStruct((), jnp.float32, sharding=of_count)
 
 
-def attention_of(config: FinetuneConfig, model: LlamaConfig, platform: str) -> Kind:
+def attention_of(config: FinetuneConfig, model: DecoderConfig, platform: str) -> Kind:
     """The option, or what suits the platform."""
     if config.attention != "auto":
         return config.attention
     return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype))
 
 
-def check_attention(config: FinetuneConfig, model: LlamaConfig, platform: str) -> None:
+def check_attention(config: FinetuneConfig, model: DecoderConfig, platform: str) -> None:
     """Raise InputError for a kernel that this machine, or such a model, does not have."""
     due = {"splash": ("a TPU", ("tpu",)), "cudnn": ("an NVIDIA GPU", ("gpu", "cuda"))}
     if config.attention in due and platform not in due[config.attention][1]:

@@ -21,7 +21,7 @@ from tiers import slow
 import adalomo_jax.commands.finetune as run_module
 from adalomo_jax.cli import main
 from adalomo_jax.memory.usage import format_bytes
-from adalomo_jax.models import PRESETS, llama_of, next_token_loss
+from adalomo_jax.models import PRESETS, decoder_of, next_token_loss
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
@@ -83,7 +83,7 @@ def model_from(folder):
     """The model, from the exported files alone."""
     found = open_checkpoint(folder)
     params = load_params(found.config, found.source, "float32")
-    return llama_of(found.config, params)
+    return decoder_of(found.config, params)
 
 
 def files_of(folder):

@@ -15,7 +15,7 @@ from flax import nnx
 import adalomo_jax.commands.generate as generate_module
 from adalomo_jax.cli import main
 from adalomo_jax.commands.generate import Loaded, pieces
-from adalomo_jax.models import PRESETS, Llama, generate, llama_of
+from adalomo_jax.models import PRESETS, Decoder, decoder_of, generate
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.model import export_rest, find_model
@@ -36,7 +36,7 @@ def small():
 @pytest.fixture(scope="module")
 def params(small):
     random = np.random.default_rng(0)
-    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Llama(small.config, rngs=nnx.Rngs(0))), nnx.Param))
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Decoder(small.config, rngs=nnx.Rngs(0))), nnx.Param))
     return jax.tree.map(lambda w: jnp.asarray(random.normal(0.1, 0.4, w.shape), jnp.float32), shapes)
 
 
@@ -53,7 +53,7 @@ generated = jax.jit(generate, static_argnames=("length", "temperature", "top_p")
 
 
 def expected(small, params, length, **options):
-    model = llama_of(small.config, params)
+    model = decoder_of(small.config, params)
     prompt = np.frombuffer(PROMPT.encode(), np.uint8).astype(np.int32)
     tokens = generated(model, jnp.asarray(prompt)[None], length, **options)[0]
     return bytes(map(int, tokens)).decode(errors="replace")

@@ -18,7 +18,7 @@ import adalomo_jax.commands.finetune as run_module
 import adalomo_jax.training.program as program_module
 from adalomo_jax.cli import main
 from adalomo_jax.fused.step import FusedStep
-from adalomo_jax.models import PRESETS, llama_of
+from adalomo_jax.models import PRESETS, decoder_of
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.training.checkpoints.save import Saver, restore_params
@@ -380,7 +380,7 @@ def test_the_parameters_alone(finished):
     exported = open_checkpoint(finished)
     assert config == exported.config == tiny.TINY
     chex.assert_trees_all_equal(params, load_params(exported.config, exported.source, "float32"))
-    model = llama_of(config, params)
+    model = decoder_of(config, params)
     assert load_file(finished / "model.safetensors")["model.norm.weight"].shape == model.norm.weight.shape
     with pytest.raises(ValueError, match="there is no folder .*checkpoints/7"):
         restore_params(finished / "checkpoints" / "7")

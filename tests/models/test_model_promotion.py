@@ -9,7 +9,7 @@ from flax import nnx
 from tiers import slow
 
 from adalomo_jax import adalomo, fuse
-from adalomo_jax.models import PRESETS, Llama, RopeScaling, generate, next_token_loss
+from adalomo_jax.models import PRESETS, Decoder, RopeScaling, generate, next_token_loss
 
 BIASED = dataclasses.replace(
     PRESETS["tiny"],
@@ -35,7 +35,7 @@ def strict():
 
 
 def abstract(config, dtype, **options):
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype, **options)))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, **options)))
     return graphdef, nnx.to_pure_dict(params)
 
 

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 from tiers import slow
 
-from adalomo_jax.models import PRESETS, Llama, batch_sharding, make_mesh, next_token_loss, param_shardings
+from adalomo_jax.models import PRESETS, Decoder, batch_sharding, make_mesh, next_token_loss, param_shardings
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_key_value_heads=4)
 
 
 def make(**options):
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0), **options)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), **options)))
     random = np.random.default_rng(0)
     draw = lambda path, w: np.asarray(random.normal(path[-1].key == "weight", 0.05, w.shape), w.dtype)  # norms around 1
     return graphdef, jax.tree.map_with_path(draw, nnx.to_pure_dict(abstract))

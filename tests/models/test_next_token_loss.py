@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adalomo_jax.models import PRESETS, Llama, count_targets, next_token_loss
+from adalomo_jax.models import PRESETS, Decoder, count_targets, next_token_loss
 
 T = 23
 CONFIG = dataclasses.replace(
@@ -21,7 +21,7 @@ MASK = jnp.asarray(np.random.default_rng(1).integers(0, 2, (3, T)))
 
 @functools.cache
 def make(config=CONFIG):
-    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(2)
     shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
     return nnx.graphdef(abstract), jax.tree.map(
@@ -105,7 +105,7 @@ def test_an_embedding_that_is_the_head_is_not_transposed(tied):
 
 
 def test_bfloat16_loss_is_float32():
-    loss = jax.jit(lambda: next_token_loss(Llama(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), TOKENS))()
+    loss = jax.jit(lambda: next_token_loss(Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), TOKENS))()
     assert loss.dtype == jnp.float32
     assert abs(float(loss) - np.log(CONFIG.vocab_size)) < 0.1
 

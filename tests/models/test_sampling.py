@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from tiers import slow
 
-from adalomo_jax.models import PRESETS, Llama, generate
+from adalomo_jax.models import PRESETS, Decoder, generate
 from adalomo_jax.models.sampling import Sampler, nucleus, stream
 
 CONFIG = dataclasses.replace(
@@ -20,7 +20,7 @@ PROMPT = jnp.array([[1, 2, 3], [9, 8, 7]])
 
 @pytest.fixture(scope="module")
 def model():
-    abstract = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
     shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
     params = jax.tree.map(lambda w: jnp.asarray(random.normal(0.1, 0.4, w.shape).astype(np.float32)), shapes)

@@ -23,7 +23,7 @@ from kernels import Instruction, instructions_of
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory.targets import TARGETS, devices_of, prepare
-from adalomo_jax.models import PRESETS, Llama, next_token_loss
+from adalomo_jax.models import PRESETS, Decoder, next_token_loss
 from adalomo_jax.models.attention import kind_for
 
 LAYERS = 4
@@ -62,7 +62,7 @@ def compile_step(target: str, dtype: Any) -> Step:
     """For a chip."""
     model = dataclasses.replace(PRESETS["llama-2-7b"], num_hidden_layers=LAYERS)
     attention = kind_for(TARGETS[target].platform, TOKENS, model.head_dim, jnp.dtype(dtype))
-    make_model = lambda: Llama(model, rngs=nnx.Rngs(0), dtype=dtype, attention=attention)
+    make_model = lambda: Decoder(model, rngs=nnx.Rngs(0), dtype=dtype, attention=attention)
     graphdef, params = nnx.split(nnx.eval_shape(make_model))
     params = nnx.to_pure_dict(params)
     step = fuse(lambda params, tokens: next_token_loss(nnx.merge(graphdef, params), tokens), adalomo(1e-3))

@@ -16,7 +16,7 @@ from tiers import slow
 from tolerances import assert_apart, assert_close
 
 from adalomo_jax import MatrixAxes, adalomo, attention_axes, fuse, scale_by_adalomo
-from adalomo_jax.models import PRESETS, Llama
+from adalomo_jax.models import PRESETS, Decoder
 
 SIZES = {"D": 12, "N": 3, "H": 4, "K": 2, "2": 2, "3": 3}
 LAYOUTS = {
@@ -157,7 +157,7 @@ def test_attention_is_known_wherever_it_is(path: str):
 
 
 def test_our_own_llama_is_of_matrices():
-    params = nnx.state(nnx.eval_shape(lambda: Llama(PRESETS["tiny"], rngs=nnx.Rngs(0), dtype=jnp.float32)), nnx.Param)
+    params = nnx.state(nnx.eval_shape(lambda: Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0), dtype=jnp.float32)), nnx.Param)
     shapes = {path: x.shape for path, x in by_path(params).items()}
     assert "layers/self_attn/q_proj/kernel/value" in shapes
     for path, shape in shapes.items():

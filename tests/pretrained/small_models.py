@@ -7,10 +7,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from adalomo_jax.models import LlamaConfig, RopeScaling
+from adalomo_jax.models import DecoderConfig, RopeScaling
 from adalomo_jax.pretrained.names import param_shapes, tensors_of
 
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=96,
     hidden_size=64,
     intermediate_size=96,

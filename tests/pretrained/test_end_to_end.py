@@ -13,7 +13,7 @@ from small_models import LLAMA, random_params
 from small_tokenizers import CHATML, byte_level
 
 from adalomo_jax.cli import main
-from adalomo_jax.models import generate, llama_of
+from adalomo_jax.models import decoder_of, generate
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
@@ -80,7 +80,7 @@ def test_it_answers(finished, capsys):
     capsys.readouterr()
     main(["generate", "--model", str(run), "--prompt", "a cat?", "--chat", "--length", "8", "--temperature", "0"])
     found, tokenizer = open_checkpoint(run), read_tokenizer(run)
-    model = llama_of(found.config, load_params(found.config, found.source, "float32"))
+    model = decoder_of(found.config, load_params(found.config, found.source, "float32"))
     (asked,) = tokenizer.encode([tokenizer.prompt(CHAT[:1])], add_special=False)
     tokens = generate(model, jnp.asarray(asked.tokens)[None], 8, key=jax.random.key(0), temperature=0.0)
     answer = tokens[0, len(asked.tokens) :].tolist()

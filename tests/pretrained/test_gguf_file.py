@@ -155,7 +155,7 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("architecture", "config"), [("llama", LLAMA), ("qwen2", QWEN2)])
 def test_names_are_those_of_the_gguf_package(architecture, config):
     config = dataclasses.replace(config, num_hidden_layers=12)
-    of_all = gguf.get_tensor_name_map(gguf_file.ARCHITECTURES[architecture], 12)
+    of_all = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 12)
     found = gguf_file._hugging_face_names(config, architecture)
     assert len(found) == len(tensors_of(config))
     for theirs, ours in found.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_models import FAMILIES, random_params
 
-from adalomo_jax.models import generate, llama_of
+from adalomo_jax.models import decoder_of, generate
 from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
@@ -48,7 +48,7 @@ def test_an_exported_folder_is_the_same_model_there(tmp_path, family):
     export_config(tmp_path, config, "float32")
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
     model = their_model(tmp_path)
-    np.testing.assert_allclose(llama_of(config, params)(tokens), their_logits(model, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(decoder_of(config, params)(tokens), their_logits(model, tokens), rtol=1e-4, atol=1e-4)
     again = tmp_path / "again"
     model.save_pretrained(again)
     found = open_checkpoint(again)
@@ -60,7 +60,7 @@ def test_an_exported_folder_is_the_same_model_there(tmp_path, family):
 def smollm2():
     found = open_checkpoint("smollm2")
     path = packaged("smollm2")
-    model = llama_of(found.config, load_params(found.config, found.source, "float32"))
+    model = decoder_of(found.config, load_params(found.config, found.source, "float32"))
     return model, their_model(path.parent, gguf_file=path.name)
 
 

@@ -22,7 +22,7 @@ class Origin(NamedTuple):
     options: Mapping[str, Any]
     """Those that have a say in the numbers, by name, with the values that they come to."""
     model: Mapping[str, Any]
-    """The model's name, and its sizes as the fields of `LlamaConfig`."""
+    """The model's name, and its sizes as the fields of `DecoderConfig`."""
     data: str
     """The `data_fingerprint`."""
     paths: Sequence[str] | None = None

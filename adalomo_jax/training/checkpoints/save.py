@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from adalomo_jax.inputs import InputError, one_line
-from adalomo_jax.models import LlamaConfig
+from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.config import config_of
 from adalomo_jax.pretrained.names import param_shapes
 from adalomo_jax.training.checkpoints.fingerprints import checksums
@@ -182,10 +182,10 @@ def restore(path: Path, record: Record, params: Any, state: Any) -> tuple[Any, A
     return restored["params"], restored["state"]
 
 
-def restore_params(path: Path) -> tuple[dict[str, Any], LlamaConfig]:
+def restore_params(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
     """The parameters of a checkpoint alone, on the first device, and the sizes of their model.
 
-    ``nnx.merge(graphdef, params)`` is the `Llama`. The tokenizer is two folders above.
+    ``nnx.merge(graphdef, params)`` is the `Decoder`. The tokenizer is two folders above.
 
     Args:
         path: of the checkpoint, ``.../checkpoints/<step>``.

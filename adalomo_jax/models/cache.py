@@ -1,6 +1,6 @@
-"""A Llama's forward pass in parts: new positions see the keys and values of those before them in a cache.
+"""A decoder's forward pass in parts: new positions see the keys and values of those before them in a cache.
 
-Letters in names of arrays: as in `llama`; S new positions, T positions that the cache has room for.
+Letters in names of arrays: as in `decoder`; S new positions, T positions that the cache has room for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adalomo_jax.models.attention import cached_attention
-from adalomo_jax.models.llama import Block, Llama
+from adalomo_jax.models.decoder import Block, Decoder
 from adalomo_jax.models.rotary import rotary_angles
 
 
@@ -25,7 +25,7 @@ class Cache(NamedTuple):
     """How many positions have been read, an int32 scalar."""
 
 
-def empty_cache(model: Llama, batch_size: int, positions: int) -> Cache:
+def empty_cache(model: Decoder, batch_size: int, positions: int) -> Cache:
     """A cache with room for so many positions of each sequence, in the type of the model's weights."""
     config = model.config
     shape = (config.num_hidden_layers, batch_size, positions, config.num_key_value_heads, config.head_dim)
@@ -33,7 +33,7 @@ def empty_cache(model: Llama, batch_size: int, positions: int) -> Cache:
     return Cache(of_values(), of_values(), jnp.zeros((), jnp.int32))
 
 
-def read(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """``model.hidden`` of all tokens so far, at the new ones alone.
 
     A prompt is read at once, what is generated token by token; the parts may have any lengths.
@@ -49,10 +49,10 @@ def read(model: Llama, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.Array, C
 
     Example:
         >>> from adalomo_jax.models import PRESETS
-        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
         >>> tokens = jnp.arange(8)[None]
-        >>> _, cache = read(model, tokens[:, :5], empty_cache(model, 1, 8))
-        >>> x, cache = read(model, tokens[:, 5:], cache)
+        >>> _, cache = cached_hidden(model, tokens[:, :5], empty_cache(model, 1, 8))
+        >>> x, cache = cached_hidden(model, tokens[:, 5:], cache)
         >>> bool(jnp.allclose(x, model.hidden(tokens)[:, 5:], atol=1e-5))
         True
     """

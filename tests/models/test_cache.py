@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from tiers import always
 
-from adalomo_jax.models import PRESETS, Llama, RopeScaling
+from adalomo_jax.models import PRESETS, Decoder, RopeScaling
 from adalomo_jax.models.attention import BLOCK
-from adalomo_jax.models.decoding import empty_cache, read
+from adalomo_jax.models.cache import cached_hidden, empty_cache
 
 LLAMA = dataclasses.replace(
     PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8, max_position_embeddings=1200
@@ -28,13 +28,13 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 24)))
 
 def model_of(config):
     """With weights so large that every part of it is seen in the logits."""
-    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
     draw = lambda w: jnp.asarray(random.normal(0.1, 0.3, w.shape).astype(np.float32))
     return nnx.merge(nnx.graphdef(abstract), jax.tree.map(draw, nnx.to_pure_dict(nnx.state(abstract, nnx.Param))))
 
 
-read_jitted = jax.jit(read)
+cached_hidden_jitted = jax.jit(cached_hidden)
 
 
 def in_parts(model, tokens, lengths):
@@ -42,7 +42,7 @@ def in_parts(model, tokens, lengths):
     cache = empty_cache(model, tokens.shape[0], tokens.shape[1])
     found, start = [], 0
     for length in lengths:
-        x, cache = read_jitted(model, tokens[:, start : start + length], cache)
+        x, cache = cached_hidden_jitted(model, tokens[:, start : start + length], cache)
         found.append(model.logits(x))
         start += length
     assert start == tokens.shape[1] == int(cache.length)
@@ -75,7 +75,7 @@ def test_a_prompt_of_several_blocks():
 
 
 def test_the_cache_has_the_type_of_the_weights():
-    model = nnx.jit(lambda: Llama(LLAMA, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
-    x, cache = read_jitted(model, TOKENS, empty_cache(model, 2, 30))
+    model = nnx.jit(lambda: Decoder(LLAMA, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))()
+    x, cache = cached_hidden_jitted(model, TOKENS, empty_cache(model, 2, 30))
     assert x.dtype == cache.k_LBTKH.dtype == cache.v_LBTKH.dtype == jnp.bfloat16
     assert cache.k_LBTKH.shape == (3, 2, 30, 2, 8)

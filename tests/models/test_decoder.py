@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from tiers import slow
 
-from adalomo_jax.models import PRESETS, Llama, LlamaConfig, llama_of, next_token_loss
+from adalomo_jax.models import PRESETS, Decoder, DecoderConfig, decoder_of, next_token_loss
 
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     vocab_size=37,
     hidden_size=24,
     intermediate_size=40,
@@ -38,7 +38,7 @@ def make(config=SMALL, *, remat=True):
     """A model whose weights are so large, and norms so uneven, that every part matters."""
 
     def model():
-        return Llama(config, rngs=nnx.Rngs(0), remat=remat)
+        return Decoder(config, rngs=nnx.Rngs(0), remat=remat)
 
     random = np.random.default_rng(0)
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(model), nnx.Param))
@@ -127,19 +127,19 @@ def test_logits_differ_from_other_equations(change):
 
 @pytest.mark.parametrize("name", WEIGHT_COUNTS)
 def test_presets_have_the_published_sizes(name):
-    params = nnx.state(nnx.eval_shape(lambda: Llama(PRESETS[name], rngs=nnx.Rngs(0))), nnx.Param)
+    params = nnx.state(nnx.eval_shape(lambda: Decoder(PRESETS[name], rngs=nnx.Rngs(0))), nnx.Param)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == WEIGHT_COUNTS[name]
 
 
 def test_weights_are_a_function_of_the_seed():
-    weights = jax.jit(lambda key: jax.tree.leaves(nnx.state(Llama(SMALL, rngs=nnx.Rngs(key)))))
+    weights = jax.jit(lambda key: jax.tree.leaves(nnx.state(Decoder(SMALL, rngs=nnx.Rngs(key)))))
     first, second, other = (weights(jax.random.key(seed)) for seed in (3, 3, 4))
     assert all(jnp.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(jnp.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_layers_start_different():
-    stack = jax.jit(lambda: Llama(SMALL, rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...])()
+    stack = jax.jit(lambda: Decoder(SMALL, rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...])()
     assert abs(float(jnp.std(stack)) - 0.02) < 0.002
     assert not jnp.array_equal(stack[0], stack[1])
 
@@ -191,7 +191,7 @@ def test_remat_saves_memory():
 
 
 def test_bfloat16_weights_and_float32_logits():
-    model = nnx.eval_shape(lambda: Llama(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    model = nnx.eval_shape(lambda: Decoder(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("bfloat16")}
     graphdef, params = nnx.split(model)
     hidden = jax.eval_shape(lambda p: nnx.merge(graphdef, p).hidden(jnp.asarray(make_tokens())), params)
@@ -218,8 +218,8 @@ def test_a_sequence_beyond_the_positions_is_refused():
 @pytest.mark.parametrize("dtype", [slow(jnp.float32), jnp.bfloat16])
 def test_a_model_of_given_parameters_computes_in_their_type(dtype):
     config = dataclasses.replace(PRESETS["tiny"], hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=4)
-    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))()
-    found = llama_of(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    model = nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))()
+    found = decoder_of(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     tokens = jnp.arange(8)[None]
     assert found.hidden(tokens).dtype == dtype
     np.testing.assert_array_equal(found(tokens), model(tokens))

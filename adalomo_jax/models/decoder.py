@@ -1,4 +1,4 @@
-"""Llama in Flax NNX, its layers stacked on axis 0 and run by one scan.
+"""A decoder of the Llama kind in Flax NNX, its layers stacked on axis 0 and run by one scan.
 
 Letters in names of arrays: B batch, T position, D residual stream, F SwiGLU, N query heads, K key and value heads,
 H width of a head, V vocabulary, L layers.
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
-from adalomo_jax.models.config import LlamaConfig
+from adalomo_jax.models.config import DecoderConfig
 from adalomo_jax.models.rotary import rotary_angles, rotate
 
 HeadAxes = Literal["dv", "vd"]
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
         dtype,
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
         D, F = config.hidden_size, config.intermediate_size
         self.gate_proj = _linear(D, F, rngs=rngs, dtype=dtype)
         self.up_proj = _linear(D, F, rngs=rngs, dtype=dtype)
@@ -101,7 +101,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then SwiGLU, each on the normalized stream and added to it."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype, **attention):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, **attention):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(config, rngs=rngs, dtype=dtype, **attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
@@ -118,7 +118,7 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
-def _stacked_blocks(config: LlamaConfig, *, rngs: nnx.Rngs, **options) -> Block:
+def _stacked_blocks(config: DecoderConfig, *, rngs: nnx.Rngs, **options) -> Block:
     """A ``Block`` whose every leaf has a leading layer axis. A loop, not a vmap: one layer's random bits at a time."""
 
     def block(key: jax.Array) -> Block:
@@ -129,8 +129,8 @@ def _stacked_blocks(config: LlamaConfig, *, rngs: nnx.Rngs, **options) -> Block:
     return nnx.merge(graphdef, jax.lax.map(lambda key: nnx.state(block(key)), keys))
 
 
-class Llama(nnx.Module):
-    """A Llama language model.
+class Decoder(nnx.Module):
+    """A language model: a Llama, a Mistral or a Qwen2, as its config says.
 
     ``model.layers`` is one ``Block`` whose leaves are stacked on axis 0. One ``jax.lax.scan`` takes them as its ``xs``,
     untransformed, so ``adalomo_jax.fuse`` updates them layer by layer.
@@ -148,7 +148,7 @@ class Llama(nnx.Module):
     Example:
         >>> from flax import nnx
         >>> from adalomo_jax.models import PRESETS
-        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
         >>> model(jnp.zeros((2, 16), jnp.int32)).shape
         (2, 16, 256)
 
@@ -157,7 +157,7 @@ class Llama(nnx.Module):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         rngs: nnx.Rngs,
         dtype=jnp.float32,
@@ -217,19 +217,19 @@ class Llama(nnx.Module):
         return self.lm_head.kernel[...], "dv"
 
 
-def llama_of(config: LlamaConfig, params: Any) -> Llama:
+def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
     """The model that has these parameters, a nested dictionary of arrays; ``nnx.state`` of it gives them back.
 
     Example:
         >>> from adalomo_jax.models import PRESETS
-        >>> model = Llama(PRESETS["tiny"], rngs=nnx.Rngs(0))
+        >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
         >>> params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         >>> tokens = jnp.arange(8)[None]
-        >>> bool(jnp.all(llama_of(PRESETS["tiny"], params)(tokens) == model(tokens)))
+        >>> bool(jnp.all(decoder_of(PRESETS["tiny"], params)(tokens) == model(tokens)))
         True
     """
     dtype = params["embed_tokens"]["embedding"].dtype
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
