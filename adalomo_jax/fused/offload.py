@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from adalomo_jax import jax_versions
+
 HOST = "pinned_host"
 """The memory kind: the memory of the host that an accelerator reads by itself."""
 DEVICE = "device"
@@ -20,22 +22,22 @@ DEVICE = "device"
 
 def is_on_host(x: Any) -> bool:
     """Whether an array, or a traced one, is in host memory."""
-    return jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax_versions.memory_space(x) == jax_versions.HOST
 
 
 def fetch(x: Any) -> Any:
     """The array on the device, itself where it is there already."""
-    return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
+    return jax.device_put(x, jax_versions.DEVICE) if is_on_host(x) else x
 
 
 def put_beside(x: Any, other: Any) -> Any:
     """``x`` in the memory that ``other`` is in."""
-    return jax.device_put(x, jax.memory.Space.Host) if is_on_host(other) else x
+    return jax.device_put(x, jax_versions.HOST) if is_on_host(other) else x
 
 
 def put_on_host(x: Any) -> Any:
     """A matrix, or what has more axes, in host memory; others stay."""
-    return jax.device_put(x, jax.memory.Space.Host) if x.ndim >= 2 else x
+    return jax.device_put(x, jax_versions.HOST) if x.ndim >= 2 else x
 
 
 def shapes_on_device(leaves: Sequence[Any]) -> list[Any]:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from jax import lax
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
+from adalomo_jax.jax_versions import explicit_mesh, is_explicit, on_mesh
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 
 Sharding = NamedSharding | None
@@ -24,7 +25,7 @@ def sharding_of(x: Any) -> Sharding:
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
-    if AxisType.Explicit in sharding.mesh.axis_types:
+    if is_explicit(sharding.mesh):
         return None
     entries = (*sharding.spec, *(None,) * (len(x.shape) - len(sharding.spec)))
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
@@ -52,14 +53,14 @@ def of_own_state(optimizer: PerLayer, group: Group, of_tensors: Sequence[Shardin
     mesh = next((s.mesh for s in map(of_tensors.__getitem__, group.leaves) if s is not None), None)
     if mesh is None:
         return [None for _ in optimizer.owners(group)]
-    explicit = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    explicit = explicit_mesh(mesh)
 
     def typed(i: int) -> jax.ShapeDtypeStruct:
         sharding, tensor = of_tensors[i], optimizer.tensors[i]
         spec = PartitionSpec() if sharding is None else sharding.spec
         return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=NamedSharding(explicit, spec))
 
-    with use_abstract_mesh(explicit):
+    with on_mesh(explicit):
         own = jax.eval_shape(lambda tensors: optimizer.init_own(group, tensors), [typed(i) for i in group.leaves])
     return [NamedSharding(mesh, x.sharding.spec) for x in own]
 

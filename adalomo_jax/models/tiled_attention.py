@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax.fused.run.stacks import after
+from adalomo_jax.barriers import after
 
 TILES = 8
 """Of a long sequence. The average tile sees little more than half of the keys; more tiles make a larger program."""

@@ -15,10 +15,11 @@ from jax.sharding import NamedSharding
 
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options, is_bool, shown
-from adalomo_jax.fused.plan.jaxpr import Program, reads_references, varying_axes
+from adalomo_jax.fused.plan.jaxpr import Program, reads_references
 from adalomo_jax.fused.plan.lists import Lists
 from adalomo_jax.fused.plan.plan import Plan
 from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.jax_versions import varying_axes
 from adalomo_jax.optimizers.rounding import is_too_narrow
 
 

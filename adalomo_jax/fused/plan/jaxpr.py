@@ -1,4 +1,4 @@
-"""Programs: flat lists of equations, read from a jaxpr. All that depends on JAX's version is here.
+"""Programs: flat lists of equations, read from a jaxpr.
 
 Values are numbered. Calls that only group equations (``jit``, ``closed_call``, a ``checkpoint`` around a scan over
 parameters) are replaced by what they call, and equations whose results nobody reads are dropped.
@@ -12,23 +12,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax._src import source_info_util
-from jax._src.core import AbstractValue
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from adalomo_jax.jax_versions import (
+    CALLS,
+    CHECKPOINT,
+    CUSTOM,
+    bind,
+    called,
+    context_of,
+    explicit_sharding,
+    has_effects,
+    is_jaxpr,
+    is_literal,
+    is_reference,
+    open_jaxpr,
+    scan_counts,
+    vary_along,
+    varying_axes,
+)
 
 if TYPE_CHECKING:
-    from jax.extend import core
-
-_CALLS = ("jit", "closed_call")
-_CHECKPOINT = "remat2"
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+    from adalomo_jax.jax_versions import JaxprEqn
 
 
 class Equation(NamedTuple):
     """One operation: the JAX equation that it came from, and the numbers of the values it reads and makes."""
 
-    source: core.JaxprEqn
+    source: JaxprEqn
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -45,18 +56,16 @@ class Equation(NamedTuple):
     @property
     def context(self) -> str:
         """What was set around it: the precision of products, a mesh, where it computes."""
-        context = self.source.ctx
-        names = [name for name in getattr(type(context), "__slots__", None) or vars(context) if name[0] != "_"]
-        return str([(name, getattr(context, name, None)) for name in sorted(names) if name != "manager"])
+        return context_of(self.source)
 
     @property
     def has_effects(self) -> bool:
         """Whether it does more than make its results: it prints, or calls back. To name a mesh axis is no effect."""
-        return any(type(effect).__name__ != "NamedAxisEffect" for effect in self.source.effects)
+        return has_effects(self.source)
 
     def reads_literal(self, position: int) -> bool:
         """Whether what it reads at this position is a number that stands in the program."""
-        return _is_literal(self.source.invars[position])
+        return is_literal(self.source.invars[position])
 
     def with_params(self, **params: Any) -> Equation:
         """This equation with some of the primitive's parameters changed."""
@@ -76,16 +85,11 @@ class Program:
 
     def zeros(self, v: int, leading: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
         """Zeros like a value, spread like it; with further axes in front, or of another dtype."""
-        aval, sharding = self.avals[v], _explicit(self.avals[v])
+        aval, sharding = self.avals[v], explicit_sharding(self.avals[v])
         if sharding is not None:
             sharding = sharding.update(spec=PartitionSpec(*(None,) * len(leading), *sharding.spec))
         zeros = jnp.zeros((*leading, *aval.shape), dtype or aval.dtype, out_sharding=sharding)
-        return lax.pcast(zeros, tuple(sorted(varying_axes(aval))), to="varying")
-
-
-def _explicit(aval: Any) -> Any:
-    """How a value is spread, if its type says it: on an explicit mesh."""
-    return aval.sharding if AxisType.Explicit in aval.sharding.mesh.axis_types else None
+        return vary_along(zeros, varying_axes(aval))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,7 @@ def program_of(jaxpr: Any, num_leaves: int = 0) -> Program:
       num_leaves: so many inputs are parameters, and a ``checkpoint`` around a scan over one of them is opened.
     """
     builder = _Builder()
-    inputs = [builder.number(var.aval) for var in _open(jaxpr).invars]
+    inputs = [builder.number(var.aval) for var in open_jaxpr(jaxpr).invars]
     outputs = builder.inline(jaxpr, inputs, leaves=frozenset(inputs[:num_leaves]))
     equations = _live(builder.equations, outputs)
     return Program(tuple(inputs), tuple(outputs), tuple(equations), builder.constants, builder.avals)
@@ -156,7 +160,7 @@ def with_opened(program: Program, opened: Container[Equation]) -> Program:
     for equation in program.equations:
         inputs = tuple(same.get(v, v) for v in equation.inputs)
         if equation in opened:
-            same |= zip(equation.outputs, builder.inline(_called(equation.source), inputs, frozenset()), strict=True)
+            same |= zip(equation.outputs, builder.inline(called(equation.source), inputs, frozenset()), strict=True)
         else:
             builder.equations.append(equation._replace(inputs=inputs))
     outputs = tuple(same.get(v, v) for v in program.outputs)
@@ -166,19 +170,14 @@ def with_opened(program: Program, opened: Container[Equation]) -> Program:
 def evaluate(equations: Iterable[Equation], values: dict[int, Any]) -> None:
     """Runs equations on ``values``, and adds their results to it."""
     for equation in equations:
-        source = equation.source
-        params = source.primitive.get_bind_params(source.params)
-        operands = [values[v] for v in equation.inputs]
-        name_stack = source_info_util.current_name_stack() + source.source_info.name_stack
-        with source_info_util.user_context(source.source_info.traceback, name_stack=name_stack), source.ctx.manager:
-            results = source.primitive.bind(*operands, **params)
-        values.update(zip(equation.outputs, results if source.primitive.multiple_results else [results]))
+        results = bind(equation.source, [values[v] for v in equation.inputs])
+        values.update(zip(equation.outputs, results))
 
 
 def scan_of(equation: Equation) -> Scan:
     """The parts of a scan equation."""
     params = equation.source.params
-    num_consts, num_carry = _scan_counts(equation.source)
+    num_consts, num_carry = scan_counts(equation.source)
     body = program_of(params["jaxpr"])
     return Scan(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
 
@@ -197,19 +196,21 @@ def branches_of(equation: Equation) -> Sequence[Any]:
 
 def called_as_it_is(equation: Equation) -> Any:
     """The jaxpr whose results on the operands are the equation's, or None: a checkpoint, a custom derivative."""
-    called = _called(equation.source)
-    is_such = is_checkpoint(equation) or equation.name in _CUSTOM
-    return called if is_such and len(_open(called).invars) == len(equation.inputs) else None
+    inner = called(equation.source)
+    is_such = is_checkpoint(equation) or equation.name in CUSTOM
+    return inner if is_such and len(open_jaxpr(inner).invars) == len(equation.inputs) else None
 
 
 def has_own_derivative(equation: Equation) -> bool:
     """Whether the equation is a ``jax.custom_jvp`` or a ``jax.custom_vjp``."""
-    return equation.name in _CUSTOM
+    return equation.name in CUSTOM
 
 
 def pullback_of(equation: Equation) -> Program:
     """What an equation's derivative computes, of its operands and then of its results' cotangents."""
-    type_of: Any = lambda var: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=_explicit(var.aval))
+    type_of: Any = lambda var: jax.ShapeDtypeStruct(
+        var.aval.shape, var.aval.dtype, sharding=explicit_sharding(var.aval)
+    )
     operands, results = list(map(type_of, equation.source.invars)), list(map(type_of, equation.source.outvars))
     active, kept = ([k for k, x in enumerate(xs) if jnp.issubdtype(x.dtype, jnp.inexact)] for xs in (operands, results))
     numbers = range(len(operands) + len(results))
@@ -224,11 +225,6 @@ def pullback_of(equation: Equation) -> Program:
         return jax.vjp(run, [operands[k] for k in active])[1](d_results)
 
     return trace(pull, operands, [results[k] for k in kept])[0]
-
-
-def is_jaxpr(value: Any) -> bool:
-    """Whether it is a jaxpr, open or closed."""
-    return hasattr(value, "eqns") and hasattr(_open(value), "invars")
 
 
 def live_program(program: Program, outputs: Iterable[int]) -> Program:
@@ -249,7 +245,7 @@ def largest_made(equations: Sequence[Equation]) -> int:
 
 def called_by(equation: Equation) -> Program:
     """What a checkpoint runs."""
-    return program_of(_called(equation.source))
+    return program_of(called(equation.source))
 
 
 def has_programs(equation: Equation) -> bool:
@@ -262,19 +258,12 @@ def reads_in_order(program: Program) -> list[int]:
     reads: list[int] = []
     for equation in program.equations:
         pairs = zip(equation.source.invars, equation.inputs)
-        reads += _reads(equation.source, {var: v for var, v in pairs if not _is_literal(var)})
+        reads += _reads(equation.source, {var: v for var, v in pairs if not is_literal(var)})
     return [v for v in dict.fromkeys(reads) if v in program.inputs]
-
-
-def varying_axes(x: Any) -> frozenset[str]:
-    """The axes of a ``shard_map``'s mesh along which an array, or a type, may differ; none with ``check_vma=False``."""
-    aval: Any = x if isinstance(x, AbstractValue) else jax.typeof(x)
-    return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())  # `vma` before JAX 0.10.2
 
 
 def reads_references(program: Program) -> bool:
     """Whether it, or a scan in it, changes arrays in place (``jax.new_ref``): what depends on what is unknown."""
-    is_reference = lambda aval: hasattr(aval, "inner_aval")
     return any(map(is_reference, program.avals)) or any(
         reads_references(scan_of(equation).body) for equation in program.equations if equation.name == "scan"
     )
@@ -282,7 +271,7 @@ def reads_references(program: Program) -> bool:
 
 def is_checkpoint(equation: Equation) -> bool:
     """Whether the equation is a ``jax.checkpoint``."""
-    return equation.name == _CHECKPOINT
+    return equation.name == CHECKPOINT
 
 
 class _Builder:
@@ -304,17 +293,17 @@ class _Builder:
 
     def inline(self, jaxpr: Any, inputs: Sequence[int], leaves: frozenset[int]) -> list[int]:
         """Adds a jaxpr's equations, applied to ``inputs``; returns the numbers of its outputs."""
-        consts, jaxpr = getattr(jaxpr, "consts", ()), _open(jaxpr)
+        consts, jaxpr = getattr(jaxpr, "consts", ()), open_jaxpr(jaxpr)
         numbers = dict(zip(jaxpr.invars, inputs, strict=True))
         numbers |= {var: self.constant(var.aval, value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(atom: Any) -> int:
-            return self.constant(atom.aval, atom.val) if _is_literal(atom) else numbers[atom]
+            return self.constant(atom.aval, atom.val) if is_literal(atom) else numbers[atom]
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
             if _only_groups(eqn, [v in leaves for v in operands]):
-                results = self.inline(_called(eqn), operands, leaves)
+                results = self.inline(called(eqn), operands, leaves)
             else:
                 results = [self.number(var.aval) for var in eqn.outvars]
                 self.equations.append(Equation(eqn, tuple(operands), tuple(results)))
@@ -322,70 +311,48 @@ class _Builder:
         return [read(atom) for atom in jaxpr.outvars]
 
 
-def _is_literal(atom: Any) -> bool:
-    """Whether it is a ``jax.extend.core.Literal``. That module is not imported: it brings Pallas, for 20 ms."""
-    return hasattr(atom, "val")
+def _primitives(eqn: JaxprEqn) -> set[str]:
+    return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in _inner(eqn) for e in open_jaxpr(jaxpr).eqns))
 
 
-def _open(jaxpr: Any) -> Any:
-    """Up to JAX 0.11 a jaxpr with its constants wraps one without; then it is one."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _called(eqn: core.JaxprEqn) -> Any:
-    return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-
-
-def _primitives(eqn: core.JaxprEqn) -> set[str]:
-    return {eqn.primitive.name}.union(*(_primitives(e) for jaxpr in _inner(eqn) for e in _open(jaxpr).eqns))
-
-
-def _largest(eqn: core.JaxprEqn) -> int:
+def _largest(eqn: JaxprEqn) -> int:
     size: Any = lambda aval: getattr(aval, "size", 0) * getattr(getattr(aval, "dtype", None), "itemsize", 1)
     made = [size(var.aval) for var in eqn.outvars]
-    return max([*made, *(_largest(e) for jaxpr in _inner(eqn) for e in _open(jaxpr).eqns)], default=0)
+    return max([*made, *(_largest(e) for jaxpr in _inner(eqn) for e in open_jaxpr(jaxpr).eqns)], default=0)
 
 
-def _inner(eqn: core.JaxprEqn) -> list[Any]:
+def _inner(eqn: JaxprEqn) -> list[Any]:
     """The jaxprs that an equation runs: its body, branches or derivatives."""
     return [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr) if is_jaxpr(x)]
 
 
-def _reads(eqn: core.JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
+def _reads(eqn: JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
     """The numbered variables in the order in which an equation, or those that it calls, reads them."""
-    known = [None if _is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
-    inner = _called(eqn)
-    if inner is None or len(_open(inner).invars) != len(known):
+    known = [None if is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
+    inner = called(eqn)
+    if inner is None or len(open_jaxpr(inner).invars) != len(known):
         return [v for v in known if v is not None]
-    within = {var: v for var, v in zip(_open(inner).invars, known) if v is not None}
-    return [v for inner_eqn in _open(inner).eqns for v in _reads(inner_eqn, within)]
+    within = {var: v for var, v in zip(open_jaxpr(inner).invars, known) if v is not None}
+    return [v for inner_eqn in open_jaxpr(inner).eqns for v in _reads(inner_eqn, within)]
 
 
-def _only_groups(eqn: core.JaxprEqn, are_leaves: Sequence[bool]) -> bool:
+def _only_groups(eqn: JaxprEqn, are_leaves: Sequence[bool]) -> bool:
     name = eqn.primitive.name
-    return name in _CALLS or (name == _CHECKPOINT and _scans_over(_open(_called(eqn)), are_leaves))
+    return name in CALLS or (name == CHECKPOINT and _scans_over(open_jaxpr(called(eqn)), are_leaves))
 
 
 def _scans_over(jaxpr: Any, are_leaves: Sequence[bool]) -> bool:
     """Whether a scan in the jaxpr runs over an input that is a leaf, as it is or cast or transposed."""
     leaves = {var for var, is_leaf in zip(jaxpr.invars, are_leaves, strict=True) if is_leaf}
     for eqn in jaxpr.eqns:
-        flags = [not _is_literal(atom) and atom in leaves for atom in eqn.invars]
-        if eqn.primitive.name == "scan" and any(flags[sum(_scan_counts(eqn)) :]):
+        flags = [not is_literal(atom) and atom in leaves for atom in eqn.invars]
+        if eqn.primitive.name == "scan" and any(flags[sum(scan_counts(eqn)) :]):
             return True
-        if eqn.primitive.name in (*_CALLS, _CHECKPOINT) and _scans_over(_open(_called(eqn)), flags):
+        if eqn.primitive.name in (*CALLS, CHECKPOINT) and _scans_over(open_jaxpr(called(eqn)), flags):
             return True
         if eqn.primitive.name in ("convert_element_type", "transpose", "reshape") and any(flags):
             leaves.update(eqn.outvars)
     return False
-
-
-def _scan_counts(eqn: core.JaxprEqn) -> tuple[int, int]:
-    """The numbers of a scan's constants and carried values."""
-    if "ft_in" in eqn.params:  # since JAX 0.12
-        consts, carry, _ = eqn.params["ft_in"].unpack()
-        return len(consts), len(carry)
-    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def _live(equations: Sequence[Equation], outputs: Iterable[int]) -> list[Equation]:

@@ -17,12 +17,12 @@ from adalomo_jax.fused.plan.jaxpr import (
     While,
     branches_of,
     called_as_it_is,
-    is_jaxpr,
     live_program,
     program_of,
     scan_of,
     while_of,
 )
+from adalomo_jax.jax_versions import is_jaxpr
 
 
 class Terms:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import AxisType
 
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
@@ -35,6 +34,7 @@ from adalomo_jax.fused.plan.rolling import lists_of
 from adalomo_jax.fused.plan.stacked import is_stacked, layer_paths, unstack_layers
 from adalomo_jax.fused.plan.stages import make_plan
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
+from adalomo_jax.jax_versions import explicit_sharding
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
 
@@ -149,9 +149,8 @@ def _slices(x: Any, n: int, sharding: Sharding) -> Any:
     """An array with its first axis split into ``n`` microbatches, each spread as the batch is."""
 
     def split(x: jax.Array) -> jax.Array:
-        shape, of_type = (n, x.shape[0] // n, *x.shape[1:]), jax.typeof(x).sharding
-        explicit = AxisType.Explicit in of_type.mesh.axis_types
-        slices = lax.reshape(x, shape, out_sharding=of_stack(of_type) if explicit else None)
+        shape = (n, x.shape[0] // n, *x.shape[1:])
+        slices = lax.reshape(x, shape, out_sharding=of_stack(explicit_sharding(x)))
         return constrain(slices, of_stack(sharding))
 
     return jax.eval_shape(split, x) if isinstance(x, jax.ShapeDtypeStruct) else split(jnp.asarray(x))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adalomo_jax.barriers import after, in_order, once_written
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.plan import LayerScan, Plan, Segment, Stage
@@ -16,7 +17,6 @@ from adalomo_jax.fused.run import scan, segment
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.run.layers import update_order
 from adalomo_jax.fused.run.segment import Context
-from adalomo_jax.fused.run.stacks import after, in_order, once_written
 from adalomo_jax.fused.run.updater import Squares, Statistics, Updater, all_statistics, total
 from adalomo_jax.optimizers.per_layer import Group
 

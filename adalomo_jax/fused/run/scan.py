@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from adalomo_jax.barriers import after, barrier, once_written
 from adalomo_jax.fused.offload import fetch, put_on_host
 from adalomo_jax.fused.plan.jaxpr import evaluate
 from adalomo_jax.fused.plan.plan import LayerScan
@@ -18,7 +19,7 @@ from adalomo_jax.fused.run import segment
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.run.layers import received, slices_at
 from adalomo_jax.fused.run.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
-from adalomo_jax.fused.run.stacks import Part, after, barrier, once_written, start, update_parts
+from adalomo_jax.fused.run.stacks import Part, start, update_parts
 from adalomo_jax.optimizers.precision import add, promoted
 
 

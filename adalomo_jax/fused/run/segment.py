@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from adalomo_jax.barriers import after
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import Segment
 from adalomo_jax.fused.run.cotangents import Cotangents, pull
-from adalomo_jax.fused.run.stacks import after
 from adalomo_jax.optimizers.precision import add, promoted
 
 

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType
 
+from adalomo_jax.barriers import after, barrier, in_order
 from adalomo_jax.fused.offload import fetch, is_on_host, put_beside
-from adalomo_jax.fused.plan.jaxpr import varying_axes
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
@@ -152,72 +150,6 @@ def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     again = lambda layer, stack, i, gradient: lax.dynamic_index_in_dim(stack, after(i, gradient), axis)
     first = lambda layer, stack, i, gradient: layer
     return jnp.squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
-
-
-def in_order(x: Any) -> Any:
-    """The array itself, its axes in memory in their order, but for a CPU's compiler: that never changes it.
-
-    There it would only copy a layer that can be read from its stack.
-    """
-    if x.ndim < 2:
-        return x
-    layout = Layout(tuple(range(x.ndim)))
-    return lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: with_layout_constraint(x, layout))
-
-
-def after(x: jax.Array, computed: Any) -> jax.Array:
-    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
-
-    Within a ``shard_map`` only those that are the same wherever ``x`` is: by others ``x`` would come to differ, too.
-    """
-    computed = [y for y in jax.tree.leaves(computed) if varying_axes(y) <= varying_axes(x)]
-    with_barrier = lambda x, computed: barrier((x, computed))[0]
-    if any(map(_is_explicit, [x, *computed])):
-        return with_barrier(x, computed)
-    return lax.platform_dependent(x, computed, cpu=_after_by_arithmetic, default=with_barrier)
-
-
-def barrier(xs: Any) -> Any:
-    """``lax.optimization_barrier``, of which JAX wants all arrays to vary along the same axes of a ``shard_map``."""
-    leaves, treedef = jax.tree.flatten(xs)
-    done = dict[int, Any]()
-    for axes in dict.fromkeys(map(varying_axes, leaves)):
-        alike = [k for k, x in enumerate(leaves) if varying_axes(x) == axes]
-        done |= zip(alike, lax.optimization_barrier([leaves[k] for k in alike]))
-    return treedef.unflatten([done[k] for k in range(len(leaves))])
-
-
-def once_written(x: jax.Array, written: Any) -> jax.Array:
-    """``x`` itself, on an accelerator known only when these have been written.
-
-    Else XLA may go on with ``x`` first, with all that they are computed from alive. A CPU's compiler does not, and the
-    arithmetic that orders it would cost copies.
-    """
-    return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
-
-
-def each_known(test: Callable[[jax.Array], jax.Array], xs: list[jax.Array]) -> list[jax.Array]:
-    """A test of each of some scalars. On a CPU none is known before all are: where writes wait, less is alive."""
-    together = lambda xs: list(test(jnp.stack(xs)))
-    return lax.platform_dependent(xs, cpu=together, default=lambda xs: [test(x) for x in xs])
-
-
-def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
-    """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
-
-    What is added is always 0, the sign bits shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
-    of stacks where this fails.
-    """
-    if not computed:
-        return x
-    entries = jnp.concatenate([jnp.real(y).ravel()[:1].astype(jnp.float32) for y in computed])
-    bits = lax.bitcast_convert_type(entries, jnp.uint32)
-    return x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
-
-
-def _is_explicit(x: jax.Array) -> bool:
-    """Whether the array's type says how it is spread over a mesh; then it has no first entry without a transfer."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:

@@ -1,0 +1,74 @@
+"""What XLA must have computed before it goes on, and how it may lay out what it has.
+
+A CPU's compiler drops ``lax.optimization_barrier``, and others know layouts that a CPU's does not: each gets its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from adalomo_jax.jax_versions import explicit_sharding, varying_axes, with_axes_in_order
+
+
+def after(x: jax.Array, computed: Any) -> jax.Array:
+    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
+
+    Within a ``shard_map`` only those that are the same wherever ``x`` is: by others ``x`` would come to differ, too.
+    """
+    computed = [y for y in jax.tree.leaves(computed) if varying_axes(y) <= varying_axes(x)]
+    # On an explicit mesh an array has no first entry without a transfer, which the arithmetic for a CPU needs.
+    with_barrier = lambda x, computed: barrier((x, computed))[0]
+    if any(explicit_sharding(y) is not None for y in [x, *computed]):
+        return with_barrier(x, computed)
+    return lax.platform_dependent(x, computed, cpu=_after_by_arithmetic, default=with_barrier)
+
+
+def barrier(xs: Any) -> Any:
+    """``lax.optimization_barrier``, of which JAX wants all arrays to vary along the same axes of a ``shard_map``."""
+    leaves, treedef = jax.tree.flatten(xs)
+    done = dict[int, Any]()
+    for axes in dict.fromkeys(map(varying_axes, leaves)):
+        alike = [k for k, x in enumerate(leaves) if varying_axes(x) == axes]
+        done |= zip(alike, lax.optimization_barrier([leaves[k] for k in alike]))
+    return treedef.unflatten([done[k] for k in range(len(leaves))])
+
+
+def once_written(x: jax.Array, written: Any) -> jax.Array:
+    """``x`` itself, on an accelerator known only when these have been written.
+
+    Else XLA may go on with ``x`` first, with all that they are computed from alive. A CPU's compiler does not, and the
+    arithmetic that orders it would cost copies.
+    """
+    return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
+
+
+def in_order(x: Any) -> Any:
+    """The array itself, its axes in memory in their order, but for a CPU's compiler: that never changes it.
+
+    There it would only copy a layer that can be read from its stack.
+    """
+    if x.ndim < 2:
+        return x
+    return lax.platform_dependent(x, cpu=lambda x: x, default=with_axes_in_order)
+
+
+def each_known(test: Callable[[jax.Array], jax.Array], xs: list[jax.Array]) -> list[jax.Array]:
+    """A test of each of some scalars. On a CPU none is known before all are: where writes wait, less is alive."""
+    together = lambda xs: list(test(jnp.stack(xs)))
+    return lax.platform_dependent(xs, cpu=together, default=lambda xs: [test(x) for x in xs])
+
+
+def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
+    """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
+
+    What is added is always 0, the sign bits shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
+    of stacks where this fails.
+    """
+    if not computed:
+        return x
+    entries = jnp.concatenate([jnp.real(y).ravel()[:1].astype(jnp.float32) for y in computed])
+    bits = lax.bitcast_convert_type(entries, jnp.uint32)
+    return x + jnp.sum((bits >> 31) >> 1).astype(x.dtype)
