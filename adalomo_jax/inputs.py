@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Literal
 
 from tyro.conf import arg
 
@@ -12,8 +11,6 @@ from adalomo_jax.printable import printable
 
 AXES = ("data", "fsdp", "tensor")
 """What a mesh may have."""
-
-Optimizer = Literal["adalomo", "lomo", "adamw", "adafactor"]
 
 
 class InputError(Exception):

@@ -13,6 +13,7 @@ import pytest
 
 from adalomo_jax.cli import EXTRA, main
 from adalomo_jax.models import PRESETS
+from adalomo_jax.rules import HELP
 from adalomo_jax.training.config import FinetuneConfig
 
 
@@ -25,7 +26,7 @@ from adalomo_jax.training.config import FinetuneConfig
         ("finetune --steps x", "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
         ("finetune --steps", "Missing value for argument '--steps'"),
         ("finetune --schedule foo", "invalid choice 'foo' for argument '--schedule'. .*'constant', 'linear', 'cosine'"),
-        ("finetune --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. .*'adamw', 'adafactor'"),
+        ("finetune --optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. .*'adafactor', 'adamw'"),
         ("finetune --foo", "Unrecognized options: --foo"),
         ("memory --device tpu-v9", "invalid choice 'tpu-v9' for argument '--device'. .*'tpu-v5e', .*'cpu'"),
         ("pretrain", "Unrecognized options: pretrain"),
@@ -81,7 +82,7 @@ def test_help_explains_every_option_and_names_every_preset():
     command = [sys.executable, "-m", "adalomo_jax", "finetune", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = " ".join(re.sub("[│|]", "", printed).split())
-    texts = documentation()
+    texts = documentation() | {"optimizer": HELP}
     for field in dataclasses.fields(FinetuneConfig):
         assert f" --{field.name.replace('_', '-')} " in text.replace(",", " ")
         assert " ".join(texts[field.name].split()) in text

@@ -10,6 +10,7 @@ LAYERS = [
     {"printable", "jax_versions"},
     {"barriers"},
     {"optimizers"},
+    {"rules"},
     {"fused"},
     {"models"},
     {"nnx_stacks"},
@@ -38,6 +39,7 @@ MODULES = {
             "per_layer",
             "adalomo",
             "lomo",
+            "optax_rules",
         ),
     ],
     "fused": [
@@ -58,8 +60,16 @@ MODULES = {
     ],
     "text": ["documents", "corpus", "split", "packing", "data", "batches"],
     "training": [
-        *("config", "devices", "memory_use", "metrics", "optimizer", "plots", "program", "checkpoints.fingerprints"),
-        *("checkpoints.record", "checkpoints.save", "checkpoints.stopping", "loop", "report", "tensorboard"),
+        *("config", "devices", "memory_use", "metrics", "schedule", "plots", "program", "checkpoints.fingerprints"),
+        *(
+            "checkpoints.record",
+            "checkpoints.quiet",
+            "checkpoints.save",
+            "checkpoints.stopping",
+            "loop",
+            "report",
+            "tensorboard",
+        ),
         *("checkpoints.resume", "output_folder"),
     ],
 }

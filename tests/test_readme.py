@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from adalomo_jax.rules import RULES
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "examples" / "results" / "README.md"
@@ -85,3 +87,7 @@ def test_the_table_of_optimizers_is_what_the_runs_came_to():
     expected = [of["table_row"](results) for results in rows]
     assert len(expected) == len(of["ROWS"])
     assert all(row in RESULTS.read_text() for row in expected), expected
+
+
+def test_the_guide_names_the_rules_of_the_table():
+    assert f"`--optimizer {'|'.join(RULES)}`" in (ROOT / "examples" / "command.md").read_text()

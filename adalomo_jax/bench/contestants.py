@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from adalomo_jax.rules import Optimizer
+
 How = Literal["fused", "unfused", "optax", "gradients", "gradients in place"]
 
 
@@ -16,7 +18,8 @@ class Contestant(NamedTuple):
     """``fused`` and ``unfused`` are `fuse`'s step and its twin; ``optax`` is ``jax.value_and_grad``, ``tx.update`` and
     ``optax.apply_updates`` in one jit; ``gradients`` are those alone, written into new memory, or into that of the
     ones before."""
-    optimizer: Literal["adalomo", "lomo", "adamw", "adafactor", "sgd"] | None = None
+    optimizer: Optimizer | None = None
+    """A rule of the table; None is Optax's plain SGD."""
     max_grad_norm: float | None = None
     microbatches: int | None = None
     stochastic_rounding: bool | None = None
@@ -39,7 +42,7 @@ CONTESTANTS = (
     Contestant("adamw, fused", "fused", "adamw"),
     Contestant("adamw, unfused", "optax", "adamw"),
     Contestant("adafactor, unfused", "optax", "adafactor"),
-    Contestant("sgd, unfused", "optax", "sgd"),
+    Contestant("sgd, unfused", "optax"),
     Contestant("forward and backward", "gradients"),
     Contestant("forward and backward, in place", "gradients in place"),
 )

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from adalomo_jax import adalomo, fuse, lomo
+from adalomo_jax import fuse
 from adalomo_jax.bench.contestants import Contestant
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Decoder, DecoderConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
-from adalomo_jax.optimizers.precision import in_float32
+from adalomo_jax.rules import RULES
 from adalomo_jax.training.memory_use import release_freed_memory
+
+_RATE = 1e-4
+"""Of learning: it leaves a random model finite."""
 
 
 class Compiled(NamedTuple):
@@ -31,17 +34,6 @@ class Compiled(NamedTuple):
     """By the compiler; ``peak`` is arguments, outputs that are not among them, and temporaries."""
     params: int
     """Number of weights."""
-
-
-def make_tx(name: str) -> optax.GradientTransformation:
-    """The optimizer, at a learning rate that leaves a random model finite; the moments of adamw are float32."""
-    return {
-        "adalomo": lambda: adalomo(1e-3),
-        "lomo": lambda: lomo(1e-3),
-        "adamw": lambda: in_float32(optax.adamw(1e-4), needs_params=True),
-        "adafactor": lambda: optax.adafactor(1e-3),
-        "sgd": lambda: optax.sgd(1e-3),
-    }[name]()
 
 
 def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, seq_len: int, dtype: str) -> Compiled:
@@ -91,7 +83,7 @@ def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tu
         into = jax.jit(lambda params, old, tokens: gradient(params, tokens), donate_argnums=1, keep_unused=True)
         with_old = lambda params: (params, jax.tree.map(jnp.zeros_like, params))
         return into, with_old, lambda now, result: (now[0], result[1])
-    tx = make_tx(contestant.optimizer or "")
+    tx = RULES[contestant.optimizer].make(_RATE) if contestant.optimizer else optax.sgd(_RATE)
     if contestant.how == "optax":
 
         def plain(params, state, tokens):

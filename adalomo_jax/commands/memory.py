@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from adalomo_jax.commands.memory_options import MemoryConfig, check_memory_options, model_sizes, picture
-from adalomo_jax.inputs import InputError, Optimizer, mesh_sizes
+from adalomo_jax.inputs import InputError, mesh_sizes
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
 from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, DecoderConfig
 from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh
 from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.rules import RULES, Optimizer
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.program import abstract_params, make_training
 
@@ -29,15 +30,6 @@ class Step(NamedTuple):
     name: str
     optimizer: Optimizer
     fused: bool
-
-
-_NAMES = {"adamw": "adamw (optax, float32 moments)", "adafactor": "adafactor (optax)"}
-_COMPARED: tuple[tuple[Optimizer, bool], ...] = (
-    ("adalomo", False),
-    ("adafactor", False),
-    ("adamw", False),
-    ("lomo", True),
-)
 
 
 def run(config: MemoryConfig, console: Console | None = None) -> list[Row]:
@@ -68,7 +60,9 @@ def run(config: MemoryConfig, console: Console | None = None) -> list[Row]:
 
 def steps_of(config: MemoryConfig) -> list[Step]:
     """The step that the options name, and with ``--compare`` the others."""
-    wanted = [(config.optimizer, config.fused), *(_COMPARED if config.compare else ())]
+    first, *others = RULES.values()
+    compared = [(first.name, False), *((rule.name, not rule.from_optax) for rule in others)]
+    wanted = [(config.optimizer, config.fused), *(compared if config.compare else ())]
     return [Step(_name(optimizer, fused), optimizer, fused) for optimizer, fused in dict.fromkeys(wanted)]
 
 
@@ -132,7 +126,8 @@ def _with_positions(model: DecoderConfig, seq_len: int) -> DecoderConfig:
 
 
 def _name(optimizer: str, fused: bool) -> str:
-    return f"{_NAMES.get(optimizer, optimizer)}, {'fused' if fused else 'unfused'}"
+    of_optax = " (optax, float32 moments)" if RULES[optimizer].from_optax else ""
+    return f"{optimizer}{of_optax}, {'fused' if fused else 'unfused'}"
 
 
 def _title(config: MemoryConfig) -> str:

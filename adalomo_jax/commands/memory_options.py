@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.inputs import InputError, Optimizer, batch_parts, check_preset, default, mesh_sizes, one_line
+from tyro.conf import arg
+
+from adalomo_jax.inputs import InputError, batch_parts, check_preset, default, mesh_sizes, one_line
+from adalomo_jax.rules import HELP, Optimizer
 from adalomo_jax.training.output_folder import check_picture
 
 if TYPE_CHECKING:
@@ -35,8 +38,7 @@ class MemoryConfig:
     seq_len: int = 2048
     """Length of a sequence, in tokens.
     It may be longer than the model's own positions, which take no memory."""
-    optimizer: Optimizer = "adalomo"
-    """Update rule."""
+    optimizer: Annotated[Optimizer, arg(help=HELP)] = "adalomo"
     fused: bool = True
     """Update each layer during the backward pass; without, all gradients first."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

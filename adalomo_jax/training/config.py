@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from adalomo_jax.inputs import InputError, Optimizer, batch_parts, default, mesh_sizes
+from tyro.conf import arg
+
+from adalomo_jax.inputs import InputError, batch_parts, default, mesh_sizes
+from adalomo_jax.rules import HELP, Optimizer
 
 if TYPE_CHECKING:
     from adalomo_jax.models import DecoderConfig
@@ -61,8 +64,7 @@ class FinetuneConfig:
     It is multiplied with the learning rate, but not by adafactor: there it is the share of the weights a step."""
     max_grad_norm: Annotated[float | None, default("no clipping")] = None
     """Clip by the norm of the whole gradient, in a second backward pass over the same forward pass."""
-    optimizer: Optimizer = "adalomo"
-    """Update rule."""
+    optimizer: Annotated[Optimizer, arg(help=HELP)] = "adalomo"
     fused: bool = True
     """Update each layer during the backward pass, so that the gradients of the whole model never exist.
     Without: all gradients first, then the same update, with more memory."""

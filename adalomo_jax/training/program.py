@@ -27,10 +27,11 @@ from adalomo_jax.models.attention import Kind, kind_for, splash_takes
 from adalomo_jax.models.sharding import everywhere
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.model import Pretrained
+from adalomo_jax.rules import RULES
 from adalomo_jax.text.packing import Batch
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.memory_use import release_freed_memory
-from adalomo_jax.training.optimizer import make_optimizer, make_schedule
+from adalomo_jax.training.schedule import make_schedule
 
 Offload = Literal["params", "activations"]
 
@@ -108,7 +109,7 @@ def make_training(
         loss_fn=loss_fn,
         step=fuse(
             loss_fn,
-            make_optimizer(config, schedule),
+            RULES[config.optimizer].make(schedule, config.weight_decay),
             max_grad_norm=config.max_grad_norm,
             microbatches=parts,
             reduction="sum",

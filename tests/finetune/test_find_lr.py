@@ -14,8 +14,9 @@ from adalomo_jax.cli import main
 from adalomo_jax.commands.find_lr import ABOVE, BELOW, STEPS, Rate, smooth, suggest
 from adalomo_jax.inputs import InputError
 from adalomo_jax.models import PRESETS
+from adalomo_jax.rules import RULES
 from adalomo_jax.training.config import FinetuneConfig
-from adalomo_jax.training.optimizer import LEARNING_RATES, make_range_schedule
+from adalomo_jax.training.schedule import make_range_schedule
 
 RATES = np.geomspace(1e-5, 1.0, STEPS)
 
@@ -61,7 +62,7 @@ def test_a_loss_that_never_falls_suggests_nothing(loss):
 def test_rates_rise_by_the_same_factor_around_the_optimizer_s_own():
     schedule = make_range_schedule(FinetuneConfig(optimizer="lomo"), BELOW, ABOVE, STEPS)
     rates = np.asarray(schedule(np.arange(STEPS)))
-    own = LEARNING_RATES["lomo"]
+    own = RULES["lomo"].random_rate
     np.testing.assert_allclose(rates, np.geomspace(BELOW * own, ABOVE * own, STEPS), rtol=1e-4)
 
 
@@ -109,7 +110,7 @@ def test_it_leaves_its_rows_and_a_picture_and_no_weights(tested):
     assert (tested / "lr.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     rows = rates_in(tested)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert rows[0]["learning_rate"] == pytest.approx(BELOW * LEARNING_RATES["adalomo"])
+    assert rows[0]["learning_rate"] == pytest.approx(BELOW * RULES["adalomo"].random_rate)
 
 
 def test_it_stops_where_the_loss_diverges(tested):
@@ -149,7 +150,7 @@ def test_its_suggestion_trains_better_than_a_low_rate(small, tested, tmp_path):
 
 @pytest.mark.slow
 def test_its_suggestion_trains_as_well_as_the_built_in_rate(small, tested, tmp_path):
-    rates = suggested(tested), LEARNING_RATES["adalomo"]
+    rates = suggested(tested), RULES["adalomo"].random_rate
     found, built_in = (trained(small, tmp_path / str(rate), rate) for rate in rates)
     assert found < built_in + 0.2
 

@@ -25,10 +25,10 @@ from adalomo_jax.models import PRESETS, decoder_of, next_token_loss
 from adalomo_jax.pretrained import ByteTokenizer
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.rules import RULES
 from adalomo_jax.run_files import RUN_FILES
 from adalomo_jax.text.batches import evaluation_batches
 from adalomo_jax.text.data import load_data
-from adalomo_jax.training.optimizer import LEARNING_RATES
 
 SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps", "2"]
 
@@ -171,7 +171,7 @@ def test_options_reach_the_run(options, corpus, tmp_path, capsys, monkeypatch):
     assert all(("update_rms" in row) == options.get("update_rms", True) for row in steps)
     assert all(math.isfinite(row["eval_loss"]) for row in evaluations)
     second = 1 if options["schedule"] == "constant" else 0.5
-    peak = LEARNING_RATES[options["optimizer"]]
+    peak = RULES[options["optimizer"]].random_rate
     np.testing.assert_allclose([row["learning_rate"] for row in steps], [peak, second * peak], rtol=1e-5)
     how = "fused" if options.get("fused", True) else "unfused"
     dtype = options.get("dtype", "float32")

@@ -75,7 +75,7 @@ def test_7b_on_gpus(device):
     rows = memory_rows(*SEVEN_B, "--device", device, "--compare")
     assert rows["adalomo, fused"]["fits"] and rows["adalomo, fused"]["peak_bytes"] <= 15.6 * GB
     assert rows["lomo, fused"]["peak_bytes"] <= 15.6 * GB  # its state is smaller, but not what the compiler makes of it
-    for name in ("adalomo, unfused", "adafactor (optax), unfused"):
+    for name in ("adalomo, unfused", "adafactor (optax, float32 moments), unfused"):
         assert 27 * GB < rows[name]["peak_bytes"] < 30 * GB
     moments = rows["adamw (optax, float32 moments), unfused"]
     assert moments["state_bytes"] > 4 * moments["params_bytes"] * 0.99 and not moments["fits"]

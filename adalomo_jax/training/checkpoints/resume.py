@@ -21,7 +21,7 @@ from adalomo_jax.training.checkpoints.save import FOLDER, foreign_in, read_recor
 from adalomo_jax.training.config import FinetuneConfig, evaluation_interval
 from adalomo_jax.training.loop import Reports
 from adalomo_jax.training.metrics import EvaluationRow, Row, read_rows
-from adalomo_jax.training.optimizer import peak_learning_rate, warmup_steps
+from adalomo_jax.training.schedule import peak_learning_rate, warmup_steps
 
 FREE = (
     *("fused", "attention", "mesh", "coordinator", "processes", "process"),

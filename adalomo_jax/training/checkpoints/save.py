@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +19,7 @@ from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.config import config_of
 from adalomo_jax.pretrained.names import param_shapes
 from adalomo_jax.training.checkpoints.fingerprints import checksums
+from adalomo_jax.training.checkpoints.quiet import quiet
 from adalomo_jax.training.checkpoints.record import Origin, Record, sealed, unsealed
 from adalomo_jax.training.devices import is_first_process
 
@@ -111,9 +109,16 @@ def open_saver(folder: Path, origin: Origin, *, keep: int) -> Iterator[Saver]:
         cleanup_tmp_directories=True,
         todelete_subdir=_REMOVED,
     )
-    _tell_errors_once()
+    with quiet():
+        saver = Saver(_manager(folder, options), origin)
+        yield saver
+        saver.wait()
+        saver.manager.close()
+
+
+def _manager(folder: Path, options: Any) -> ocp.CheckpointManager:
     try:
-        manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        return ocp.CheckpointManager(folder.absolute(), options=options)
     except Exception as error:
         broken = [step for step in steps_in(folder) if not _has_metrics_or_none(folder / str(step))]
         if not broken:
@@ -122,10 +127,6 @@ def open_saver(folder: Path, origin: Origin, *, keep: int) -> Iterator[Saver]:
             f"the checkpoint of step {broken[0]} in {folder} has a damaged evaluation loss, without which none is "
             f"opened: {one_line(error)}; move {folder / str(broken[0])} out of that folder"
         ) from error
-    saver = Saver(manager, origin)
-    yield saver
-    saver.wait()
-    manager.close()
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -237,30 +238,12 @@ def _read(path: Path, **args: Any) -> dict[str, Any]:
     """Items of a checkpoint. Whatever Orbax meets in damaged files, of which no list is to be had, is a ValueError."""
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
-    _tell_errors_once()
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(path.absolute(), args=ocp.args.Composite(**args))
     except Exception as error:
         raise ValueError(one_line(cast(Exception, error.__cause__ or error))[:300]) from error
     return {name: found[name] for name in args}
-
-
-@functools.cache
-def _tell_errors_once() -> None:
-    """From now on, what comes back as an error is not printed too, with its traceback, by those who met it first.
-
-    It is not undone: they may be at it in other threads while the error is on its way.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    hook = sys.unraisablehook
-
-    def told(unraisable: Any) -> None:
-        # Of Orbax's other reads and writes, which it drops when one has failed (orbax-checkpoint 0.12.8).
-        if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
-            hook(unraisable)
-
-    sys.unraisablehook = told
 
 
 def _has_metrics_or_none(path: Path) -> bool:

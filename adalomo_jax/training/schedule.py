@@ -1,19 +1,12 @@
-"""The update rule and its learning rate, from the options."""
+"""Learning rates, from the options."""
 
 from __future__ import annotations
 
 import optax
 
-from adalomo_jax import adalomo, lomo
 from adalomo_jax.models import PRESETS
-from adalomo_jax.optimizers.precision import in_float32
+from adalomo_jax.rules import RULES
 from adalomo_jax.training.config import FinetuneConfig
-
-LEARNING_RATES = {"adalomo": 3e-2, "lomo": 3e-1, "adamw": 3e-3, "adafactor": 3e-2}
-"""Peak learning rates that suit the tiny model from random weights."""
-TUNED_LEARNING_RATES = {"adalomo": 1e-3, "lomo": 1e-2, "adamw": 2e-4, "adafactor": 1e-3}
-"""Peak learning rates to start from where weights are trained further: the best of examples/further_pretraining.py.
-That of lomo is for gradients that are not clipped, with which it was not compared."""
 
 
 def make_schedule(config: FinetuneConfig) -> optax.Schedule:
@@ -37,21 +30,12 @@ def make_range_schedule(config: FinetuneConfig, below: float, above: float, step
     return optax.exponential_decay(below * peak_learning_rate(config), steps - 1, above / below)
 
 
-def make_optimizer(config: FinetuneConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The rule that the options name. The moments of adamw are float32, whatever the weights are."""
-    if config.optimizer == "adafactor":
-        return optax.adafactor(schedule, weight_decay_rate=config.weight_decay or None)
-    if config.optimizer == "adamw":
-        return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay), needs_params=True)
-    rule = {"adalomo": adalomo, "lomo": lomo}[config.optimizer]
-    return rule(schedule, weight_decay=config.weight_decay)
-
-
 def peak_learning_rate(config: FinetuneConfig) -> float:
     """The option, or what suits the optimizer and whether the weights start random."""
     if config.learning_rate is not None:
         return config.learning_rate
-    return (LEARNING_RATES if config.model in PRESETS else TUNED_LEARNING_RATES)[config.optimizer]
+    rule = RULES[config.optimizer]
+    return rule.random_rate if config.model in PRESETS else rule.tuned_rate
 
 
 def warmup_steps(config: FinetuneConfig) -> int:
