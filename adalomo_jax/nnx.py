@@ -11,10 +11,10 @@ import optax
 from flax import nnx
 
 from adalomo_jax.fused import Plan, StepResult, fuse
-from adalomo_jax.fused.plan.checks import path_name
 from adalomo_jax.fused.plan.jaxpr import Equation, has_programs
 from adalomo_jax.fused.plan.origins import Origin, call_with_origins
-from adalomo_jax.fused.plan.stacked import is_stacked
+from adalomo_jax.fused.plan.paths import path_name
+from adalomo_jax.fused.plan.placed_tree import is_stacked
 from adalomo_jax.nnx_stacks import (
     is_traced,
     placed_shapes,

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from adalomo_jax.fused.offload import fetch, is_on_host, place
 from adalomo_jax.fused.plan.checks import check_not_deleted
-from adalomo_jax.fused.plan.stacked import layers_of, stack, unstack
+from adalomo_jax.fused.plan.placed_tree import layers_of, stack, unstack
 from adalomo_jax.fused.sharding import of_layer, sharding_of
 
 

@@ -28,35 +28,25 @@ LAYERS = [
 """From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
 MODULES = {
     "optimizers": [
-        *(
-            "arguments",
-            "sums",
-            "moments",
-            "precision",
-            "rounding",
-            "layer_axes",
-            "matrix_axes",
-            "per_layer",
-            "adalomo",
-            "lomo",
-            "optax_rules",
-        ),
+        *("arguments", "sums", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer"),
+        *("adalomo", "lomo", "optax_rules"),
     ],
     "fused": [
-        *("loss_scale", "plan.jaxpr", "plan.dependence", "plan.terms", "plan.signatures", "plan.folded_keys"),
+        *("loss_scale", "plan.jaxpr", "plan.dependence", "plan.terms", "plan.equation_signatures", "plan.folded_keys"),
         *("plan.order", "plan.runs", "options", "offload", "buffers", "plan.periods", "plan.repeats", "sharding"),
         *("plan.chain", "plan.saving", "plan.reroll", "plan.homes", "plan.readers", "plan.differences", "plan.lists"),
-        *("plan.leafwise", "plan.plan", "plan.stages", "plan.checks", "plan.stacked", "plan.rolling", "plan.tracing"),
-        *("plan.origins", "state", "convert", "run.cotangents", "run.stacks", "run.segment", "run.updater"),
-        *("run.layers", "run.scan", "run.passes", "run.unfused", "result", "step"),
+        *("plan.leafwise", "plan.plan", "plan.planning", "plan.paths", "plan.call_signature", "plan.selection"),
+        *("plan.checks", "plan.placed_tree", "plan.rolling", "plan.tracing"),
+        *("plan.origins", "state", "convert", "run.cotangents", "run.in_place", "run.segment", "run.updater"),
+        *("run.layers", "run.layer_scan", "run.passes", "run.unfused", "result", "step"),
     ],
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
         *("rust_errors", "template_process", "templates", "chat", "tokenizer", "tokenizer_json", "added_tokens"),
-        *("tokenizer_files", "gguf_tokenizer", "export", "model"),
+        *("tokenizer_files", "gguf_tokenizer", "export", "by_name"),
     ],
     "memory": [
-        *("targets", "collectives", "usage", "compile", "estimate", "report"),
+        *("targets", "collectives", "usage", "compile", "estimate", "tables"),
     ],
     "text": ["documents", "corpus", "split", "packing", "data", "batches"],
     "training": [
@@ -67,7 +57,7 @@ MODULES = {
             "checkpoints.save",
             "checkpoints.stopping",
             "loop",
-            "report",
+            "summary",
             "tensorboard",
         ),
         *("checkpoints.resume", "output_folder"),

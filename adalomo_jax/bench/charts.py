@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from adalomo_jax.bench.contestants import REFERENCE
 from adalomo_jax.bench.measure import Measured
-from adalomo_jax.bench.report import Result, title_of
+from adalomo_jax.bench.tables import Result, title_of
 from adalomo_jax.pretrained.files import write_whole
 
 

@@ -14,7 +14,7 @@ from adalomo_jax.bench.charts import plot_depths, plot_times
 from adalomo_jax.bench.config import BenchConfig, bench_folder, check_bench_options
 from adalomo_jax.bench.contestants import CONTESTANTS, OFFICIAL, Case, contestants_of
 from adalomo_jax.bench.measure import Worker, measure, start_official, start_worker
-from adalomo_jax.bench.report import (
+from adalomo_jax.bench.tables import (
     Line,
     Result,
     depth_table,

@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from adalomo_jax.inputs import InputError
+from adalomo_jax.pretrained.by_name import Pretrained
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.model import Pretrained
 from adalomo_jax.text.data import Data
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.loop import train
 from adalomo_jax.training.metrics import Row, StepRow, to_json
 from adalomo_jax.training.plots import plot_range
 from adalomo_jax.training.program import build_program
-from adalomo_jax.training.report import progress_bar, warned_of
 from adalomo_jax.training.schedule import make_range_schedule
+from adalomo_jax.training.summary import progress_bar, warned_of
 
 STEPS = 100
 """Of the test, 20 for each power of ten."""

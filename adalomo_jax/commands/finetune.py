@@ -20,10 +20,10 @@ from adalomo_jax.commands.failures import reason_of
 from adalomo_jax.commands.find_lr import find_lr
 from adalomo_jax.inputs import InputError, Stopped, batch_parts, check_preset, mesh_sizes, one_line
 from adalomo_jax.models import PRESETS, decoder_of, generate
+from adalomo_jax.pretrained.by_name import Pretrained, export_rest, find_model
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.files import write_whole
-from adalomo_jax.pretrained.model import Pretrained, export_rest, find_model
 from adalomo_jax.run_files import METRICS
 from adalomo_jax.text.data import Data, load_data
 from adalomo_jax.training.checkpoints.record import Origin, Record
@@ -55,7 +55,7 @@ from adalomo_jax.training.metrics import Row, append_row, to_json, write_rows
 from adalomo_jax.training.output_folder import check_held, claimed, output_folder
 from adalomo_jax.training.plots import plot_losses, plot_run
 from adalomo_jax.training.program import Program, build_program, check_attention
-from adalomo_jax.training.report import progress_bar, summarize, summary_table, warned_of
+from adalomo_jax.training.summary import progress_bar, summarize, summary_table, warned_of
 from adalomo_jax.training.tensorboard import event_file
 
 SAMPLE_LENGTH = 200

@@ -16,8 +16,8 @@ from adalomo_jax.commands.generate_options import GenerateConfig, check_generate
 from adalomo_jax.inputs import InputError, one_line
 from adalomo_jax.models import PRESETS, DecoderConfig, decoder_of
 from adalomo_jax.models.sampling import Sampler, stream
+from adalomo_jax.pretrained.by_name import find_model, find_tokenizer
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.model import find_model, find_tokenizer
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
 from adalomo_jax.training.checkpoints.save import FOLDER, restore_params, steps_in
 

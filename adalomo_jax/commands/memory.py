@@ -14,7 +14,7 @@ from rich.console import Console
 from adalomo_jax.commands.memory_options import MemoryConfig, check_memory_options, model_sizes, picture
 from adalomo_jax.inputs import InputError, mesh_sizes
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
-from adalomo_jax.memory.report import Row, json_line, plot_usage, usage_table
+from adalomo_jax.memory.tables import Row, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, DecoderConfig
 from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adalomo_jax.fused.plan.stacked import layer_of, stack
+from adalomo_jax.fused.plan.placed_tree import layer_of, stack
 from adalomo_jax.fused.plan.tracing import Traced
 from adalomo_jax.fused.state import FusedState
 from adalomo_jax.optimizers.per_layer import PerLayer

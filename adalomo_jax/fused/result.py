@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from adalomo_jax.fused.buffers import check_apart
-from adalomo_jax.fused.plan.checks import check_extra_args, check_not_deleted, check_spread
+from adalomo_jax.fused.plan.call_signature import check_spread
+from adalomo_jax.fused.plan.checks import check_extra_args, check_not_deleted
 from adalomo_jax.fused.plan.plan import Plan
 from adalomo_jax.fused.state import FusedState
 from adalomo_jax.optimizers.per_layer import Group

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adalomo_jax.fused.buffers import with_own_memory
 from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
 from adalomo_jax.fused.offload import shapes_on_device
-from adalomo_jax.fused.plan.checks import Signature
+from adalomo_jax.fused.plan.call_signature import Signature
 from adalomo_jax.fused.plan.tracing import Traced
 from adalomo_jax.fused.sharding import of_own_state, of_stack
 

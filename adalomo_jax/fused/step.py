@@ -20,12 +20,12 @@ from adalomo_jax.fused.plan.checks import (
     check_not_deleted,
     check_placed,
     check_state,
-    leaves_on_host,
     warn_of_whole,
 )
+from adalomo_jax.fused.plan.placed_tree import is_stacked, layers_of, stack_layers, unstack_layers
 from adalomo_jax.fused.plan.plan import Plan
 from adalomo_jax.fused.plan.rolling import find_stacks
-from adalomo_jax.fused.plan.stacked import is_stacked, layers_of, stack_layers, unstack_layers
+from adalomo_jax.fused.plan.selection import leaves_on_host
 from adalomo_jax.fused.plan.tracing import Traced, trace_call
 from adalomo_jax.fused.result import Donating, StepResult, by_path, check_call
 from adalomo_jax.fused.run import passes

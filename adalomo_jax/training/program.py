@@ -25,8 +25,8 @@ from adalomo_jax.models import (
 )
 from adalomo_jax.models.attention import Kind, kind_for, splash_takes
 from adalomo_jax.models.sharding import everywhere
+from adalomo_jax.pretrained.by_name import Pretrained
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.model import Pretrained
 from adalomo_jax.rules import RULES
 from adalomo_jax.text.packing import Batch
 from adalomo_jax.training.config import FinetuneConfig

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from adalomo_jax.training.metrics import Row, StepRow, layer_medians
-from adalomo_jax.training.report import warned_of
+from adalomo_jax.training.summary import warned_of
 
 FLUSH_SECONDS = 10
 """How far the file may lag behind the run."""

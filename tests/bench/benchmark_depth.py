@@ -14,7 +14,7 @@ from functools import partial
 
 from adalomo_jax.bench.contestants import CONTESTANTS, REFERENCE, Case
 from adalomo_jax.bench.measure import measure, start_worker
-from adalomo_jax.bench.report import Result, line_through, machine
+from adalomo_jax.bench.tables import Result, line_through, machine
 from adalomo_jax.models import PRESETS
 
 

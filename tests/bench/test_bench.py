@@ -15,9 +15,9 @@ import adalomo_jax.bench.steps as steps_module
 from adalomo_jax.bench.config import BenchConfig
 from adalomo_jax.bench.contestants import CONTESTANTS, NAMES, REFERENCE, Case, contestants_of
 from adalomo_jax.bench.measure import Failed, Measured, Worker, measure, ratios_to_reference
-from adalomo_jax.bench.report import Result, line_through, memory_table, time_table
 from adalomo_jax.bench.run import run
 from adalomo_jax.bench.steps import compile_step
+from adalomo_jax.bench.tables import Result, line_through, memory_table, time_table
 from adalomo_jax.cli import main
 from adalomo_jax.inputs import InputError
 from adalomo_jax.models import PRESETS

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-import adalomo_jax.training.report as report
+import adalomo_jax.training.summary as report
 from adalomo_jax.training.metrics import EvaluationRow, StepRow
-from adalomo_jax.training.report import progress_bar
+from adalomo_jax.training.summary import progress_bar
 
 
 @pytest.mark.parametrize(("peak", "memory"), [(2_500_000_000, "2.50 GB"), (None, "not known")])

@@ -17,8 +17,8 @@ from adalomo_jax.cli import main
 from adalomo_jax.commands.generate import Loaded, pieces
 from adalomo_jax.models import PRESETS, Decoder, decoder_of, generate
 from adalomo_jax.pretrained import ByteTokenizer
+from adalomo_jax.pretrained.by_name import export_rest, find_model
 from adalomo_jax.pretrained.export import export_params
-from adalomo_jax.pretrained.model import export_rest, find_model
 from adalomo_jax.training.checkpoints.record import Origin
 from adalomo_jax.training.checkpoints.save import open_saver
 

@@ -21,7 +21,7 @@ from compiled import tree_bytes
 from found_model import Model, Sizes
 
 from adalomo_jax import adalomo, fuse
-from adalomo_jax.fused.plan.stacked import is_stacked
+from adalomo_jax.fused.plan.placed_tree import is_stacked
 from adalomo_jax.memory import TARGETS, Target, compile_usage, prepare
 
 LAYERS, LAYERS_OF_LIST = 32, 4

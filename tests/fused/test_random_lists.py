@@ -14,9 +14,9 @@ from lists_of_layers import data, fuse_lists
 from random_lists import DEFAULTS, loops, loss_of, params_of, trainable_of
 
 from adalomo_jax import lomo
-from adalomo_jax.fused.plan import signatures
+from adalomo_jax.fused.plan import equation_signatures as signatures
 from adalomo_jax.fused.plan.jaxpr import program_of
-from adalomo_jax.fused.plan.stacked import layers_of
+from adalomo_jax.fused.plan.placed_tree import layers_of
 
 EXAMPLES = os.environ.get("RANDOM_PROGRAMS")
 

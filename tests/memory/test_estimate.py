@@ -7,7 +7,7 @@ from on_targets import memory_rows, needs_cuda, needs_libtpu
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.memory import TARGETS, compile_usage, estimate_usage
-from adalomo_jax.memory.report import verdict
+from adalomo_jax.memory.tables import verdict
 
 LAYERS, DIM = 12, 512
 PARAMS = {"layers": jax.ShapeDtypeStruct((LAYERS, DIM, DIM), jnp.float32)}

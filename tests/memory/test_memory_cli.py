@@ -19,7 +19,7 @@ from adalomo_jax.inputs import AXES
 from adalomo_jax.memory import TARGETS, Usage
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.sharding import AXES as MESH_AXES
-from adalomo_jax.pretrained.model import find_model
+from adalomo_jax.pretrained.by_name import find_model
 from adalomo_jax.rules import HELP
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.program import build_program

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 from small_models import LLAMA, random_params, tensors_in
 
 from adalomo_jax.models import to_hugging_face
+from adalomo_jax.pretrained.by_name import find_model
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.model import find_model
 
 
 class Case(NamedTuple):

@@ -22,10 +22,10 @@ from adalomo_jax.inputs import InputError
 from adalomo_jax.models import make_mesh, param_shardings
 from adalomo_jax.models.config import config_of
 from adalomo_jax.pretrained import source
+from adalomo_jax.pretrained.by_name import find_model
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.export import KEPT_FILES, copy_files, export_config
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.model import find_model
 from adalomo_jax.pretrained.names import param_shapes
 
 KINDS = {

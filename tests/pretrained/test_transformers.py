@@ -10,10 +10,10 @@ import pytest
 from small_models import FAMILIES, random_params
 
 from adalomo_jax.models import decoder_of, generate
+from adalomo_jax.pretrained.by_name import export_rest, find_model
 from adalomo_jax.pretrained.checkpoint import open_checkpoint, packaged
 from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
-from adalomo_jax.pretrained.model import export_rest, find_model
 
 has = lambda name: importlib.util.find_spec(name) is not None
 NEEDED = ("torch", "transformers", "accelerate")

@@ -4,155 +4,26 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from adalomo_jax.fused.offload import is_on_host
-from adalomo_jax.fused.options import Options, is_bool, shown
+from adalomo_jax.fused.options import Options, shown
 from adalomo_jax.fused.plan.jaxpr import Program, reads_references
 from adalomo_jax.fused.plan.lists import Lists
+from adalomo_jax.fused.plan.paths import leaves_with_paths
 from adalomo_jax.fused.plan.plan import Plan
-from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.fused.plan.selection import leaves_on_host
 from adalomo_jax.jax_versions import varying_axes
-from adalomo_jax.optimizers.rounding import is_too_narrow
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Signature:
-    """What a state was made for. It is part of the state's structure, not of its arrays."""
-
-    params: tuple[tuple[str, tuple[int, ...], str], ...]
-    """Of each parameter the path, shape and dtype."""
-    args: tuple[str, ...]
-    """The paths in the other arguments of the loss."""
-    shardings: tuple[Sharding, ...] = ()
-    """Of each parameter how it was spread."""
-    args_shardings: tuple[Sharding, ...] = ()
-    """Of each leaf of the other arguments."""
-
-
-def signature_of(params: Any, args: Sequence[Any]) -> Signature:
-    """The signature of a call."""
-    leaves = [(path_name(path), jnp.shape(x), str(jnp.result_type(x))) for path, x in _leaves(params)]
-    return Signature(
-        params=tuple(leaves),
-        args=tuple(f"args{jax.tree_util.keystr(path)}" for path, _ in _leaves(args)),
-        shardings=tuple(sharding_of(x) for x in jax.tree.leaves(params)),
-        args_shardings=tuple(sharding_of(x) for x in jax.tree.leaves(args)),
-    )
-
-
-def path_name(path: Any) -> str:
-    """A parameter's path, as plans print it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def is_for(state: Signature, called: Signature) -> bool:
-    """Whether a state is for a call with such parameters and arguments."""
-    return (state.params, state.args) == (called.params, called.args)
-
-
-def check_signature(state: Signature, called: Signature) -> None:
-    """Refuses a call with parameters or arguments unlike those of `init`."""
-    way_out = "Make a state for them with step.init(params, *args)."
-    if state.params != called.params:
-        _check_placed_alike(state, called)
-        was, now = (dict((path, rest) for path, *rest in s.params) for s in (state, called))
-        path = next(path for path in {**was, **now} if was.get(path) != now.get(path))
-        say = lambda found: f"{found[1]}{list(found[0])}" if found else "absent"
-        raise ValueError(
-            f"The state was made for other parameters: {path!r} was {say(was.get(path))} in init, "
-            f"and is {say(now.get(path))} now. {way_out}"
-        )
-    if state.args != called.args:
-        path = next(iter(set(state.args).symmetric_difference(called.args)))
-        when = "was there in init, and is not now" if path in state.args else "is there now, and was not in init"
-        raise ValueError(f"The arguments of the loss have another structure than in init: {path} {when}. {way_out}")
-
-
-def _check_placed_alike(state: Signature, called: Signature) -> None:
-    """Refuses parameters with layers in stacks and a state for those without, and the other way round."""
-    if stack := _stack_in(state, called):
-        raise ValueError(
-            f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
-            "placed = step.place(params, *args), or the state step.unplace_state(state, placed, *args)."
-        )
-    if stack := _stack_in(called, state):
-        raise ValueError(
-            f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give the "
-            "step step.place_state(state, params, *args), or step.unplace(params)."
-        )
-
-
-def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
-    """In words a stack that is in one and has its layers in the other, if they are alike in all else."""
-    ours, theirs = ({path: rest for path, *rest in s.params} for s in (placed, unplaced))
-    stacks = [path for path in ours if path in theirs and ours[path] != theirs[path]]
-    are_layers = all([ours[path][0][1:], ours[path][1]] == theirs[path] for path in stacks)
-    if not (stacks and are_layers and ours.keys() < theirs.keys()):
-        return None
-    return f"{stacks[0]!r} is a stack of {ours[stacks[0]][0][0]} layers"
-
-
-def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
-    """Of each parameter whether it is trained; refuses what cannot be."""
-    paths_and_leaves = _leaves(params)
-    for path, leaf in paths_and_leaves:
-        if callable(leaf) and not hasattr(leaf, "dtype"):
-            raise ValueError(
-                f"Each leaf of params must be an array, but {path_name(path)!r} is {shown(leaf)}. Keep the "
-                "arrays apart: of an Equinox model params, static = eqx.partition(model, eqx.is_inexact_array), and in "
-                "the loss eqx.combine(params, static)."
-            )
-        if not hasattr(leaf, "dtype"):
-            raise ValueError(
-                f"Each leaf of params must be an array, but {path_name(path)!r} is of the type {type(leaf).__name__}. "
-                "Make it an array, or close over it in the loss."
-            )
-    if trainable is None:
-        asked = [jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in paths_and_leaves]
-    elif callable(trainable):
-        asked = [_asked(trainable, path_name(path)) for path, _ in paths_and_leaves]
-    else:
-        try:
-            asked = [bool(flag) for flag in jax.tree.leaves(jax.tree.broadcast(trainable, params))]
-        except ValueError as error:
-            raise ValueError(f"trainable must be a tree like params, or a prefix of it, of bools. {error}") from error
-    for (path, leaf), is_asked in zip(paths_and_leaves, asked, strict=True):
-        if is_asked and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"A trained parameter must be of floats, but {path_name(path)!r} is of {leaf.dtype}. Leave it out "
-                "with trainable=..., or pass it as another argument of the loss."
-            )
-        if is_asked and is_too_narrow(leaf.dtype):
-            raise ValueError(
-                f"A trained parameter must be of floats of 16 bits at least, but {path_name(path)!r} is of "
-                f"{leaf.dtype}. Keep it in bfloat16 and cast it in the loss, or leave it out with trainable=..."
-            )
-    if not any(asked):
-        raise ValueError(
-            f"Nothing is trained: none of the {len(asked)} leaves of params is a float that trainable selects."
-        )
-    return tuple(asked)
-
-
-def _asked(trainable: Any, path: str) -> bool:
-    answer = trainable(path)
-    if not is_bool(answer):
-        raise ValueError(f"trainable must return True or False of a path, but of {path!r} it returned {shown(answer)}.")
-    return bool(answer)
 
 
 def check_args(args: Sequence[Any]) -> None:
     """Refuses arguments of the loss that are no arrays."""
-    for path, x in _leaves(tuple(args)):
+    for path, x in leaves_with_paths(tuple(args)):
         if not (isinstance(x, jax.ShapeDtypeStruct) or _is_array(x)):
             raise ValueError(
                 f"The arguments of loss_fn must be arrays, but {_argument(path)} is {shown(x)}, of the type "
@@ -162,7 +33,7 @@ def check_args(args: Sequence[Any]) -> None:
 
 def check_returned(result: Any) -> None:
     """Refuses a loss, or what is returned beside it, that is no array."""
-    for path, x in _leaves(result):
+    for path, x in leaves_with_paths(result):
         if not _is_array(x):
             name = f"the leaf {jax.tree_util.keystr(path)} of it" if path else "it"
             raise ValueError(
@@ -208,7 +79,7 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
         )
     sizes: dict[int, str] = {}
     for position in positions:
-        for path, x in _leaves(args[position]):
+        for path, x in leaves_with_paths(args[position]):
             shape, name = jnp.shape(x), f"argument {position + 1} of loss_fn{jax.tree_util.keystr(path)}"
             if options.batch_argnums is None and jnp.result_type(x) == jnp.uint32 and shape in _RAW_KEYS:
                 raise ValueError(
@@ -232,7 +103,7 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
 
 def check_extra_args(extra_args: Mapping[str, Any]) -> None:
     """Refuses extra arguments of ``tx.update`` that are no arrays."""
-    for path, x in _leaves(dict(extra_args)):
+    for path, x in leaves_with_paths(dict(extra_args)):
         if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
             raise ValueError(
                 f"Arguments by name are given to tx.update, in each layer's update, and must be trees of arrays, but "
@@ -320,17 +191,6 @@ def warn_of_whole(plan: Plan) -> None:
             )
 
 
-def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:
-    """The positions of the parameters that ``offload`` keeps in host memory; refuses to find none."""
-    if options.offloads_params and not plan.stacks_of_matrices:
-        raise ValueError(
-            "offload='params' keeps stacks of matrices in host memory, but no scan runs over one, along an axis before "
-            "its last two. Leave 'params' out, or stack the layers along the first axis. The plan is:\n"
-            f"{plan}"
-        )
-    return plan.stacks_of_matrices if options.offloads_params else ()
-
-
 def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
     """Refuses parameters in another memory than ``offload`` says."""
     on_host = leaves_on_host(plan, options)
@@ -345,7 +205,7 @@ def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
 
 def check_not_deleted(what: Any, name: str) -> None:
     """Refuses arrays whose memory an earlier step has taken."""
-    for path, x in _leaves(what):
+    for path, x in leaves_with_paths(what):
         if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it is no "
@@ -353,47 +213,15 @@ def check_not_deleted(what: Any, name: str) -> None:
             )
 
 
-def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
-    """Refuses parameters, and a batch to slice, that are spread otherwise than in `init`; traced ones do not show it.
-
-    The step spreads all that it makes as `init` saw it, so it would gather them on each device, or cut them again.
-    """
-    for name, tree, shardings in (("params", params, state.shardings), ("args", args, state.args_shardings)):
-        paths_and_leaves = _leaves(tree)
-        if not any(shardings) or len(paths_and_leaves) != len(shardings):
-            continue
-        for (path, x), was in zip(paths_and_leaves, shardings):
-            if was is None or isinstance(x, Tracer) or not isinstance(x, jax.Array):
-                continue
-            now = sharding_of(x)
-            if now is None or not was.is_equivalent_to(now, x.ndim):
-                raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} is spread otherwise than when the state was made: "
-                    f"{_spread(was)} then, {_spread(now or x.sharding)} now. Make the state for arrays as they are now "
-                    "with step.init(params, *args), or spread them as they were with jax.device_put."
-                )
-
-
-def _spread(sharding: Any) -> str:
-    """In one line."""
-    if not isinstance(sharding, NamedSharding):
-        return " ".join(str(sharding).split())
-    return f"{sharding.spec} over {dict(sharding.mesh.shape)}"
-
-
 def check_state(inner: Any, expected: Any) -> None:
     """Refuses optimizer state that `init` did not make for such parameters."""
     way_out = "Make it with step.init(params, *args) for the parameters and the loss that the step is called with."
     if jax.tree.structure(inner) != jax.tree.structure(expected):
         raise ValueError(f"The state is not that of these parameters and this tx. {way_out}")
-    for (path, leaf), want in zip(_leaves(inner), jax.tree.leaves(expected)):
+    for (path, leaf), want in zip(leaves_with_paths(inner), jax.tree.leaves(expected)):
         if jnp.shape(leaf) != want.shape:
             name = jax.tree_util.keystr(path)
             raise ValueError(
                 f"The state's {name} has the shape {jnp.shape(leaf)}, but {want.shape} is due. {way_out} To go on "
                 "with it, give tx the options that it was made with, such as matrix_axes=None to adalomo."
             )
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)

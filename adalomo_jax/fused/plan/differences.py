@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adalomo_jax.fused.plan.equation_signatures import Signatures
 from adalomo_jax.fused.plan.jaxpr import (
     Equation,
     Program,
@@ -20,7 +21,6 @@ from adalomo_jax.fused.plan.jaxpr import (
 )
 from adalomo_jax.fused.plan.periods import Search
 from adalomo_jax.fused.plan.runs import FEWEST, Layers
-from adalomo_jax.fused.plan.signatures import Signatures
 
 
 class Leaf(NamedTuple):

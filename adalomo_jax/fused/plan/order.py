@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from adalomo_jax.fused.plan.equation_signatures import Signatures
 from adalomo_jax.fused.plan.jaxpr import Equation, Program
-from adalomo_jax.fused.plan.signatures import Signatures
 
 _FEW = 3
 """What is made of parameters alone, and read so many times at most, is one layer's."""

@@ -9,12 +9,12 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from adalomo_jax.fused.plan.equation_signatures import Signatures
 from adalomo_jax.fused.plan.folded_keys import with_folded_as_operands
 from adalomo_jax.fused.plan.jaxpr import Equation, Program, called_by, is_checkpoint, with_opened
 from adalomo_jax.fused.plan.order import Ordered, in_order
 from adalomo_jax.fused.plan.periods import Search
 from adalomo_jax.fused.plan.runs import Layers, Parameter, Run, nbytes
-from adalomo_jax.fused.plan.signatures import Signatures
 
 
 class Carried(NamedTuple):

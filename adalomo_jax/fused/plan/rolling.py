@@ -9,14 +9,15 @@ import optax
 
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options, is_bool
-from adalomo_jax.fused.plan.checks import path_name, trained_leaves
 from adalomo_jax.fused.plan.differences import Leaf
 from adalomo_jax.fused.plan.jaxpr import Program, is_checkpoint, trace
 from adalomo_jax.fused.plan.leafwise import rules_of_leaves
 from adalomo_jax.fused.plan.lists import Lists, why_not_stacked
 from adalomo_jax.fused.plan.order import with_layers_as_inputs
+from adalomo_jax.fused.plan.paths import path_name
+from adalomo_jax.fused.plan.placed_tree import layers_of, unstack_layers
 from adalomo_jax.fused.plan.repeats import Repeat, find_repeats
-from adalomo_jax.fused.plan.stacked import layers_of, unstack_layers
+from adalomo_jax.fused.plan.selection import trained_leaves
 from adalomo_jax.fused.sharding import Sharding, sharding_of
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
 

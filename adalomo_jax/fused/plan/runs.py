@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from adalomo_jax.fused.plan.equation_signatures import Signatures
 from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.order import Ordered
-from adalomo_jax.fused.plan.signatures import Signatures
 
 FEWEST = 3
 """So many layers of a list are stacked. Of two, one is copied whenever it is read from the stack: nothing is gained."""

@@ -11,28 +11,25 @@ from jax import lax
 
 from adalomo_jax.fused.offload import shapes_on_device
 from adalomo_jax.fused.options import Options
+from adalomo_jax.fused.plan.call_signature import Signature, check_signature, is_for, signature_of
 from adalomo_jax.fused.plan.checks import (
-    Signature,
     check_args,
     check_batch,
     check_loss,
     check_program,
     check_returned,
-    check_signature,
     check_strict,
-    is_for,
-    path_name,
-    signature_of,
-    trained_leaves,
 )
 from adalomo_jax.fused.plan.jaxpr import trace
 from adalomo_jax.fused.plan.leafwise import check_leafwise
+from adalomo_jax.fused.plan.paths import path_name
+from adalomo_jax.fused.plan.placed_tree import is_stacked, layer_paths, unstack_layers
 from adalomo_jax.fused.plan.plan import Plan
+from adalomo_jax.fused.plan.planning import make_plan
 from adalomo_jax.fused.plan.readers import fold_readers
 from adalomo_jax.fused.plan.reroll import reroll
 from adalomo_jax.fused.plan.rolling import lists_of
-from adalomo_jax.fused.plan.stacked import is_stacked, layer_paths, unstack_layers
-from adalomo_jax.fused.plan.stages import make_plan
+from adalomo_jax.fused.plan.selection import trained_leaves
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.jax_versions import explicit_sharding
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer

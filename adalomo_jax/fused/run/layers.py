@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate, largest_made, reads_in_order
 from adalomo_jax.fused.plan.plan import LayerScan
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate, pull
+from adalomo_jax.fused.run.in_place import layer_at
 from adalomo_jax.fused.run.segment import Context
-from adalomo_jax.fused.run.stacks import layer_at
 from adalomo_jax.fused.sharding import constrain
 
 

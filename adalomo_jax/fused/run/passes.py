@@ -13,7 +13,7 @@ from adalomo_jax.barriers import after, in_order, once_written
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.plan import LayerScan, Plan, Segment, Stage
-from adalomo_jax.fused.run import scan, segment
+from adalomo_jax.fused.run import layer_scan, segment
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.run.layers import update_order
 from adalomo_jax.fused.run.segment import Context
@@ -92,7 +92,7 @@ def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbat
         ran = forward(plan, leaves, args, microbatches, jnp.ones([], jnp.float32))
         kept, read_again = [], set[int]()
         for tape in ran.tapes:
-            if isinstance(tape, scan.Tape):
+            if isinstance(tape, layer_scan.Tape):
                 kept.append(tape.residuals)
             elif tape is not None:
                 kept.append(tape[0])
@@ -139,7 +139,7 @@ def _pull_back(
                 sets = update_order(stage, plan.program, any(is_on_host(leaves[i]) for i in group.leaves))
                 own, parts = updater.optimizer.own(inner, group), updater.parts(group, sets)
             measure = partial(updater.measure, group)
-            done = scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)
+            done = layer_scan.backward(stage, ran.context, tape, ran.values, cotangents, own, parts, measure)
             accumulate(cotangents, done.cotangents)
             if group is not None:
                 owns[group] = done.own
@@ -181,7 +181,7 @@ def _after_cotangents(
 
 def _forward(stage: Stage, context: Context, values: dict[int, Any]) -> Any:
     if isinstance(stage, LayerScan):
-        return scan.forward(stage, context, values)
+        return layer_scan.forward(stage, context, values)
     return segment.forward(stage, context, values)
 
 

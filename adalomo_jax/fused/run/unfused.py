@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from adalomo_jax.fused.plan.stacked import unstack_layers
+from adalomo_jax.fused.plan.placed_tree import unstack_layers
 from adalomo_jax.fused.plan.tracing import Traced
 from adalomo_jax.optimizers.precision import add, promoted
 

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from adalomo_jax.barriers import each_known
-from adalomo_jax.fused.run.stacks import Part, UpdateLayer, layer_at, start, update
+from adalomo_jax.fused.run.in_place import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer

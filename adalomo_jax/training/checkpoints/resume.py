@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from adalomo_jax.inputs import InputError, one_line
+from adalomo_jax.pretrained.by_name import Pretrained
 from adalomo_jax.pretrained.json_files import read_json
-from adalomo_jax.pretrained.model import Pretrained
 from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
 from adalomo_jax.run_files import METRICS
 from adalomo_jax.text.data import Data

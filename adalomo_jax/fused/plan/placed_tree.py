@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from adalomo_jax.fused.plan.checks import path_name
+from adalomo_jax.fused.plan.paths import path_name
 from adalomo_jax.fused.sharding import Sharding, of_layer, of_stack, sharding_of
 
 

@@ -17,9 +17,9 @@ from adalomo_jax.fused.plan.jaxpr import evaluate
 from adalomo_jax.fused.plan.plan import LayerScan
 from adalomo_jax.fused.run import segment
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
+from adalomo_jax.fused.run.in_place import Part, start, update_parts
 from adalomo_jax.fused.run.layers import received, slices_at
 from adalomo_jax.fused.run.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
-from adalomo_jax.fused.run.stacks import Part, start, update_parts
 from adalomo_jax.optimizers.precision import add, promoted
 
 

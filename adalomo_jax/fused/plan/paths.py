@@ -1,0 +1,15 @@
+"""The paths of parameters in their tree, and of arrays in any."""
+
+from typing import Any
+
+import jax
+
+
+def path_name(path: Any) -> str:
+    """A parameter's path, as plans print it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_with_paths(tree: Any) -> list[tuple[Any, Any]]:
+    """Pairs of a path and the leaf that is there."""
+    return jax.tree_util.tree_leaves_with_path(tree)
