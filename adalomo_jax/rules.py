@@ -44,6 +44,8 @@ RULES = {rule.name: rule for rule in _RULES}
 
 HELP = "Update rule: " + "; ".join(f"{rule.name}, {rule.description}" for rule in _RULES)
 """Of the option that names one."""
+RATES = "; ".join(f"{rule.name} {rule.tuned_rate:g}" for rule in _RULES) + "; more from random weights"
+"""Of the option for the learning rate: what it is if nobody says."""
 
 if TYPE_CHECKING:
     Optimizer = str

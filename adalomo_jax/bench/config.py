@@ -21,30 +21,30 @@ LOMO_OPTIM = ("torch", "transformers", "lomo_optim")
 class BenchConfig:
     """Measure what a training step costs by each optimizer, fused and not.
 
-    Each one runs in a process of its own, and all take steps in turn, so that a busy machine hits all alike.
-    Without options: SmolLM2-135M on sequences of 64 and of 512 tokens, some 15 minutes on two CPU cores."""
+    Each optimizer runs in a process of its own. All take steps in turn, so that a busy machine slows all alike.
+    Without options, it measures SmolLM2-135M on sequences of 64 and 512 tokens, in some 15 minutes on two CPU cores."""
 
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: tuple[str, ...] = ("smollm2-135m",)
     """Presets: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
     Or files: a Llama's config.json in Hugging Face's format. Weights are random."""
     batch_size: int = 1
-    """Sequences a step."""
+    """Sequences in a step."""
     seq_len: tuple[int, ...] = (64, 512)
     """Lengths of sequences, in tokens."""
     layers: Annotated[tuple[int, ...] | None, default("the model's own", metavar="INT [INT ...]")] = None
     """Numbers of layers to give the models, at their width.
-    With several, time and memory are drawn against depth, and a line is fitted to the times."""
+    With several numbers, the command draws time and memory against depth, and fits a line to the times."""
     dtype: tuple[Dtype, ...] = ("float32",)
     """Types of weights and activations."""
     only: Annotated[tuple[str, ...] | None, default("all", metavar="NAME [NAME ...]")] = None
-    """What to measure, by the names that the table has, such as "adalomo, fused" "adamw, unfused".
-    adalomo, fused is always measured: it is what the others are compared with."""
+    """What to measure, by the names in the table, such as "adalomo, fused" "adamw, unfused".
+    It always measures adalomo, fused, and compares the others with it."""
     rounds: int = 9
-    """How many steps each one takes, in turn, after two to warm up."""
+    """How many steps each optimizer takes, after two to warm up."""
     against: Annotated[Literal["lomo-optim"] | None, default("nothing else")] = None
-    """Measure the official PyTorch AdaLomo too, on the same sizes, with activation checkpoints and as many threads.
-    It needs the packages torch, transformers and lomo-optim, and is of sizes that Hugging Face's Llama has."""
+    """Measure the official PyTorch AdaLomo too, with the same sizes, activation checkpoints and number of threads.
+    It needs the packages torch, transformers and lomo-optim, and sizes that Hugging Face's Llama can have."""
     output: Annotated[Path | None, default("runs/bench-<time> under the current folder")] = None
     """Folder for bench.json and the pictures."""
 

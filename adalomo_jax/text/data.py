@@ -56,16 +56,16 @@ class DataReport(NamedTuple):
         ]
         if self.short or self.unlearned:
             lines.append(
-                f"dropped: {self.short:,} tokens that a cut left alone, {self.unlearned:,} in pieces of documents "
-                "where nothing is to be predicted"
+                f"dropped: {self.short:,} tokens that stood alone in a sequence, {self.unlearned:,} in pieces of documents "
+                "without anything to predict"
             )
         if self.in_both:
             lines.append(
-                f"{self.in_both:,} of the documents to evaluate on are to be trained on, too, with the same text: "
-                "the evaluation loss will be too low"
+                f"{self.in_both:,} of the documents to evaluate on have the same text as one to train on: the evaluation "
+                "loss will be too low"
             )
         if self.broken:
-            lines.append(f"left out: {_listed(self.broken)}")
+            lines.append(f"skipped: {_listed(self.broken)}")
         for field, count in self.unwritten:
             lines.append(f"not used: {field} of {count:,} conversations, which the chat template does not write")
         return "\n".join([*lines, *lines_of(self.passed_over)])
@@ -75,7 +75,7 @@ class DataReport(NamedTuple):
         if self.evaluation_sequences <= EVALUATION_SEQUENCES:
             return ""
         return (
-            f", of whose {self.evaluation_sequences:,} sequences an evaluation reads about {EVALUATION_SEQUENCES}, or "
+            f"; an evaluation reads about {EVALUATION_SEQUENCES} of their {self.evaluation_sequences:,} sequences, or "
             f"{EVALUATION_BATCHES} batches if that is more"
         )
 

