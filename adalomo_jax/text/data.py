@@ -56,13 +56,13 @@ class DataReport(NamedTuple):
         ]
         if self.short or self.unlearned:
             lines.append(
-                f"dropped: {self.short:,} tokens that stood alone in a sequence, {self.unlearned:,} in pieces of documents "
-                "without anything to predict"
+                f"dropped: {self.short:,} tokens that stood alone in a sequence, {self.unlearned:,} in pieces of "
+                "documents without anything to predict"
             )
         if self.in_both:
             lines.append(
-                f"{self.in_both:,} of the documents to evaluate on have the same text as one to train on: the evaluation "
-                "loss will be too low"
+                f"{self.in_both:,} of the documents to evaluate on have the same text as one to train on: the "
+                "evaluation loss will be too low"
             )
         if self.broken:
             lines.append(f"skipped: {_listed(self.broken)}")
