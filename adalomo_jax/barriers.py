@@ -1,6 +1,6 @@
-"""What XLA must have computed before it goes on, and how it may lay out what it has.
+"""Barriers: what XLA must compute before it goes on, and how it may lay out arrays in memory.
 
-A CPU's compiler drops ``lax.optimization_barrier``, and others know layouts that a CPU's does not: each gets its own.
+The CPU compiler drops ``lax.optimization_barrier``, and others know layouts that it does not: each gets its own code.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from adalomo_jax.jax_versions import explicit_sharding, varying_axes, with_axes_
 
 
 def after(x: jax.Array, computed: Any) -> jax.Array:
-    """``x`` itself, but so that XLA must have computed each of the arrays before it is known.
+    """``x`` itself, but XLA must have computed each of the arrays before ``x`` is known.
 
-    Within a ``shard_map`` only those that are the same wherever ``x`` is: by others ``x`` would come to differ, too.
+    Within a ``shard_map`` it waits only for arrays that are the same wherever ``x`` is: others would make ``x`` differ.
     """
     computed = [y for y in jax.tree.leaves(computed) if varying_axes(y) <= varying_axes(x)]
-    # On an explicit mesh an array has no first entry without a transfer, which the arithmetic for a CPU needs.
+    # The arithmetic for a CPU needs an array's first entry, which costs a transfer on an explicit mesh.
     with_barrier = lambda x, computed: barrier((x, computed))[0]
     if any(explicit_sharding(y) is not None for y in [x, *computed]):
         return with_barrier(x, computed)
@@ -27,7 +27,7 @@ def after(x: jax.Array, computed: Any) -> jax.Array:
 
 
 def barrier(xs: Any) -> Any:
-    """``lax.optimization_barrier``, of which JAX wants all arrays to vary along the same axes of a ``shard_map``."""
+    """``lax.optimization_barrier`` for each set of arrays that vary along the same ``shard_map`` axes, as JAX wants."""
     leaves, treedef = jax.tree.flatten(xs)
     done = dict[int, Any]()
     for axes in dict.fromkeys(map(varying_axes, leaves)):
@@ -37,18 +37,18 @@ def barrier(xs: Any) -> Any:
 
 
 def once_written(x: jax.Array, written: Any) -> jax.Array:
-    """``x`` itself, on an accelerator known only when these have been written.
+    """``x`` itself; on an accelerator it is known only once the arrays ``written`` have been written.
 
-    Else XLA may go on with ``x`` first, with all that they are computed from alive. A CPU's compiler does not, and the
-    arithmetic that orders it would cost copies.
+    Otherwise XLA may go on with ``x`` first, and keep alive everything that they are computed from. The CPU compiler
+    does not, and the arithmetic that orders it would cost copies.
     """
     return lax.platform_dependent(x, written, cpu=lambda x, _: x, default=after)
 
 
 def in_order(x: Any) -> Any:
-    """The array itself, its axes in memory in their order, but for a CPU's compiler: that never changes it.
+    """The array itself, with its axes in order in memory; unchanged on a CPU, whose compiler never reorders them.
 
-    There it would only copy a layer that can be read from its stack.
+    There the constraint would only copy a layer that can be read from its stack.
     """
     if x.ndim < 2:
         return x
@@ -56,16 +56,16 @@ def in_order(x: Any) -> Any:
 
 
 def each_known(test: Callable[[jax.Array], jax.Array], xs: list[jax.Array]) -> list[jax.Array]:
-    """A test of each of some scalars. On a CPU none is known before all are: where writes wait, less is alive."""
+    """A test of each scalar. On a CPU no result is known before all are: if writes wait for them, less is alive."""
     together = lambda xs: list(test(jnp.stack(xs)))
     return lax.platform_dependent(xs, cpu=together, default=lambda xs: [test(x) for x in xs])
 
 
 def _after_by_arithmetic(x: jax.Array, computed: list[jax.Array]) -> jax.Array:
-    """For the CPU, whose compiler drops optimization barriers before it orders reads and writes.
+    """`after` for the CPU, whose compiler drops optimization barriers before it orders reads and writes.
 
-    What is added is always 0, the sign bits shifted out; XLA does not fold that. tests/fused/test_memory.py sees copies
-    of stacks where this fails.
+    The summand is always 0, because the sign bits are shifted out; XLA does not fold that. tests/fused/test_memory.py
+    sees copies of stacks if this fails.
     """
     if not computed:
         return x

@@ -1,4 +1,4 @@
-"""The commands. What they do stands in the packages that they call."""
+"""The commands. The packages that they call do the work."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ EXTRA = (
     *("flax", "gguf", "grain", "jinja2", "matplotlib", "orbax", "pydantic", "rich", "safetensors"),
     *("tensorboardX", "tokenizers", "tyro"),
 )
-"""What the extra ``finetune`` installs: the script is there without it."""
+"""The packages that the extra ``finetune`` installs. The script exists without it."""
 _LONGEST = 4_000
-"""Characters of a message."""
+"""Most characters of a message."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _main(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still to be written to it would fail once more at the end of Python.
+        # Output that is not yet written would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _stop("nobody reads the output any more", 141)
 
@@ -73,7 +73,7 @@ def _main(args: Sequence[str] | None) -> None:
         _stop("interrupted", 130)
     except BrokenPipeError:
         raise
-    except Exception as error:  # of any library that writes, or asks for memory
+    except Exception as error:  # from any library that writes, or asks for memory
         reason = reason_of(error)
         if reason is None:
             raise
@@ -82,7 +82,7 @@ def _main(args: Sequence[str] | None) -> None:
 
 @contextlib.contextmanager
 def _interrupted_after() -> Iterator[None]:
-    """Holds Ctrl-C back until its body is done: libraries that are being imported end in tracebacks, or crash."""
+    """Holds Ctrl-C back until its body is done: an interrupted import of a library ends in a traceback, or crashes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -135,16 +135,16 @@ def _parse(args: Sequence[str] | None) -> Any:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro 1.0 says below the title and above the rule; its events for errors are private, so the text is read."""
+    """What tyro 1.0 says below the title and above the rule. This reads text, as tyro's error events are private."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     below_title = [line.strip(" │") for line in plain.splitlines()[1:]]
-    says = lambda line: line.strip("-─") != ""  # the title has a rule below it where stdout is not UTF-8
+    says = lambda line: line.strip("-─") != ""  # the title has a rule below it if stdout is not UTF-8
     first = itertools.takewhile(says, itertools.dropwhile(lambda line: not says(line), below_title))
     return " ".join(first).rstrip(".")
 
 
 def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig | BenchConfig) -> Callable[[], object]:
-    """What a command runs. Imports what it needs, and nothing else, so that ``--help`` is quick."""
+    """The function that a command runs. It imports only what the command needs, so that ``--help`` is quick."""
     from adalomo_jax.commands.compilation_cache import use_compilation_cache
     from adalomo_jax.commands.generate_options import GenerateConfig
     from adalomo_jax.commands.memory_options import MemoryConfig
@@ -173,6 +173,6 @@ def _runner(command: FinetuneConfig | GenerateConfig | PlotConfig | MemoryConfig
 
 
 def _stop(message: str, status: int) -> NoReturn:
-    # Names of files and texts of libraries are within: what ends a line or is obeyed by a terminal is shown as it is.
+    # The message may hold names of files and texts of libraries: it shows line ends and terminal codes as escapes.
     print(f"adalomo-jax: {printable(message, _LONGEST)}", file=sys.stderr)
     sys.exit(status)

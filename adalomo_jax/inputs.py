@@ -1,4 +1,4 @@
-"""What a user gives the commands: the error that says it cannot be used, and the options that several of them have."""
+"""A user's input to the commands: the error if it cannot be used, and the options that several commands have."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tyro.conf import arg
 from adalomo_jax.printable import printable
 
 AXES = ("data", "fsdp", "tensor")
-"""What a mesh may have."""
+"""The axes that a mesh may have."""
 
 
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line and says what to give instead.
 
-    Names of files and texts of libraries are in it, so it is made printable here, for all who raise it.
+    It may hold names of files and texts of libraries, so it is made printable here, for all callers.
     """
 
     def __init__(self, message: str):
@@ -24,21 +24,21 @@ class InputError(Exception):
 
 
 class Stopped(Exception):
-    """A signal has ended the run, and all is saved; the message is one line and says how to go on."""
+    """A signal has ended the run, and everything is saved; the message is one line and says how to go on."""
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, as part of a sentence."""
+    """The text of an error, as part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")
 
 
 def default(meaning: str, metavar: str | None = None) -> object:
-    """What ``--help`` shows as the default, where its value would say nothing, and as the option's value."""
+    """The text that ``--help`` shows as the default, if the value would say nothing, and as the option's value."""
     return arg(help_behavior_hint=f"(default: {meaning})", metavar=metavar)
 
 
 def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
-    """The sizes of a mesh by axis, from the text of an option; none where it is not given."""
+    """The sizes of a mesh by axis, from the text of an option; none if it is not given."""
     sizes: dict[str, int] = {}
     for part in text.split(",") if text else ():
         axis, _, size = part.partition("=")
@@ -51,12 +51,12 @@ def mesh_sizes(text: str | None, option: str) -> dict[str, int]:
 
 
 def batch_parts(sizes: Mapping[str, int]) -> int:
-    """Over how many devices a mesh of these sizes spreads a batch."""
+    """How many devices a mesh of these sizes spreads a batch over."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
 def check_preset(name: str, presets: list[str], or_file: str = "") -> None:
-    """Raise InputError for a name that is no preset; the message offers the nearest, and what else may be given."""
+    """Raise InputError for a name that is no preset; the message offers the nearest one and the alternatives."""
     if name in presets:
         return
     close = difflib.get_close_matches(name, presets, n=1)

@@ -1,6 +1,6 @@
-"""All that depends on JAX's version: what jaxprs are made of, and what JAX offers as an experiment.
+"""Everything that depends on JAX's version: the parts of jaxprs, and JAX's experimental features.
 
-Between 0.10 and 0.12 the parameters of ``scan``, what a closed jaxpr is and the types within ``shard_map`` changed.
+Between 0.10 and 0.12 the parameters of ``scan``, closed jaxprs, and the types within ``shard_map`` changed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ CALLS = ("jit", "closed_call")
 CHECKPOINT = "remat2"
 """The primitive of ``jax.checkpoint``."""
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-"""Primitives with a derivative of their own."""
+"""Primitives with a custom derivative."""
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 """Memory spaces."""
 
 
 def is_jaxpr(value: Any) -> bool:
-    """Whether it is a jaxpr, open or closed."""
+    """Whether a value is a jaxpr, open or closed."""
     return hasattr(value, "eqns") and hasattr(open_jaxpr(value), "invars")
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
-    """Up to JAX 0.11 a jaxpr with its constants wraps one without; then it is one."""
+    """The open jaxpr: up to JAX 0.11 a jaxpr with its constants wraps one without; later it is one itself."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -52,24 +52,24 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether it is a ``jax.extend.core.Literal``. That module is not imported: it brings Pallas, for 20 ms."""
+    """Whether it is a ``jax.extend.core.Literal``. We do not import that module: it loads Pallas, which takes 20 ms."""
     return hasattr(atom, "val")
 
 
 def is_reference(aval: Any) -> bool:
-    """Whether it is the type of an array that is changed in place (``jax.new_ref``)."""
+    """Whether a type is that of an array that is changed in place (``jax.new_ref``)."""
     return hasattr(aval, "inner_aval")
 
 
 def context_of(eqn: JaxprEqn) -> str:
-    """What was set around an equation: the precision of products, a mesh, where it computes."""
+    """The settings around an equation: the precision of products, a mesh, where it computes."""
     context = eqn.ctx
     names = [name for name in getattr(type(context), "__slots__", None) or vars(context) if name[0] != "_"]
     return str([(name, getattr(context, name, None)) for name in sorted(names) if name != "manager"])
 
 
 def has_effects(eqn: JaxprEqn) -> bool:
-    """Whether it does more than make its results: it prints, or calls back. To name a mesh axis is no effect."""
+    """Whether an equation does more than compute results: it prints or calls back. Naming a mesh axis is no effect."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
@@ -83,41 +83,41 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The axes of a ``shard_map``'s mesh along which an array, or a type, may differ; none with ``check_vma=False``."""
+    """The axes of a ``shard_map``'s mesh along which an array or a type may differ; none with ``check_vma=False``."""
     aval: Any = x if isinstance(x, AbstractValue) else jax.typeof(x)
     return aval.mat.varying if hasattr(aval, "mat") else getattr(aval, "vma", frozenset())  # `vma` before JAX 0.10.2
 
 
 def is_explicit(mesh: AbstractMesh | Mesh) -> bool:
-    """Whether types say how arrays are spread over a mesh."""
+    """Whether types say how arrays are sharded over a mesh."""
     return AxisType.Explicit in mesh.axis_types
 
 
 def explicit_sharding(x: Any) -> Any:
-    """How an array, or a type, is spread, if its type says it; else None."""
+    """How an array or a type is sharded, if its type says so; otherwise None."""
     aval: Any = x if isinstance(x, AbstractValue) else jax.typeof(x)
     return aval.sharding if is_explicit(aval.sharding.mesh) else None
 
 
 def explicit_mesh(mesh: AbstractMesh | Mesh) -> AbstractMesh:
-    """A mesh of the same axes over which types say how arrays are spread; see `on_mesh`."""
+    """A mesh with the same axes on which types say how arrays are sharded; see `on_mesh`."""
     return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
 
 on_mesh = use_abstract_mesh
-"""The context in which such a mesh holds."""
+"""The context in which such a mesh is in effect."""
 
 
 def memory_space(x: Any) -> Any:
-    """`HOST` or `DEVICE`: the memory that an array, or a traced one, is in."""
+    """`HOST` or `DEVICE`: the memory that an array or a tracer is in."""
     return jax.typeof(x).memory_space
 
 
 def with_axes_in_order(x: jax.Array) -> jax.Array:
-    """The array itself, its axes in memory in their order."""
+    """The array itself, with its axes in order in memory."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def vary_along(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """The array, of a type that may differ along axes of a ``shard_map``'s mesh."""
+    """The array, with a type that may differ along these axes of a ``shard_map``'s mesh."""
     return lax.pcast(x, tuple(sorted(axes)), to="varying")

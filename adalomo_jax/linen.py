@@ -1,4 +1,4 @@
-"""`TrainState`: what `flax.training.train_state.TrainState` is to a Linen loop, with the fused step inside."""
+"""`TrainState`: like `flax.training.train_state.TrainState` in a Linen loop, with the fused step inside."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from flax import serialization, struct
 
 from adalomo_jax.fused import FusedState, FusedStep, InStack, Plan, Signature, StepResult, fuse
 
-# They are part of the structure, and come from the state that a saved one is restored into.
+# These are part of the structure: a restored state takes them from the state that it is restored into.
 for static in (Signature, InStack):
     serialization.register_serialization_state(static, lambda _: {}, lambda x, _: x)
 
@@ -19,14 +19,15 @@ class TrainState(struct.PyTreeNode):
     """Parameters, the optimizer's state, and the step that updates both in place.
 
     ``state, result = state.step(*batch)`` equals ``params, opt_state, *result = fuse(loss_fn, tx).jit(params,
-    opt_state, *batch)``. It is a pytree of arrays: what `flax.serialization` and Orbax save is ``params`` and
-    ``opt_state``, and what they restore goes into a state that `create` made, from whatever weights.
+    opt_state, *batch)``. The state is a pytree of arrays: `flax.serialization` and Orbax save ``params`` and
+    ``opt_state``, and restore them into a state that `create` made, from whatever weights.
 
-    **The old state is gone after a step**: its arrays are donated and become those of the new one, and so are the
-    parameters that `create` was given. Keep a copy, ``jax.tree.map(jnp.copy, state.params)``, of what is wanted later.
+    **The old state is gone after a step**: its arrays are donated and become those of the new state. The first step
+    does the same with the parameters that `create` was given. If you need them later, keep a copy,
+    ``jax.tree.map(jnp.copy, state.params)``.
 
-    **What the loss reads beside the parameters is an argument of the step, and what it leaves is in** ``result.aux``.
-    Nothing is hidden in the state: collections such as ``batch_stats`` go round by hand, and a dropout key is made from
+    **Whatever else the loss reads is an argument of the step, and whatever else it returns is in** ``result.aux``. The
+    state hides nothing: you pass collections such as ``batch_stats`` along by hand, and make a dropout key from
     ``state.count``::
 
         def loss_fn(params, x, y, batch_stats, key):
@@ -39,17 +40,17 @@ class TrainState(struct.PyTreeNode):
             state, result = state.step(x, y, batch_stats, jax.random.fold_in(key, state.count))
             batch_stats = result.aux
 
-    A subclass may carry them, as it does with Flax's: give it a field with a default, ``batch_stats: Any = None``, and
-    set it with ``state.replace(batch_stats=result.aux)``.
+    A subclass may carry them, as with Flax's `TrainState`: give it a field with a default, ``batch_stats: Any = None``,
+    and set it with ``state.replace(batch_stats=result.aux)``.
 
-    **Submodules that a loop in Python calls**, ``Block_0``, ``Block_1`` and so on, are each updated whole, one after
-    another, and unrolled in the program. ``create(..., roll=True)`` stacks those that repeat, and the step scans over
-    them, in the memory, and with the time to compile, of a model that was written with ``nn.scan``. Then ``params`` is
-    what `FusedStep.place` returns, which ``model.apply`` does not take; `unplaced_params` is what it takes. Weights
-    that come from elsewhere are placed first: ``state.replace(params=state.fused.place(params, *batch))``.
+    **Submodules that a Python loop calls**, ``Block_0``, ``Block_1`` and so on, are unrolled in the program, and each
+    is updated whole, one after another. ``create(..., roll=True)`` stacks those that repeat, and the step scans over
+    them, with the memory and the compile time of a model that was written with ``nn.scan``. Then ``params`` is what
+    `FusedStep.place` returns, which ``model.apply`` does not take; give it `unplaced_params`. Place weights that come
+    from elsewhere first: ``state.replace(params=state.fused.place(params, *batch))``.
 
-    `step` compiles once. In a function of your own under ``jax.jit`` it is a part of that program; there give
-    ``donate_argnums`` of the state yourself, or it is updated in a second copy.
+    `step` compiles once. In a function of your own under ``jax.jit`` it is part of that program; there, donate the
+    state yourself with ``donate_argnums``, or the step updates it in a second copy.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -67,13 +68,13 @@ class TrainState(struct.PyTreeNode):
     """
 
     params: Any
-    """The parameters; with ``roll``, layers that repeat are stacked in them."""
+    """The parameters; with ``roll``, they hold repeated layers as stacks."""
     opt_state: FusedState
     """The state of the fused step."""
     fused: FusedStep = struct.field(pytree_node=False)
-    """The step, made once by `create`: another one, though equal, compiles anew."""
+    """The step, made once by `create`: another step, even an equal one, compiles again."""
     apply_fn: Callable[..., Any] | None = struct.field(pytree_node=False, default=None)
-    """Usually ``model.apply``; kept for your own use, the step does not call it."""
+    """Usually ``model.apply``; kept for your own use. The step does not call it."""
 
     @classmethod
     def create(
@@ -95,11 +96,12 @@ class TrainState(struct.PyTreeNode):
           params: a pytree of arrays of floats, usually ``model.init(...)["params"]``; the first step donates them.
           tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
           apply_fn: kept in the state.
-          roll: whether layers that a loop in Python calls are stacked, where they repeat: True, or from how many on, as
-            of :func:`adalomo_jax.fuse`. The stacks are copies: drop your own ``params`` after it, or their layers are
+          roll: whether to stack repeated layers that a Python loop calls: True, or from how many layers on, as in
+            :func:`adalomo_jax.fuse`. The stacks are copies: drop your own ``params`` afterwards, or their layers are
             in memory twice.
-          extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
-          **options: of :func:`adalomo_jax.fuse`.
+          extra_args: arguments that `step` will get by name, if ``tx.update`` requires them: with ``roll``, `create`
+            calls it.
+          **options: the options of :func:`adalomo_jax.fuse`.
 
         Raises:
           ValueError: as :func:`adalomo_jax.fuse` does.
@@ -110,15 +112,15 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def count(self) -> jax.Array:
-        """Steps taken, int32. (In Flax's `TrainState` it is ``state.step``, which is the step itself here.)"""
+        """Steps taken, int32. (Flax's `TrainState` calls this ``state.step``, which here is the step itself.)"""
         return self.opt_state.count
 
     @property
     def unplaced_params(self) -> Any:
         """The parameters as `create` was given them, for ``apply_fn`` and to save.
 
-        Of layers that are stacked they are copies: for as long as they are kept, those weights are in memory twice.
-        Without stacks they are ``params``. Within ``jax.jit``, as in ``jax.jit(lambda state, x:
+        Stacked layers are returned as copies: as long as you keep them, those weights are in memory twice. Without
+        stacks these are ``params``. Within ``jax.jit``, as in ``jax.jit(lambda state, x:
         state.apply_fn({"params": state.unplaced_params}, x))``, XLA reads the layers of the stacks where they are used.
         """
         return self.fused.unplace(self.params)
@@ -126,10 +128,10 @@ class TrainState(struct.PyTreeNode):
     def step(self, *batch: Any, **extra_args: Any) -> tuple["TrainState", StepResult]:
         """The state after one step, and what the step returned: ``loss``, ``aux`` and ``metrics``.
 
-        Arguments by name are given to ``tx.update``, which gets the loss as ``value`` besides.
+        Arguments by name go to ``tx.update``, which also gets the loss as ``value``.
 
-        In the result ``params`` and ``state`` are None: they are in the new state, and from a function under
-        ``jax.jit`` the parameters would be returned twice. Donates the arrays of the old state.
+        In the result ``params`` and ``state`` are None: they are in the new state, and a function under ``jax.jit``
+        would return the parameters twice. Donates the arrays of the old state.
         """
         result = self.fused.jit(self.params, self.opt_state, *batch, **extra_args)
         state = self.replace(params=result.params, opt_state=result.state)
@@ -140,5 +142,5 @@ class TrainState(struct.PyTreeNode):
         return self.fused.plan(self.params, *batch)
 
     def lower(self, *batch: Any, **extra_args: Any) -> Any:
-        """The step, lowered: ``state.lower(*batch).compile().memory_analysis()`` says what it needs."""
+        """The step, lowered: ``state.lower(*batch).compile().memory_analysis()`` says how much memory it needs."""
         return self.fused.jit.lower(self.params, self.opt_state, *batch, **extra_args)

@@ -1,4 +1,4 @@
-"""`FusedOptimizer`: what `nnx.Optimizer` is to an NNX loop, with the backward pass and the update in one step."""
+"""`FusedOptimizer`: like `nnx.Optimizer` in an NNX loop, with the backward pass and the update in one step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,30 +38,29 @@ class FusedOptimizer(nnx.Pytree):
         nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads)
 
     under ``nnx.jit``, without the gradients and without a second copy of the weights: the arrays of the parameters and
-    of the optimizer's state are donated, and the Variables of both hold what became of them. The old arrays are gone,
+    of the optimizer's state are donated, and the Variables of both hold the updated arrays. The old arrays are gone,
     wherever else they were kept.
 
-    What ``wrt`` selects of the model is trained; a Variable that is shared, with an argument too, is one parameter.
-    Other ``nnx.Param``, of the model and of arguments, are frozen: no gradient, no copy. All that the loss changes but
-    what is trained is as it left it, as under ``nnx.jit``, in the model and in the graph nodes among the arguments
-    (``Rngs``, a metric, a teacher; alone or in dicts and tuples): ``BatchStat``, counters of ``Rngs``, ``Cache``, and
-    attributes that are no arrays. But floats stay as they were where the loss is not finite (``skip_nonfinite=False``
-    writes them too). ``microbatches`` slice the arrays among the arguments, not the nodes: each microbatch starts from
-    the same state, and so with the same dropout masks; afterwards floats are the mean of what they left, and all else
-    is what the last left.
+    The step trains the Variables of the model that ``wrt`` selects. A shared Variable, even one that an argument
+    shares, is one parameter. Other ``nnx.Param``, of the model and of arguments, are frozen: no gradient, no copy. All
+    else that the loss changes stays as the loss left it, as under ``nnx.jit``, in the model and in the graph nodes
+    among the arguments (``Rngs``, a metric, a teacher; alone or in dicts and tuples): ``BatchStat``, counters of
+    ``Rngs``, ``Cache``, and attributes that are not arrays. But floats stay as they were if the loss is not finite
+    (``skip_nonfinite=False`` writes them too). ``microbatches`` slice the arrays among the arguments, not the nodes:
+    each microbatch starts from the same state, and so with the same dropout masks. Afterwards each float is the mean
+    over the microbatches, and everything else is as the last microbatch left it.
 
-    `step` compiles once for each structure of the model and the arguments: ``model.eval()`` makes another,
-    ``model.train()`` the first again. Attributes that are no arrays are compared by ``==``, as by ``nnx.jit``, and need
-    no hash: give a model another config, for one that is changed in place equals itself. Under your own ``nnx.jit`` it
-    is a part of that program; there donate model and optimizer yourself. A Variable that the loss makes must be there
-    already when the optimizer is made.
+    `step` compiles once for each structure of the model and the arguments: ``model.eval()`` makes another structure,
+    ``model.train()`` the first again. Attributes that are not arrays are compared by ``==``, as by ``nnx.jit``, and
+    need no hash. Give a model a new config instead of changing its config in place, because a changed one still equals
+    itself. Under your own ``nnx.jit`` the step is part of that program; there, donate model and optimizer yourself. A
+    Variable that the loss makes must exist already when you make the optimizer.
 
-    **Layers in a Python list** are each updated whole, one after another, and unrolled in the program. With
-    ``roll=True`` those that repeat are stacked, and the step scans over them, in the memory, and with the time to
-    compile, of a model that was written with ``nnx.scan``. Then the model holds stacks between the steps, in the
-    place of its layers' arrays. To read one of those, in ``model(x)``, under ``nnx.jit`` or to save it, is an error
-    that says so, never an old value. `unplace` gives the model its arrays back, for any use, and the next step stacks
-    them again::
+    **Layers in a Python list** are unrolled in the program, and each is updated whole, one after another. With
+    ``roll=True`` the step stacks those that repeat and scans over them, with the memory and the compile time of a model
+    that was written with ``nnx.scan``. Between the steps the model then holds stacks in place of its layers' arrays.
+    Reading such a layer, in ``model(x)``, under ``nnx.jit`` or to save it, raises an error that says so; it never gives
+    an old value. `unplace` gives the model its arrays back, for any use, and the next step stacks them again::
 
         for i, x in enumerate(batches):
             optimizer.step(model, x)
@@ -70,33 +69,35 @@ class FusedOptimizer(nnx.Pytree):
                 evaluate(model)
         optimizer.unplace(model)
 
-    What is stacked is what the Variables hold when `step` is called: weights that were loaded or changed meanwhile
-    count. The weights are there once at all times. The first step, `unplace`, and the step after it copy them, a stack
-    at a time, so they need the memory of the largest stack besides. A layer that ``tx`` or ``wrt`` treats otherwise, or
-    that is read elsewhere, too, stays by itself; a model without layers that repeat stays as it is. `plan` says which.
-    Other arrays of the layers, such as running means, are stacked within the step. Where that costs more than it saves,
-    as with frozen weights, layers are not stacked: freeze by ``trainable`` in place of ``wrt``, and those are kept in
-    stacks, too. Under your own ``nnx.jit`` arrays go in and come out, and the stacks are a second copy of the weights.
+    `step` stacks what the Variables hold when you call it, including weights that you loaded or changed meanwhile. At
+    all times there is one copy of the weights. The first step, `unplace`, and the step after it copy them one stack at
+    a time, so they also need the memory of the largest stack. A layer stays by itself if ``tx`` or ``wrt`` treats it
+    differently, or if the loss also reads it elsewhere; a model without repeated layers stays as it is. `plan` says
+    which. Other arrays of the layers, such as running means, are stacked within the step. If that costs more than it
+    saves, as with frozen weights, layers are not stacked: freeze by ``trainable`` in place of ``wrt``, and frozen
+    weights are kept in stacks, too. Under your own ``nnx.jit`` arrays go in and come out, and the stacks are a second
+    copy of the weights.
 
-    To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state is there
-    before the first step: that is what the batch at construction is for. With ``roll``, save after `unplace`, and
-    resume with ``roll``: what the optimizer keeps for a stack has a layer axis in front.
+    To resume, make model and optimizer, and give each its saved ``nnx.state`` by ``nnx.update``. All state exists
+    before the first step, which is why the constructor takes a batch. With ``roll``, save after `unplace`, and resume
+    with ``roll``: the optimizer's state for a stack has a leading layer axis.
 
     Args:
       model: a Module, or an abstract one by ``nnx.eval_shape``.
       tx: a transformation that treats leaves separately, see :func:`adalomo_jax.fuse`.
       loss_fn: ``loss_fn(model, *batch)``, as for ``nnx.value_and_grad``, returns a scalar, or ``(scalar, aux)`` with
         ``has_aux``.
-      *batch: arguments as `step` will get them, or of ``jax.ShapeDtypeStruct``s: the loss is traced, not run.
-      wrt: an NNX filter of what is trained.
-      has_aux: whether ``loss_fn`` returns something beside the loss.
-      roll: whether layers in a Python list that repeat are stacked between the steps: True, or from how many on, as of
-        :func:`adalomo_jax.fuse`.
-      extra_args: what `step` will be given by name, as far as ``tx.update`` demands it: with ``roll`` it is asked.
-      **options: of :func:`adalomo_jax.fuse`.
+      *batch: arguments as `step` will get them, or ``jax.ShapeDtypeStruct``s of them: the loss is traced, not run.
+      wrt: an NNX filter that selects the Variables to train.
+      has_aux: whether ``loss_fn`` returns something besides the loss.
+      roll: whether to keep repeated layers of a Python list stacked between the steps: True, or from how many layers
+        on, as in :func:`adalomo_jax.fuse`.
+      extra_args: arguments that `step` will get by name, if ``tx.update`` requires them: with ``roll``, the constructor
+        calls it.
+      **options: the options of :func:`adalomo_jax.fuse`.
 
     Raises:
-      ValueError: while tracing, for a model of other parameters than at construction, a loss that is no scalar, that
+      ValueError: while tracing, if the model has other parameters than at construction, if the loss is not a scalar,
         writes a trained parameter or makes a new one, and as :func:`adalomo_jax.fuse` does.
 
     Example:
@@ -153,22 +154,22 @@ class FusedOptimizer(nnx.Pytree):
             self._microbatched = options.get("microbatches") is not None
             self._fused = fuse(functional_loss, tx, has_aux=True, roll=roll, **options)
             self._expected = tuple(expected.items())
-            # Of shapes: the model stays as it is.
+            # It places shapes: the model stays as it is.
             placed = self._fused.place(shapes_of(params), *args, **extra_args) if roll else params
             self._stacking = stacking_of(placed) if is_stacked(placed) else None
             self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(placed, *args)))
 
     @property
     def count(self) -> jax.Array:
-        """Steps taken, int32. (In `nnx.Optimizer` it is ``optimizer.step``, which is the step itself here.)"""
+        """Steps taken, int32. (`nnx.Optimizer` calls this ``optimizer.step``, which here is the step itself.)"""
         return nnx.as_pure(self.opt_state).count
 
     @nnx.update_context(_TAG)
     def step(self, model: Any, *batch: Any, **extra_args: Any) -> StepResult:
         """Updates model, arguments and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
 
-        In the result ``params`` and ``state`` are None: they are in the model and in the optimizer. What is given by
-        name goes to ``tx.update``. With ``roll`` it stacks the layers of the model that are not stacked yet.
+        In the result ``params`` and ``state`` are None: they are in the model and in the optimizer. Arguments by name
+        go to ``tx.update``. With ``roll`` the step stacks the layers of the model that are not stacked yet.
         """
         stacking = self._stacking
         if stacking is not None:
@@ -183,15 +184,15 @@ class FusedOptimizer(nnx.Pytree):
         _merge(left, new, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
         if stacking is not None and is_traced(model, self.wrt):
-            unstack_in(model, self.wrt)  # into a function under nnx.jit only arrays go, and out of it
+            unstack_in(model, self.wrt)  # only arrays can go into a function under nnx.jit, and come out of it
         return result._replace(params=None, state=None, aux=aux)
 
     def unplace(self, model: Any) -> None:
-        """Gives the model the weights of layers that are stacked, so that it can be read, saved, given to ``nnx.jit``.
+        """Gives the model the weights of stacked layers, so that you can read it, save it, or pass it to ``nnx.jit``.
 
-        They are copies, made a stack at a time, and the stacks go: there is one copy of the weights before and after,
-        and for a moment one of a stack more. So it is for the next `step`, which stacks them again. Of a model without
-        stacks nothing is changed.
+        The weights are copied one stack at a time, and the stacks go: there is one copy of the weights before and
+        after, and for a moment a second copy of one stack. The same holds for the next `step`, which stacks them again.
+        A model without stacks does not change.
         """
         unstack_in(model, self.wrt)
 
@@ -203,7 +204,7 @@ class FusedOptimizer(nnx.Pytree):
 
     @nnx.update_context(_TAG)
     def lower(self, model: Any, *batch: Any, **extra_args: Any) -> Any:
-        """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says what it needs."""
+        """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says its memory."""
         params, args = _split(model, batch, self.wrt)
         return self._fused.jit.lower(self._shapes_placed(params), nnx.as_pure(self.opt_state), *args, **extra_args)
 
@@ -212,12 +213,12 @@ class FusedOptimizer(nnx.Pytree):
 
 
 class _Others(NamedTuple):
-    """What the loss reads beside parameters that are trained, and arrays: pairs, of the model and of other nodes."""
+    """What the loss reads besides trained parameters and the batch's arrays: pairs, for the model and other nodes."""
 
     graphs: Any
-    """What is static. It has no leaves, and so is a part of what a step is compiled for, compared by its value."""
+    """The static part. It has no leaves, so a step is compiled for it, and it is compared by value."""
     frozen: Any
-    """The parameters that are not trained. Of those that a loss leaves as they are it leaves None."""
+    """The parameters that are not trained. After the loss: None for those that it left as they were."""
     state: Any
     """All other arrays."""
 
@@ -243,13 +244,13 @@ def _split(model: Any, batch: Sequence[Any], wrt: Any) -> tuple[Any, tuple[Any, 
 
 
 def _filled(batch: Any, nodes: Sequence[Any]) -> Any:
-    """The batch with its nodes again."""
+    """The batch, with its nodes put back."""
     is_node = lambda x: isinstance(x, _Node)
     return jax.tree.map(lambda x: nodes[x.position] if is_node(x) else x, batch, is_leaf=is_node)
 
 
 def _split_graphs(model: Any, nodes: list[Any], wrt: Any) -> tuple[Any, _Others]:
-    """As arrays. Both are one graph: a Variable that they share is the model's."""
+    """The model and the nodes as arrays. Both are one graph: a Variable that they share is the model's."""
     with nnx.split_context(_TAG) as context:
         graph, *of_model = context.split(model, wrt, nnx.Param, ...)
         nodes_graph, *of_nodes = context.split(nodes, nnx.Param, ...)
@@ -259,7 +260,7 @@ def _split_graphs(model: Any, nodes: list[Any], wrt: Any) -> tuple[Any, _Others]
 
 
 def _merge(others: _Others, params: Any, *, inner: bool) -> tuple[Any, list[Any]]:
-    """The model and the nodes: in the loss (``inner``) new ones, after the step those that were split, updated."""
+    """The model and the nodes: new ones in the loss (``inner``); after the step, the split ones, updated."""
     graphs, frozen, state = others
     with nnx.merge_context(_TAG, inner) as context:
         model = context.merge(graphs[0], params, frozen[0], state[0])
@@ -267,7 +268,7 @@ def _merge(others: _Others, params: Any, *, inner: bool) -> tuple[Any, list[Any]
 
 
 def _over(left: _Others, before: _Others) -> _Others:
-    """What the loss left, with the parameters that it left as they were."""
+    """What the loss left, completed by the parameters that it did not change."""
     choose = lambda new, old: old if new is None else new
     return left._replace(frozen=jax.tree.map(choose, left.frozen, before.frozen, is_leaf=lambda x: x is None))
 
@@ -294,7 +295,7 @@ def _check_same_params(before: Sequence[Any], after: Sequence[Any]) -> None:
     for was, now in zip(map(_shapes, before), map(_shapes, after), strict=True):
         for path in was.keys() ^ now.keys():
             raise ValueError(
-                f"The loss must leave the parameters that there are, but it {'makes' if path in now else 'removes'} "
+                f"The loss must not add or remove parameters, but it {'makes' if path in now else 'removes'} "
                 f"{path!r}. Do so before the FusedOptimizer is made."
             )
 
@@ -302,15 +303,15 @@ def _check_same_params(before: Sequence[Any], after: Sequence[Any]) -> None:
 def _check_not_written(params: Any, origins: Sequence[Origin]) -> None:
     for i, ((path, _), origin) in enumerate(zip(_leaves(params), origins)):
         if origin == i or (isinstance(origin, Equation) and has_programs(origin)):
-            continue  # What comes out of a cond, a while_loop or a custom_vjp is taken to be what went in.
+            continue  # The result of a cond, a while_loop or a custom_vjp is taken to be the parameter itself.
         raise ValueError(
-            f"The loss writes the parameter {path_name(path)!r}, as nnx.WeightNorm does. A FusedOptimizer trains what "
-            "it was before, nnx.Optimizer what the loss made of it. Write it between the steps, or leave it out of wrt."
+            f"The loss writes the parameter {path_name(path)!r}, as nnx.WeightNorm does. A FusedOptimizer would train "
+            "its old value, nnx.Optimizer the written one. Write it between the steps, or leave it out of wrt."
         )
 
 
 def _where_written(frozen: Any, origins: Sequence[Origin], first: int) -> Any:
-    """The frozen parameters, which are inputs of the loss from ``first`` on; None where it left one as it was."""
+    """The frozen parameters, which are inputs of the loss from ``first`` on; None for one that it did not change."""
     leaves, treedef = jax.tree.flatten(frozen)
     return treedef.unflatten([None if origins[i] == i else x for i, x in enumerate(leaves, first)])
 
@@ -330,7 +331,7 @@ def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
-    """What the loss left, but floats as they were before where it is not finite."""
+    """What the loss left, but with the floats as they were before if the loss is not finite."""
     old = dict(_leaves(before))
     is_finite = jnp.all(jnp.isfinite(loss))
     is_kept = lambda path, x: _is_float(x) and path in old and jnp.shape(old[path]) == jnp.shape(x)
@@ -339,7 +340,7 @@ def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
 
 
 def _of_one_batch(left: Any) -> Any:
-    """What is left by a batch of which each microbatch, on the first axis, left its own."""
+    """What the whole batch left, given what each microbatch left, along the first axis."""
     return jax.tree.map(lambda x: jnp.mean(x, 0) if _is_float(x) else x[-1], left)
 
 

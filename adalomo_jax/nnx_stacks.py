@@ -1,6 +1,6 @@
-"""Layers of lists in an NNX model, kept as stacks between the steps, and what stands in their Variables meanwhile.
+"""Keeps layers of lists in an NNX model as stacks between the steps; their Variables hold placeholders meanwhile.
 
-`flax.nnx` has no place to compute a value when it is read: ``nnx.split``, ``nnx.state`` and ``nnx.jit`` take what a
+`flax.nnx` offers no way to compute a value when it is read: ``nnx.split``, ``nnx.state`` and ``nnx.jit`` take what a
 Variable holds as it is. So a Variable whose array is a layer of a stack says so to whoever reads it.
 """
 
@@ -19,23 +19,23 @@ from adalomo_jax.fused.sharding import of_layer, sharding_of
 
 
 class Stacking(NamedTuple):
-    """Which parameters are stacked. It is static."""
+    """Which parameters are stacked; static."""
 
     layers: tuple[tuple[int, ...], ...]
-    """Of each placed parameter the positions of its layers among the model's; of no stack its own."""
+    """For each placed parameter, the positions of its layers among the model's; its own position if it is no stack."""
     on_host: tuple[bool, ...]
-    """Of each placed parameter whether it is kept in the host's memory."""
+    """For each placed parameter, whether it is kept in the host's memory."""
     treedef: Any
-    """Of the placed parameters."""
+    """The tree structure of the placed parameters."""
 
     @property
     def stacks(self) -> list[tuple[tuple[int, ...], bool]]:
-        """Of each stack the positions of its layers, and whether it is kept in the host's memory."""
+        """For each stack, the positions of its layers, and whether it is kept in the host's memory."""
         return [pair for pair in zip(self.layers, self.on_host, strict=True) if len(pair[0]) > 1]
 
 
 class LayerInStack(np.lib.mixins.NDArrayOperatorsMixin):
-    """What a Variable holds whose array is a layer of a stack: its shape and dtype, and no numbers."""
+    """What a Variable holds if its array is a layer of a stack: the shape and dtype, and no numbers."""
 
     def __init__(self, stack: jax.Array, layer: int):
         self.stack = stack
@@ -52,7 +52,7 @@ class LayerInStack(np.lib.mixins.NDArrayOperatorsMixin):
         raise ValueError(_message(self))
 
     __array__ = __array_ufunc__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __float__ = _refuse
-    __jax_array__ = property(_refuse)  # as soon as JAX asks whether there is one: it then says why there is none
+    __jax_array__ = property(_refuse)  # raises as soon as JAX looks for the attribute, and says why there is none
 
     def __getattr__(self, name: str) -> NoReturn:
         known = not name.startswith("_") and hasattr(jax.Array, name)
@@ -68,7 +68,7 @@ def _message(layer: LayerInStack) -> str:
 
 
 def shapes_of(params: Any) -> Any:
-    """Of arrays, and layers of stacks, the ``jax.ShapeDtypeStruct``s of the tree without stacks."""
+    """The tree without stacks as ``jax.ShapeDtypeStruct``s, given its arrays and layers of stacks."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding_of(x)), params)
 
 
@@ -93,7 +93,7 @@ def placed_shapes(params: Any, stacking: Stacking) -> Any:
 
 
 def stack_in(model: Any, wrt: Any, stacking: Stacking) -> None:
-    """Stacks the layers in a model that are not stacked; one stack at a time, so that it needs memory for one more."""
+    """Stacks the layers of a model that are not stacked yet, one at a time: it needs memory for one more stack."""
     leaves, treedef = _flat(model, wrt)
     for positions, on_host in stacking.stacks:
         if not _is_stack([leaves[i] for i in positions]):
@@ -104,7 +104,7 @@ def stack_in(model: Any, wrt: Any, stacking: Stacking) -> None:
 
 
 def unstack_in(model: Any, wrt: Any) -> None:
-    """Gives the Variables of a model their arrays, which are copies; one stack at a time, the stack goes."""
+    """Gives the Variables of a model their arrays, which are copies, and drops the stacks, one at a time."""
     leaves, treedef = _flat(model, wrt)
     positions_of: dict[int, list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -120,19 +120,19 @@ def unstack_in(model: Any, wrt: Any) -> None:
 
 
 def is_traced(model: Any, wrt: Any) -> bool:
-    """Whether there are stacks in a model that are a part of a program that is being traced."""
+    """Whether a model holds stacks that are part of a program that is being traced."""
     return any(isinstance(x, LayerInStack) and isinstance(x.stack, Tracer) for x in _flat(model, wrt)[0])
 
 
 def placed_tree(params: Any, stacking: Stacking) -> Any:
-    """The tree that a step takes, given that of a model in which layers are stacked."""
+    """The tree that a step takes, given the tree of a model with stacked layers."""
     leaves = jax.tree.leaves(params)
     firsts = [leaves[positions[0]] for positions in stacking.layers]
     return stacking.treedef.unflatten([x.stack if isinstance(x, LayerInStack) else x for x in firsts])
 
 
 def tree_in_model(placed: Any, stacking: Stacking, treedef: Any) -> Any:
-    """What the model holds of the tree that a step returns."""
+    """The tree that the model holds, given the tree that a step returns."""
     leaves: list[Any] = [None] * treedef.num_leaves
     for x, positions in zip(jax.tree.leaves(placed), stacking.layers, strict=True):
         for layer, i in enumerate(positions):
@@ -145,7 +145,7 @@ def _flat(model: Any, wrt: Any) -> tuple[list[Any], Any]:
 
 
 def _is_stack(leaves: Sequence[Any]) -> bool:
-    """Whether they are all layers of one stack, in their order."""
+    """Whether the leaves are all the layers of one stack, in order."""
     return all(
         isinstance(x, LayerInStack) and x.stack is leaves[0].stack and x.layer == layer
         for layer, x in enumerate(leaves)

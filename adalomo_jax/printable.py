@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: object, most: int | None = None) -> str:
-    """On one line, without what a terminal obeys or cannot show, and cut where it is longer than ``most`` characters.
+    """A text on one line, without what a terminal obeys or cannot show, cut if it is longer than ``most`` characters.
 
     >>> printable("a\\nb\\x1b[31m"), printable("name_\\udcff"), printable("abcdef", 3)
     ('a\\\\nb\\\\x1b[31m', 'name_\\\\udcff', 'abc...')

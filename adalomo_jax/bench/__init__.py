@@ -1,1 +1,1 @@
-"""What a training step costs: each optimizer in a process of its own, all taking steps in turn."""
+"""Measures what a training step costs. Each optimizer has a process of its own, and all take steps in turn."""

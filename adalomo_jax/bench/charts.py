@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Pictures of the measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adalomo_jax.pretrained.files import write_whole
 
 
 def plot_times(path: Path, results: Sequence[Result]) -> None:
-    """Write a PNG with a panel for each case: the median time of a step by contestant, and the middle half of them."""
+    """Write a PNG with a panel for each case: a step's median time by contestant, and the middle half of its times."""
     most = max(len(result.found) for result in results)
     figure = Figure(figsize=(8, len(results) * (1.3 + 0.3 * most)), layout="constrained")
     for axes, result in zip(figure.subplots(len(results), 1, squeeze=False).flat, results):
@@ -36,7 +36,7 @@ def plot_times(path: Path, results: Sequence[Result]) -> None:
 
 
 def plot_depths(path: Path, results: Sequence[Result], title: str) -> None:
-    """Write a PNG of results that differ in depth alone: time and memory against layers, a line for each contestant."""
+    """Write a PNG of results that differ only in depth: time and memory against layers, a line for each contestant."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(title)
     times, memory = figure.subplots(1, 2)

@@ -14,7 +14,7 @@ from adalomo_jax.training.output_folder import check_folder
 
 Dtype = Literal["float32", "bfloat16"]
 LOMO_OPTIM = ("torch", "transformers", "lomo_optim")
-"""What ``--against lomo-optim`` needs."""
+"""The packages that ``--against lomo-optim`` needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_bench_options(config: BenchConfig) -> None:
 
 
 def bench_folder(config: BenchConfig) -> Path:
-    """The output folder, checked but not created; results that are there are not replaced."""
+    """The output folder, checked but not created; existing results are not replaced."""
     folder = config.output or Path("runs") / f"bench-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     check_folder(folder)
     if (folder / "bench.json").exists():

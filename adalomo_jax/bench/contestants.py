@@ -1,4 +1,4 @@
-"""What is measured: ways to turn a loss into a training step."""
+"""The contestants: ways to turn a loss into a training step."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ class Contestant(NamedTuple):
     """A step to measure."""
 
     name: str
-    """As the table shows it."""
+    """The name that the table shows."""
     how: How
     """``fused`` and ``unfused`` are `fuse`'s step and its twin; ``optax`` is ``jax.value_and_grad``, ``tx.update`` and
-    ``optax.apply_updates`` in one jit; ``gradients`` are those alone, written into new memory, or into that of the
-    ones before."""
+    ``optax.apply_updates`` in one jit; ``gradients`` computes gradients alone, into new memory; ``gradients in place``
+    writes them over the last ones."""
     optimizer: Optimizer | None = None
     """A rule of the table; None is Optax's plain SGD."""
     max_grad_norm: float | None = None
     microbatches: int | None = None
     stochastic_rounding: bool | None = None
-    """Of narrow weights; None is as `fuse` does by itself."""
+    """Stochastic rounding of narrow weights; None is the default of `fuse`."""
 
 
 REFERENCE = "adalomo, fused"
-"""What the others are compared with."""
+"""The contestant that the others are compared with."""
 OFFICIAL = "lomo-optim (PyTorch)"
-"""Not one of these: it is measured where it is asked for."""
+"""Not one of these: it is measured only on request."""
 
 CONTESTANTS = (
     Contestant(REFERENCE, "fused", "adalomo"),
@@ -53,7 +53,7 @@ class Case(NamedTuple):
     """What a step is measured on."""
 
     model: str
-    """Its name."""
+    """The model's name."""
     layers: int
     batch_size: int
     seq_len: int
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 def contestants_of(case: Case, only: tuple[str, ...] | None) -> list[Contestant]:
-    """Those that can be measured on a case; the one that all are compared with is always among them."""
+    """The contestants that can be measured on a case. `REFERENCE` is always among them."""
     wanted = NAMES if only is None else (REFERENCE, *only)
     divides = lambda contestant: case.batch_size % (contestant.microbatches or 1) == 0
     is_other = lambda contestant: contestant.stochastic_rounding is None or case.dtype != "float32"

@@ -1,4 +1,4 @@
-"""As ``worker.py``, of the official PyTorch AdaLomo on a CPU. Run as a file: it imports neither JAX nor this package.
+"""Like ``worker.py``, for the official PyTorch AdaLomo on a CPU. Run as a file: imports neither JAX nor this package.
 
 The official code puts its state on a GPU by ``.cuda()``; here that call is the identity, and nothing else is changed.
 """

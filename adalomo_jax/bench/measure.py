@@ -1,4 +1,4 @@
-"""Steps in turn: each contestant in a process of its own, one step at a time."""
+"""Measures steps in turn: each contestant in a process of its own, one step at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP = 2
 
 
 class Ratio(NamedTuple):
-    """Of the times of two contestants, step by step of the same rounds."""
+    """The ratio of two contestants' times, step by step in the same rounds."""
 
     median: float
     low: float
@@ -32,20 +32,20 @@ class Ratio(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What came out of one contestant on one case."""
+    """The measurements of one contestant on one case."""
 
     name: str
     seconds: list[float]
-    """Of each round."""
+    """Seconds of a step in each round."""
     params: int = 0
     """Number of weights."""
     compile_seconds: float | None = None
     memory: Mapping[str, int] | None = None
-    """Bytes by the compiler: argument, output, alias, temp, peak."""
+    """Bytes that the compiler reports: argument, output, alias, temp, peak."""
     peak_bytes: int | None = None
-    """Most memory of the process: resident on a CPU, of the device elsewhere."""
+    """Most memory of the process: resident on a CPU, the device's elsewhere."""
     device: str | None = None
-    """What it ran on. This process asks no device: it would hold memory, or the whole of a TPU."""
+    """The device that it ran on. This process asks for none, as it would then hold memory, or a whole TPU."""
     error: str | None = None
     """Why it could not be measured."""
 
@@ -59,7 +59,7 @@ class Worker:
 
     def __init__(self, command: Sequence[str], order: Mapping[str, Any]):
         self._log = tempfile.TemporaryFile("w+")
-        # What is compiled is timed, so it must not come out of a cache; and on a GPU no process may take all memory.
+        # Compilation is timed, so no program may come from a cache. On a GPU, no process may take all memory.
         own = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=os.environ | own
@@ -67,11 +67,11 @@ class Worker:
         self.compiled: dict[str, Any] = self._ask(json.dumps(order))
 
     def step(self) -> float:
-        """Seconds of a step, taken now."""
+        """Takes a step and returns its seconds."""
         return self._ask("step")
 
     def finish(self) -> int | None:
-        """Ends the process; the most memory that it has had."""
+        """Ends the process, and returns the most memory that it has had."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self._answer()
@@ -103,31 +103,31 @@ class Worker:
 
 
 def start_worker(case: Case, contestant: Contestant, model: DecoderConfig) -> Worker:
-    """The contestant's process, its step compiled."""
+    """Starts the contestant's process and compiles its step."""
     order = _order(case, model) | {"contestant": contestant._asdict()}
     return Worker([sys.executable, "-m", "adalomo_jax.bench.worker"], order)
 
 
 def start_official(case: Case, model: DecoderConfig) -> Worker:
-    """The official PyTorch AdaLomo's."""
+    """Starts the official PyTorch AdaLomo's process."""
     file = Path(__file__).with_name("lomo_optim_worker.py")
     return Worker([sys.executable, str(file)], _order(case, model))
 
 
 def measure(starts: Mapping[str, Callable[[], Worker]], rounds: int, say: Callable[[str], None]) -> list[Measured]:
-    """Starts all, has each take a step in each round, in one order and then in the other, and ends all.
+    """Starts all contestants, has each take a step in each round, in alternating order, and ends all.
 
     Args:
-      starts: by name what starts a contestant.
-      rounds: how many.
-      say: is told what is being done.
+      starts: by name, the function that starts a contestant.
+      rounds: how many rounds.
+      say: gets a text of what is being done.
     """
     workers: dict[str, Worker] = {}
     seconds: dict[str, list[float]] = {name: [] for name in starts}
     errors: dict[str, str] = {}
 
     def attempt(name: str, do: Callable[[], Any]) -> Any:
-        """A contestant that fails is out; the others go on."""
+        """A contestant that fails is dropped. The others continue."""
         try:
             return do()
         except Failed as error:
@@ -159,7 +159,7 @@ def measure(starts: Mapping[str, Callable[[], Worker]], rounds: int, say: Callab
 
 
 def ratios_to_reference(found: Sequence[Measured]) -> dict[str, Ratio]:
-    """By name: the time of `REFERENCE` over that of each, where both were measured.
+    """By name, the time of `REFERENCE` over that of each, if both were measured.
 
     >>> [fused, other] = Measured(REFERENCE, [1.0, 2.0, 3.0]), Measured("other", [2.0, 2.0, 2.0])
     >>> ratios_to_reference([fused, other])["other"]

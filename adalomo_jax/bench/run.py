@@ -33,10 +33,10 @@ from adalomo_jax.pretrained.files import write_whole
 def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
     """Measure, print a table for each case, and write ``bench.json`` and pictures.
 
-    What has been measured is written after each case, so that a benchmark that is cut off has left the cases before.
+    It writes the results after each case, so that a benchmark that is cut off leaves the cases before.
 
     Raises:
-        InputError: an option cannot be used; nothing has been compiled or written then.
+        InputError: an option cannot be used. Nothing is compiled or written then.
     """
     check_bench_options(config)
     combinations = itertools.product(config.model, config.dtype, config.seq_len, config.layers or (None,))
@@ -87,7 +87,7 @@ def _starts(config: BenchConfig, case: Case, model: DecoderConfig) -> dict[str, 
 
 
 def _by_depth(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results that differ in depth alone, of at least three depths, by what they share."""
+    """Results that differ only in depth, with at least three depths, by what they share."""
     found: dict[str, list[Result]] = {}
     for result in results:
         case = result.case

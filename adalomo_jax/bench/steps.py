@@ -20,7 +20,7 @@ from adalomo_jax.rules import RULES
 from adalomo_jax.training.memory_use import release_freed_memory
 
 _RATE = 1e-4
-"""Of learning: it leaves a random model finite."""
+"""The learning rate. It keeps a random model finite."""
 
 
 class Compiled(NamedTuple):
@@ -29,9 +29,9 @@ class Compiled(NamedTuple):
     step: Callable[[], float]
     """Takes a step, waits until it is done, and returns its seconds."""
     compile_seconds: float
-    """To trace and to compile."""
+    """Seconds to trace and to compile."""
     memory: dict[str, int] | None
-    """By the compiler; ``peak`` is arguments, outputs that are not among them, and temporaries."""
+    """Bytes that the compiler reports; ``peak`` is arguments, outputs that are not among them, and temporaries."""
     params: int
     """Number of weights."""
 
@@ -47,7 +47,7 @@ def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, 
     shapes = jax.eval_shape(make_params)
     jitted, make_first, is_next = _step_of(contestant, loss_fn, tokens)
     count = sum(x.size for x in jax.tree.leaves(shapes))
-    # Before there are weights: the compiler's memory does not come on top of theirs.
+    # Compile before the weights exist, so that the compiler's memory does not come on top of theirs.
     began = time.perf_counter()
     compiled = jitted.lower(*jax.eval_shape(make_first, shapes), tokens).compile()
     seconds = time.perf_counter() - began
@@ -66,15 +66,15 @@ def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, 
 
 
 def _make_leaf_by_leaf(make_params: Callable[[], Any], structure: Any) -> Any:
-    """The random weights, one leaf after the other: what makes all at once takes more memory than a step."""
+    """The random weights, one leaf after the other: to make all at once takes more memory than a step."""
     make_leaf = jax.jit(lambda i: jax.tree.leaves(make_params())[i], static_argnums=0)
     return structure.unflatten([jax.block_until_ready(make_leaf(i)) for i in range(structure.num_leaves)])
 
 
 def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tuple[Any, Callable, Callable]:
-    """The jitted step, what makes its first arguments of the weights, and what makes the next ones of the result.
+    """The jitted step, a function from weights to its first arguments, and one from a result to the next arguments.
 
-    All but the last argument, the tokens.
+    These are the arguments before the last one, the tokens.
     """
     gradient = jax.value_and_grad(loss_fn)
     if contestant.how == "gradients":

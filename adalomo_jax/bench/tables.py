@@ -1,4 +1,4 @@
-"""What was measured as tables, as JSON and as a line through depths."""
+"""The measurements as tables, as JSON and as a line through depths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adalomo_jax.memory.usage import format_bytes
 
 
 class Result(NamedTuple):
-    """What came out of a case."""
+    """The measurements of a case."""
 
     case: Case
     found: list[Measured]
@@ -33,7 +33,7 @@ class Line(NamedTuple):
     fixed: float
     per_layer: float
     largest_residual: float
-    """Of a measured time, relative to the line."""
+    """The largest residual of a time, relative to the line."""
     compile_ratio: float | None
     """The longest compilation over the shortest."""
 
@@ -60,7 +60,7 @@ def time_table(result: Result) -> Table:
 
 
 def memory_table(result: Result) -> Table:
-    """A row for each contestant: what it takes to compile, and in memory."""
+    """A row for each contestant: its time to compile, and its memory."""
     table = _table(title_of(result.case), ["step", "to compile", "most of the process", "by the compiler"])
     for one in result.found:
         if not one.error:
@@ -71,9 +71,9 @@ def memory_table(result: Result) -> Table:
 
 
 def line_through(results: Sequence[Result], name: str) -> Line | None:
-    """Of a contestant over results that differ in depth alone; None of fewer than three.
+    """A contestant's line through results that differ only in depth; None for fewer than three.
 
-    The line is the one with the least squares of relative residuals, as the times differ by the factor of the depths.
+    The line has the least squares of relative residuals, because the times differ by the factor of the depths.
     """
     found = [(r.case.layers, one) for r in results for one in r.found if one.name == name and not one.error]
     if len(found) < 3:
@@ -89,7 +89,7 @@ def line_through(results: Sequence[Result], name: str) -> Line | None:
 
 
 def depth_table(results: Sequence[Result], names: Sequence[str], title: str) -> Table:
-    """What each contestant's time and compilation do as layers are added."""
+    """How each contestant's time and compilation change as layers are added."""
     table = _table(title, ["step", "ms a layer", "off a line at most", "longest compilation / shortest"])
     for name in names:
         line = line_through(results, name)
@@ -100,7 +100,7 @@ def depth_table(results: Sequence[Result], names: Sequence[str], title: str) -> 
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    """Of a column of names and some of figures, for a terminal 80 characters wide."""
+    """A table with a column of names and some of figures, for a terminal 80 characters wide."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=not i)
@@ -108,11 +108,11 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def to_json(results: Sequence[Result], lines: Mapping[str, Mapping[str, Line]]) -> str:
-    """All of it: seconds of each round, so that other ratios can be made of them.
+    """All results, with the seconds of each round, so that other ratios can be computed.
 
     Args:
-      results: of the cases.
-      lines: by what is the same in several cases, and by contestant.
+      results: the results of the cases.
+      lines: by what several cases share, and by contestant.
     """
     found = {
         "machine": machine(),
@@ -123,7 +123,7 @@ def to_json(results: Sequence[Result], lines: Mapping[str, Mapping[str, Line]]) 
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are of."""
+    """The machine and the versions behind the figures."""
     names = ("adalomo-jax", "jax", "jaxlib", "optax", "flax", "numpy", "torch", "transformers", "lomo-optim")
     affinity = getattr(os, "sched_getaffinity", None)
     return {

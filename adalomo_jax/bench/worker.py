@@ -1,7 +1,7 @@
 """A process that takes steps when it is told to: lines of JSON on its standard input and output.
 
-The first line is what to measure. It answers with what is known once the step is compiled, then each line ``step`` with
-the seconds of a step, and the end of its input with the most memory that it has had.
+The first line is what to measure. The process compiles the step and answers with what it then knows. It answers each
+line ``step`` with the seconds of a step, and the end of its input with the most memory that it has had.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The commands: for each its options, and what runs it."""
+"""The commands: the options of each, and the code that runs it."""

@@ -1,4 +1,4 @@
-"""Compiled programs are kept, so that a command that compiles the same again starts at once."""
+"""Keeps compiled programs, so that a command that compiles the same again starts at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 
 def use_compilation_cache() -> None:
-    """Has JAX keep what takes it more than a second to compile, and take it from there the next time.
+    """Has JAX keep programs that take more than a second to compile, and load them the next time.
 
     JAX's own settings hold: ``JAX_COMPILATION_CACHE_DIR`` names another folder, and
     ``JAX_ENABLE_COMPILATION_CACHE=false`` keeps nothing.
@@ -23,9 +23,9 @@ def use_compilation_cache() -> None:
 
 
 def cache_folder() -> Path:
-    """Below the user's cache folder, one for each kind of processor.
+    """A folder below the user's cache folder, one for each kind of processor.
 
-    What is compiled for a CPU may hold instructions that another has not, and JAX does not ask which one it was: in a
+    A program for one CPU may hold instructions that another lacks, and JAX does not check which CPU it was for. In a
     home that several machines share, a program would end at the first of them.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 
 def _instructions() -> str:
-    """What tells processors with other instructions apart."""
+    """A text that tells processors with different instructions apart."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

@@ -1,4 +1,4 @@
-"""What goes wrong outside of a program, in one line: disks that take no more, memory that is not there."""
+"""What goes wrong outside of a program, in one line: full disks, and too little memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LONGEST = 300
 
 
 def reason_of(error: BaseException) -> str | None:
-    """What the system has refused, and the way out; None of an error that is the program's own.
+    """What the system has refused, and the way out; None if the error is the program's own.
 
-    Libraries that write wrap the system's errors, each in words of its own.
+    Libraries that write files wrap the system's errors, each in its own words.
 
     >>> reason_of(OSError(28, "No space left on device", "/data/run/metrics.jsonl"))
     'No space left on device: /data/run/metrics.jsonl'
@@ -32,6 +32,6 @@ def reason_of(error: BaseException) -> str | None:
                 f"there is not enough memory ({text or 'of this process'}); adalomo-jax memory says what a run takes: "
                 "less with a smaller --batch-size or --seq-len, --dtype bfloat16, or --mesh"
             )
-        if match := re.search(r"\(os error (\d+)\)", text):  # of Rust: safetensors, tokenizers
+        if match := re.search(r"\(os error (\d+)\)", text):  # from Rust: safetensors, tokenizers
             return f"{os.strerror(int(match[1]))}: {text}"
     return None

@@ -29,13 +29,13 @@ from adalomo_jax.training.schedule import make_range_schedule
 from adalomo_jax.training.summary import progress_bar, warned_of
 
 STEPS = 100
-"""Of the test, 20 for each power of ten."""
+"""Steps of the test, 20 for each power of ten."""
 BELOW, ABOVE = 1e-3, 1e2
 """Its first and last rate, as multiples of the optimizer's own."""
 SMOOTHING = 0.8
 """Share that the smoothed loss keeps at each step: it lags by four steps, a fifth of a power of ten."""
 DIVERGED = 4.0
-"""The test stops where the smoothed loss is this many times the best."""
+"""The test stops when the smoothed loss is this many times the best."""
 WINDOW = 15
 """Steps over which a slope is taken."""
 KNOWN = (
@@ -44,7 +44,7 @@ KNOWN = (
 )
 """How far off the suggestion was."""
 FILES = ("lr.jsonl", "lr.png")
-"""What the test leaves."""
+"""The files that the test leaves."""
 
 
 class Rate(NamedTuple):
@@ -66,7 +66,7 @@ class Suggestion(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """The greater of the two. Both are below what is too much; the slope alone is at times that of the noise."""
+        """The greater of the two. Both are below rates that are too high. The slope alone at times shows noise."""
         return max(self)
 
 
@@ -86,7 +86,7 @@ def find_lr(
 ) -> Path:
     """Run the test with the options' model, data and optimizer; print, draw and write what it finds into the folder.
 
-    Of several processes each takes part, and one writes.
+    If there are several processes, all take part, and one writes.
 
     Raises:
         InputError: the folder holds a test already, or the loss fell at no rate.
@@ -131,7 +131,7 @@ def range_test(
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The exponential moving average, as Adam's without the bias towards 0.
+    """The exponential moving average without the bias towards 0, as in Adam.
 
     >>> [round(loss, 3) for loss in smooth([3.0, 3.0, 4.0])]
     [3.0, 3.0, 3.41]
@@ -144,9 +144,9 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def suggest(rates: Sequence[Rate]) -> Suggestion:
-    """Where the loss falls fastest, by straight lines through the losses of a window of steps, and a tenth of its best.
+    """The rate at which the loss falls fastest, by straight lines through windows of steps, and a tenth of the best.
 
-    What comes after the least loss does not count: a loss that has jumped falls faster than any other.
+    Steps after the least loss do not count: a loss that has jumped falls faster than any other.
 
     Raises:
         InputError: the loss was least in the first steps: it fell at no rate.

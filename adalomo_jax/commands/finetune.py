@@ -66,9 +66,9 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
     """Train, write the output folder, and print a sample and a report.
 
     Raises:
-        InputError: an option, a checkpoint or a text cannot be used, and nothing has been compiled or written then; or
-            a checkpoint could not be written.
-        Stopped: a signal has ended it; all is saved.
+        InputError: an option, a checkpoint or a text cannot be used, and nothing is compiled or written then; or a
+            checkpoint could not be written.
+        Stopped: a signal has ended the run, and everything is saved.
     """
     model = model_of(config.model)
     check_options(config, model.config)
@@ -88,7 +88,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
                 check_held(folder, resume=config.resume)  # again: another run may have ended there meanwhile
         try:
             return _run_in(folder, config, model, mesh, console)
-        except (InputError, Stopped, BrokenPipeError):  # which say what has happened
+        except (InputError, Stopped, BrokenPipeError):  # they say what has happened
             raise
         except Exception as error:
             reason = reason_of(error)
@@ -134,7 +134,7 @@ def _run_in(folder: Path, config: FinetuneConfig, model: Pretrained, mesh: Mesh 
     export_params(folder, trained.params, model.config, fetch=gather, writes=is_first_process())
     summary = summarize(config, model.name, program, trained, rows)
     if is_first_process():
-        # From here on the weights are there, and nothing costs them.
+        # From here on the weights are written, and no error loses them.
         title = f"{model.name}, {config.optimizer}"
         for name, draw in (("loss.png", plot_losses), ("run.png", plot_run)):
             with warned_of(f"{name} could not be drawn"):
@@ -159,7 +159,7 @@ def _train_with_rows(
     mesh: Mesh | None,
     console: Console,
 ) -> Trained:
-    """`train_saving`, which adds its rows to these, to the files of metrics, and to the progress bar."""
+    """Runs `train_saving`, and adds its rows to these, to the files of metrics, and to the progress bar."""
     events = event_file(folder, start.step + 1 if start else 0) if is_first_process() else contextlib.nullcontext()
     with progress_bar(console, config.steps) as show, events as write_event:
 
@@ -174,7 +174,7 @@ def _train_with_rows(
 
 
 def agreement(config: FinetuneConfig, origin: Origin, start: Record | None) -> dict[str, str]:
-    """What all processes of a run must have alike, by the words for it."""
+    """What must be equal in all processes of a run, by its name in the error."""
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("process", "data", "model")}
     return {
         "options": json.dumps(options | dict(origin.options), sort_keys=True, default=str),
@@ -194,7 +194,7 @@ def train_saving(
     start: Record | None,
     mesh: Mesh | None,
 ) -> Trained:
-    """`train`, with checkpoints and an ear for SIGTERM, unless the options ask for no checkpoints."""
+    """Runs `train`, with checkpoints and SIGTERM handling, unless the options ask for no checkpoints."""
     if not checkpoint_interval(config):
         return train(program, config, data, on_row, start=start)
     with (
@@ -218,7 +218,7 @@ def model_of(name: str) -> Pretrained:
 
 
 def data_of(config: FinetuneConfig, model: Pretrained, output: Path | None) -> Data:
-    """The text that the options name, as the model's tokens; what lies in the output folder is none."""
+    """The text that the options name, as the model's tokens, without files in the output folder."""
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
     try:
         return load_data(
@@ -237,7 +237,7 @@ def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -
 
     @jax.jit
     def continued(params, prompt_BP):
-        # One sequence, which no mesh can spread, of any length, which not every kernel takes.
+        # No mesh can spread one sequence, and not every kernel takes any length.
         llama = decoder_of(model.config, params)
         return generate(llama, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 

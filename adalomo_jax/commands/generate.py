@@ -22,7 +22,7 @@ from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Token
 from adalomo_jax.training.checkpoints.save import FOLDER, restore_params, steps_in
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""How text ends whose last token is a part of a character."""
+"""The end of a text whose last token is a part of a character."""
 
 
 class Loaded(NamedTuple):
@@ -34,10 +34,10 @@ class Loaded(NamedTuple):
 
 
 def run(config: GenerateConfig) -> str:
-    """Print the prompt, where it is continued, and what follows; return the latter.
+    """Print the prompt, unless it is a chat's, and the text that follows. Return that text.
 
     Raises:
-        InputError: an option, a checkpoint or the prompt cannot be used. Nothing has been printed then.
+        InputError: an option, a checkpoint or the prompt cannot be used. Nothing is printed then.
     """
     check_generate_options(config)
     loaded = load_model(config.model, config.dtype)
@@ -52,16 +52,16 @@ def run(config: GenerateConfig) -> str:
     sampler = Sampler(config.temperature, config.top_p, loaded.tokenizer.stops)
     key = jax.random.key(config.seed)
     drawn = stream(model, jnp.asarray(tokens)[None], config.length, key=key, sampler=sampler)
-    # An answer begins a text of its own; what continues the prompt does not.
+    # An answer begins a text of its own; a continuation of the prompt does not.
     before = () if config.chat else tokens
     return _print("" if config.chat else config.prompt, (int(token) for (token,) in drawn), loaded.tokenizer, before)
 
 
 def load_model(name: str, dtype: str) -> Loaded:
-    """The model that ``--model`` names, with its weights in a type.
+    """The model that ``--model`` names, with its weights in ``dtype``.
 
     Raises:
-        InputError: there is none, or it is broken.
+        InputError: there is no such model, or it is broken.
     """
     path = Path(name)
     if name in PRESETS and not path.exists():
@@ -82,10 +82,10 @@ def load_model(name: str, dtype: str) -> Loaded:
 
 
 def prompt_tokens(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer) -> np.ndarray:
-    """The prompt as tokens ``[P]``; of a chat with what the template puts around it.
+    """The prompt as tokens ``[P]``; for a chat, with what the template puts around it.
 
     Raises:
-        InputError: it is empty, or there is no template, or it refuses the messages.
+        InputError: the prompt is empty, there is no template, or the template refuses the messages.
     """
     try:
         text = _chat_text(config, tokenizer) if config.chat else config.prompt
@@ -105,11 +105,11 @@ def _chat_text(config: GenerateConfig, tokenizer: ByteTokenizer | TextTokenizer)
 
 
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = ()) -> Iterator[str]:
-    """The text of tokens, a piece as soon as it is known: whole characters, spaces between the tokens included.
+    """The text of tokens, each piece as soon as it is known: whole characters, spaces between the tokens included.
 
-    The pieces together are what the tokens add to the text of those before them, without the last where that is one
-    that ends a text or a turn. Alone they would be read as the beginning of a text, where some tokenizers leave a space
-    out.
+    Together, the pieces are what the tokens add to the text of those before them, without a last token that ends a
+    text or a turn. Decoded alone, the tokens would begin a text, and some tokenizers leave out a space at its
+    beginning.
     """
     held = list(map(int, before))
     known = tokenizer.decode(held)
@@ -125,7 +125,7 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int] = 
 
 
 def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Iterable[int]) -> str:
-    """The text after the prompt; then, on the standard error, how fast it came."""
+    """Prints and returns the text after the prompt. Prints its speed on the standard error."""
     times: list[float] = []
 
     def timed() -> Iterator[int]:
@@ -139,7 +139,7 @@ def _print(prompt: str, tokens: Iterable[int], tokenizer: Tokenizer, before: Ite
         for piece in pieces(timed(), tokenizer, before):
             printed += piece
             print(piece, end="", flush=True)
-    except ValueError as error:  # of a tokenizer that cannot write some of its tokens
+    except ValueError as error:  # from a tokenizer that cannot write some of its tokens
         print()
         raise InputError(one_line(error)) from None
     print()

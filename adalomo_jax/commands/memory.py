@@ -36,7 +36,7 @@ def run(config: MemoryConfig, console: Console | None = None) -> list[Row]:
     """Compile, or estimate, each row; print the table and draw it, or print JSON.
 
     Raises:
-        InputError: an option cannot be used, or a compiler is not installed. Nothing has been compiled or written then.
+        InputError: an option cannot be used, or a compiler is not installed. Nothing is compiled or written then.
     """
     check_memory_options(config)
     path, target = picture(config), TARGETS[config.device]
@@ -67,7 +67,7 @@ def steps_of(config: MemoryConfig) -> list[Step]:
 
 
 def usage_of(config: MemoryConfig, model: DecoderConfig, target: Target, step: Step) -> Usage:
-    """What one step needs: the step that finetune would run with these options."""
+    """The memory of one step, which finetune would run with these options."""
     offload = config.offload if step.fused else None
     spread, model = config.chips > 1, _with_positions(model, config.seq_len)
     mesh = _mesh(config, target) if spread or offload else None
@@ -100,7 +100,7 @@ def _mesh(config: MemoryConfig, target: Target) -> Mesh:
     devices = devices_of(target, config.chips)
     try:
         return make_mesh(mesh_sizes(config.shard, "--shard"), devices)
-    except NotImplementedError:  # of a torus of chips whose sides cannot be made into such axes
+    except NotImplementedError:  # the sides of the torus of chips cannot form such axes
         sides = " x ".join(map(str, torus(config.chips, target.dimensions)))
         raise InputError(
             f"--shard {config.shard} cannot be laid on {config.chips} chips, a torus of {sides}: "
@@ -109,7 +109,7 @@ def _mesh(config: MemoryConfig, target: Target) -> Mesh:
 
 
 def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
-    """The options of finetune that have a say in the step."""
+    """The options of finetune that affect the step."""
     return FinetuneConfig(
         batch_size=config.batch_size,
         microbatches=config.microbatches,

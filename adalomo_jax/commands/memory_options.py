@@ -92,7 +92,7 @@ def check_memory_options(config: MemoryConfig) -> None:
 
 
 def model_sizes(name: str, presets: Mapping[str, DecoderConfig]) -> DecoderConfig:
-    """Of a preset, or of a ``config.json``."""
+    """The sizes of a preset, or of a ``config.json``."""
     path = Path(name)
     if name in presets:
         return presets[name]
@@ -108,7 +108,7 @@ def model_sizes(name: str, presets: Mapping[str, DecoderConfig]) -> DecoderConfi
 
 
 def picture(config: MemoryConfig) -> Path | None:
-    """The path to draw to, checked but not written; None where nothing is drawn."""
+    """The path to draw to, checked but not written; None if nothing is drawn."""
     path = config.output
     if path is None:
         if config.json:

@@ -45,7 +45,7 @@ def compare(config: PlotConfig) -> Path:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The names of folders, with as many of the folders around them as tell them all apart.
+    """The names of folders, with as many of their parents as are needed to tell them all apart.
 
     >>> run_names([Path("runs/adalomo"), Path("runs/adamw")])
     ['adalomo', 'adamw']

@@ -1,4 +1,4 @@
-"""Which arrays share memory: of what a step updates in place, each array needs its own."""
+"""Which arrays share memory: each array that a step updates in place needs its own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from jax.core import Tracer
 
 
 def buffer_of(x: Any) -> Any:
-    """What arrays have in common that share memory on their first device; None of what has none yet."""
+    """A value that is equal for arrays that share memory on their first device; None if ``x`` has no memory yet."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer) or x.is_deleted() or not x.size:
         return None
     try:
         shard = x if len(x.sharding.device_set) == 1 else x.addressable_data(0)
         return shard.device, shard.unsafe_buffer_pointer()
-    except Exception:  # neither keys nor every backend have pointers; one array under two names is found all the same
+    except Exception:  # keys, and some backends, have no pointers; one array under two names is found all the same
         return id(x)
 
 
 def check_apart(donated: Any, used: Any) -> None:
-    """Refuses one array under two names, of which the first is donated.
+    """Refuses one array under two names if the first is donated.
 
     Args:
-      donated: a dict of trees by name: what the step updates in place.
-      used: such a dict of what it reads besides.
+      donated: a dict of trees by name, which the step updates in place.
+      used: a dict of trees by name, which the step only reads.
     """
     names: dict[Any, str] = {}
     for tree, is_donated in ((donated, True), (used, False)):
@@ -43,7 +43,7 @@ def check_apart(donated: Any, used: Any) -> None:
 
 
 def with_own_memory(leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """Arrays, copied where they share memory with each other or with others."""
+    """The arrays; those that share memory with each other or with ``others`` are copied."""
     taken = {buffer_of(x) for x in others}
     apart = []
     for x in leaves:

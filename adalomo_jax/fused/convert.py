@@ -1,4 +1,4 @@
-"""A step's state for layers that are stacked, made of one for layers that are not, and back."""
+"""Converts a step's state for unstacked layers to one for stacked layers, and back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ def state_of_stacks(state: FusedState, unplaced: Traced, placed: Traced, layers:
     """The state for placed parameters.
 
     Args:
-      state: for those that are not placed.
-      unplaced: a call with these.
-      placed: a call with those that are.
-      layers: of each placed parameter the positions of its layers among the others.
+      state: the state for unplaced parameters.
+      unplaced: a call with the unplaced parameters.
+      placed: a call with the placed parameters.
+      layers: for each placed parameter, the positions of its layers among the unplaced ones.
     """
     own = _by_owner(unplaced.optimizer, state.inner)
 
@@ -28,7 +28,7 @@ def state_of_stacks(state: FusedState, unplaced: Traced, placed: Traced, layers:
 
 
 def state_of_layers(state: FusedState, unplaced: Traced, placed: Traced, layers: Sequence[Sequence[int]]) -> FusedState:
-    """The state for parameters that are not placed, given that for placed ones; arguments as above."""
+    """The state for unplaced parameters, given the state for placed ones; arguments as in `state_of_stacks`."""
     own = _by_owner(placed.optimizer, state.inner)
     place = {i: (p, layer, len(of_leaf)) for p, of_leaf in enumerate(layers) for layer, i in enumerate(of_leaf)}
 
@@ -46,7 +46,7 @@ def _converted(state: FusedState, source: Traced, target: Traced, make: Any) -> 
 
 
 def _by_owner(optimizer: PerLayer, inner: Any) -> Mapping[tuple[int, int], Any]:
-    """The state's leaves by the parameter that each is kept for, and by its place among those of this one."""
+    """The state's leaves, by the parameter that each is kept for and its position among that parameter's leaves."""
     found = {}
     for group in optimizer.groups:
         found |= zip(_keys(optimizer, group), optimizer.own(inner, group), strict=True)

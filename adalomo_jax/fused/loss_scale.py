@@ -1,4 +1,4 @@
-"""Loss scaling: float16 gradients kept in range by a factor on the loss, taken out again in each layer's update."""
+"""Loss scaling: a factor on the loss keeps float16 gradients in range; each layer's update takes it out again."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class LossScaleState(NamedTuple):
 
 
 class DynamicLossScale(NamedTuple):
-    """A loss scale that halves when a gradient is not finite, and doubles after many steps in which all were.
+    """A loss scale that halves when a gradient is not finite, and doubles after many steps with finite gradients.
 
     ``fuse(..., loss_scale=DynamicLossScale())`` multiplies the loss by it, and divides each gradient by it, in float32,
     before ``tx`` sees it. A step whose loss or gradients are not finite writes nothing but the smaller scale.
@@ -24,7 +24,7 @@ class DynamicLossScale(NamedTuple):
     Args:
       initial: the scale of the first step.
       growth_interval: steps with finite gradients after which the scale grows.
-      factor: by what it grows and shrinks.
+      factor: the factor by which it grows and shrinks.
       smallest: the least scale.
       largest: the greatest scale.
 
@@ -50,7 +50,7 @@ class DynamicLossScale(NamedTuple):
         return LossScaleState(jnp.float32(self.initial), jnp.int32(0))
 
     def update(self, state: LossScaleState, finite: jax.Array) -> LossScaleState:
-        """The state after a step whose loss and gradients were all ``finite``, or not."""
+        """The state after a step; ``finite`` says whether its loss and gradients were all finite."""
         steps = jnp.where(finite, state.finite_steps + 1, 0)
         grows = steps >= self.growth_interval
         grown = jnp.minimum(state.scale * self.factor, self.largest)

@@ -1,8 +1,8 @@
-"""Stacks in host memory, and the transfers of one layer of them at a time.
+"""Stacks in host memory, and the transfer of one layer of them at a time.
 
-The type of an array says in which memory it is, so nothing else has to: what reads a layer of a stack in host memory
-fetches it, and what writes one puts it back there. Only whole matrices are moved: a TPU's compiler cuts nothing else
-out of an array in host memory (libtpu 0.0.52), and vectors weigh nothing.
+The type of an array says which memory it is in, so nothing else has to: code that reads a layer of a stack in host
+memory fetches it, and code that writes a layer puts it back there. Only whole matrices are moved: a TPU's compiler
+can slice nothing else out of an array in host memory (libtpu 0.0.52), and vectors take next to no memory.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from adalomo_jax import jax_versions
 
 HOST = "pinned_host"
-"""The memory kind: the memory of the host that an accelerator reads by itself."""
+"""The memory kind of host memory that an accelerator reads by itself."""
 DEVICE = "device"
-"""The memory kind: the accelerator's own memory."""
+"""The memory kind of the accelerator's own memory."""
 
 
 def is_on_host(x: Any) -> bool:
@@ -26,7 +26,7 @@ def is_on_host(x: Any) -> bool:
 
 
 def fetch(x: Any) -> Any:
-    """The array on the device, itself where it is there already."""
+    """The array on the device; the same array if it is on the device already."""
     return jax.device_put(x, jax_versions.DEVICE) if is_on_host(x) else x
 
 
@@ -36,20 +36,20 @@ def put_beside(x: Any, other: Any) -> Any:
 
 
 def put_on_host(x: Any) -> Any:
-    """A matrix, or what has more axes, in host memory; others stay."""
+    """An array of two or more axes, in host memory; others stay where they are."""
     return jax.device_put(x, jax_versions.HOST) if x.ndim >= 2 else x
 
 
 def shapes_on_device(leaves: Sequence[Any]) -> list[Any]:
-    """The arrays, of those in host memory only what they are once fetched: shape, dtype, sharding."""
+    """The arrays; those in host memory as the shape, dtype and sharding that they have once fetched."""
     return [jax.eval_shape(fetch, x) if is_on_host(x) else x for x in leaves]
 
 
 def place(x: Any, *, on_host: bool) -> Any:
-    """An array in this memory, spread over devices as it is; of a ``jax.ShapeDtypeStruct`` the description of that.
+    """The array in this memory, sharded as before; for a ``jax.ShapeDtypeStruct``, the description of that array.
 
     Raises:
-      ValueError: where it is to be in host memory, and the backend has no such memory.
+      ValueError: if it must go to host memory, but the backend has no such memory.
     """
     sharding = getattr(x, "sharding", None)
     if not on_host and (sharding is None or sharding.memory_kind != HOST):
@@ -61,7 +61,7 @@ def place(x: Any, *, on_host: bool) -> Any:
 
 
 def _named(sharding: Sharding | None) -> NamedSharding:
-    """With a mesh: of a description, JAX takes the memory kind from such a sharding only (seen up to 0.12)."""
+    """The sharding, with a mesh: in a description JAX reads the memory kind from no other kind (seen up to 0.12)."""
     if isinstance(sharding, NamedSharding):
         return sharding
     devices = jax.devices()[:1] if sharding is None else list(sharding.device_set)

@@ -1,4 +1,4 @@
-"""What `fuse` can be asked for, checked before anything is traced."""
+"""The options of `fuse`, checked before anything is traced."""
 
 import math
 from collections.abc import Callable
@@ -18,18 +18,18 @@ class Range(NamedTuple):
 
     holds: Callable[[Any], bool]
     due: str
-    """It must be that."""
+    """What the value must be."""
     way_out: str = ""
 
 
 def check_option(name: str, value: Any, allowed: Range) -> None:
-    """Refuses a value out of its range."""
+    """Refuses a value that is out of range."""
     if not allowed.holds(value):
         raise ValueError(f"{name} must be {allowed.due}, got {shown(value)}. {allowed.way_out}".rstrip())
 
 
 def shown(value: Any) -> str:
-    """A value in one line, and not a long one."""
+    """A value as one short line."""
     if callable(value) and hasattr(value, "__name__"):
         return f"the function {value.__name__}"
     text = " ".join(repr(value).split())
@@ -37,7 +37,7 @@ def shown(value: Any) -> str:
 
 
 def _is_number(x: Any) -> bool:
-    """One real number, of Python or as an array; a bool is none."""
+    """Whether it is one real number, as a Python number or an array; a bool is not."""
     if isinstance(x, (np.generic, np.ndarray, jax.Array)):
         return x.ndim == 0 and (_is_of(x, np.floating) or _is_of(x, np.integer))
     return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -52,7 +52,7 @@ def _is_of(x: Any, kind: Any) -> bool:
 
 
 def is_bool(x: Any) -> bool:
-    """True or False, of Python or as an array."""
+    """Whether it is True or False, as a Python bool or an array."""
     return isinstance(x, (bool, np.bool_)) or (getattr(x, "shape", None) == () and _is_of(x, np.bool_))
 
 
@@ -73,7 +73,7 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _all_of(holds: Callable[[Any], bool], x: Any) -> bool:
-    """Of one value, or of each in a tuple."""
+    """Whether it holds for one value, or for each value in a tuple."""
     return all(map(holds, x)) if isinstance(x, (tuple, list)) else holds(x)
 
 
@@ -125,7 +125,7 @@ OPTIONS = {
         "A number stacks all lists of so many layers.",
     ),
 }
-"""By name what each option may be."""
+"""The range of each option, by name."""
 
 _DYNAMIC_LOSS_SCALE = {
     "initial": Range(_is_finite, "positive and finite"),
@@ -137,14 +137,14 @@ _DYNAMIC_LOSS_SCALE = {
 
 
 def check_loss_and_tx(loss_fn: Any, tx: Any) -> None:
-    """Refuses what is no function, or no transformation."""
+    """Refuses a loss that is not a function, or a ``tx`` that is not a transformation."""
     check_option("loss_fn", loss_fn, Range(callable, "a function: loss_fn(params, *args) returns the loss"))
     check_option("tx", tx, _TX)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of `fuse`, explained there, where their defaults are too."""
+    """The options of `fuse`, which explains them and sets their defaults."""
 
     has_aux: bool
     trainable: Any | Callable[[str], bool]
@@ -181,7 +181,7 @@ class Options:
 
     @property
     def offloads_activations(self) -> bool:
-        """Whether what layers save for the way back is kept in host memory."""
+        """Whether the residuals of layers are kept in host memory."""
         return "activations" in self._offloaded
 
     @property

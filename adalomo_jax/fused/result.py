@@ -1,4 +1,4 @@
-"""What a training step returns, and the step that takes the memory of what it is given."""
+"""What a training step returns, and the step that takes over the memory of its arguments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,30 +24,30 @@ class StepResult(NamedTuple):
     loss: jax.Array
     """The loss before the update."""
     aux: Any
-    """What ``loss_fn`` returned beside the loss; None without ``has_aux``. With microbatches, that of each, stacked."""
+    """What ``loss_fn`` returned besides the loss; None without ``has_aux``. With microbatches, one each, stacked."""
     metrics: dict[str, Any]
     """By name:
 
     - ``loss``.
     - ``grad_norm``: the norm of the whole gradient, before clipping, float32. Without ``max_grad_norm`` it is infinite
-      where the square of it is, beyond 1.8e19, unless ``tx`` keeps nothing of a gradient.
-    - ``skipped``: whether nothing was written.
-    - ``unwritten``: the number of tensors that were not written; of a stack each layer is one.
-    - ``loss_scale``: with a dynamic one, that of this step.
-    - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path, of a stack a number for each layer.
+      if its square is, beyond 1.8e19, unless ``tx`` keeps nothing of a gradient.
+    - ``skipped``: True if nothing was written.
+    - ``unwritten``: the number of tensors that were not written; each layer of a stack counts as one tensor.
+    - ``loss_scale``: the scale of this step, if it is dynamic.
+    - ``update_rms``, ``param_rms``: with ``rms_metrics``, by path; for a stack, one number for each layer.
     """
 
 
 @dataclass(frozen=True, eq=False)
 class Donating:
-    """A step under ``jax.jit`` that takes the memory of the parameters and the state it is given."""
+    """A step under ``jax.jit`` that takes over the memory of the parameters and the state it is given."""
 
     jitted: Any
 
     def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
-        """The step, of ``(params, state, *args, **extra_args)``: what is given by name goes to ``tx.update``.
+        """Runs the step on ``(params, state, *args, **extra_args)``: arguments by name go to ``tx.update``.
 
-        ``params`` and ``state`` are gone after it: go on with those that it returns.
+        ``params`` and ``state`` are gone afterwards: continue with those that it returns.
         """
         check_call(params, state, args)
         check_extra_args(extra_args)
@@ -55,7 +55,7 @@ class Donating:
         return self.jitted(params, state, *args, **extra_args)
 
     def lower(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> Any:
-        """As of ``jax.jit``: ``.lower(...).compile()`` for its memory and cost, or to run."""
+        """Like ``lower`` of ``jax.jit``: ``.lower(...).compile()`` gives its memory and cost, or an executable."""
         return self.jitted.lower(params, state, *args, **extra_args)
 
 
@@ -69,7 +69,7 @@ def check_call(params: Any, state: Any, args: Sequence[Any]) -> None:
 
 
 def by_path(plan: Plan, of_groups: Mapping[Group, list[jax.Array]]) -> dict[str, jax.Array]:
-    """Of the leaves of groups, by their paths; of layers that a list had, each by its own."""
+    """The arrays of all groups' leaves, by path; a layer that came from a list has its own path."""
     found: dict[str, jax.Array] = {}
     for group, xs in of_groups.items():
         for i, x in zip(group.leaves, xs, strict=True):

@@ -1,8 +1,8 @@
-"""How parameters are spread over a mesh of devices, and what is made of them spread alike.
+"""How parameters are sharded over a mesh of devices, and how arrays made from them are sharded alike.
 
-On an automatic mesh XLA chooses how it spreads what it computes. Left alone, it may gather a whole stack of layers, or
-sum a whole gradient on each device; so slices, gradients and state are constrained to be spread as parameters are.
-On an explicit mesh types say all that, and nothing is added.
+On an automatic mesh XLA chooses how to shard its results. Left alone, it may gather a whole stack of layers, or
+sum a whole gradient on each device; so slices, gradients and state are constrained to be sharded as the parameters are.
+On an explicit mesh the types say all this, and no constraint is added.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from adalomo_jax.jax_versions import explicit_mesh, is_explicit, on_mesh
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 
 Sharding = NamedSharding | None
-"""Of an array how it is spread over an automatic mesh, an entry for each axis; None says nothing."""
+"""How an array is sharded over an automatic mesh, one entry for each axis; None says nothing."""
 
 
 def sharding_of(x: Any) -> Sharding:
-    """Of an array or a shape; None where it is on one device or an explicit mesh, or traced, and that is not known."""
+    """The sharding of an array or a shape; None if that is on one device or an explicit mesh, or traced (unknown)."""
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
@@ -32,7 +32,7 @@ def sharding_of(x: Any) -> Sharding:
 
 
 def of_layer(sharding: Sharding, axis: int | None, *, keepdims: bool = False) -> Sharding:
-    """Of one layer of a stack, given that of the stack and its layer axis; None is no stack."""
+    """The sharding of one layer, given the sharding and layer axis of its stack; an axis of None means no stack."""
     if sharding is None or axis is None:
         return sharding
     kept = (None,) if keepdims else ()
@@ -40,15 +40,15 @@ def of_layer(sharding: Sharding, axis: int | None, *, keepdims: bool = False) ->
 
 
 def of_stack(sharding: Sharding) -> Sharding:
-    """Of arrays that are spread so, stacked along a new first axis."""
+    """The sharding of a stack, along a new first axis, of arrays that have this sharding."""
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 
 def of_own_state(optimizer: PerLayer, group: Group, of_tensors: Sequence[Sharding]) -> list[Sharding]:
-    """Of what ``tx`` keeps for one tensor of each leaf of a group, given those of the tensors of all leaves.
+    """The shardings of ``tx``'s state for one tensor of each leaf of a group, given those of all leaves' tensors.
 
-    Found by asking ``tx`` about tensors of an explicit mesh, on which types know how they are spread: a row's means are
-    spread as rows are.
+    It asks ``tx`` about tensors on an explicit mesh, where types know their sharding: the means of rows are sharded as
+    the rows are.
     """
     mesh = next((s.mesh for s in map(of_tensors.__getitem__, group.leaves) if s is not None), None)
     if mesh is None:
@@ -66,5 +66,5 @@ def of_own_state(optimizer: PerLayer, group: Group, of_tensors: Sequence[Shardin
 
 
 def constrain(x: Any, sharding: Sharding) -> Any:
-    """The array, spread so."""
+    """The array, constrained to this sharding."""
     return x if sharding is None else lax.with_sharding_constraint(x, sharding)

@@ -1,4 +1,4 @@
-"""The state of a training step, as it is before the first one."""
+"""The state of a training step, as it is before the first step."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,29 +23,29 @@ class FusedState(NamedTuple):
     count: jax.Array
     """Steps taken, int32; the keys of stochastic rounding are made from it."""
     skipped: jax.Array
-    """Steps in which something was not finite, and it, or all, was not written; int32."""
+    """Steps in which something was not finite, so that it, or everything, was not written; int32."""
     inner: Any
-    """The state of ``tx``, with a leading layer axis on what it keeps for a stack of layers."""
+    """The state of ``tx``; what it keeps for a stack of layers has a leading layer axis."""
     loss_scale: Any
     """The state of a dynamic loss scale; None without one."""
     signature: Signature
-    """What the state was made for; no array. For `flax.serialization` import `adalomo_jax.linen`, which teaches it."""
+    """What the state was made for, no array. For `flax.serialization` import `adalomo_jax.linen`, to register it."""
 
 
 def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
-    """Of parameters that are arrays or shapes; spread as they are."""
+    """The state for parameters that are arrays or shapes; it is sharded as they are."""
     leaves = shapes_on_device(traced.leaves)
     arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
     make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(leaves)], loss_scale)
     spread = any(traced.signature.shardings)
     state = (jax.jit(make, out_shardings=_shardings(traced, loss_scale)) if spread else make)(arrays)
-    # A tx may keep the parameters themselves, or one array twice, and a step takes the memory of each.
+    # A tx may keep the parameters themselves, or one array twice, but a step takes over the memory of each array.
     made, treedef = jax.tree.flatten(state)
     return treedef.unflatten(with_own_memory(made, traced.leaves))
 
 
 def make_abstract_state(traced: Traced, loss_scale: LossScale) -> FusedState:
-    """The shapes and shardings of what `make_state` makes."""
+    """The shapes and shardings of the state that `make_state` makes."""
     leaves = shapes_on_device(traced.leaves)
     state = jax.eval_shape(lambda leaves: _make(traced, leaves, loss_scale), leaves)
     if not any(traced.signature.shardings):
@@ -64,7 +64,7 @@ def _make(traced: Traced, leaves: Sequence[Any], loss_scale: LossScale) -> Fused
 
 
 def _shardings(traced: Traced, loss_scale: LossScale) -> FusedState:
-    """Of each array; what belongs to no parameter, or to one that is not spread, is whole on each device."""
+    """The sharding of each array; state of no parameter, or of an unsharded one, is whole on each device."""
     optimizer, mesh = traced.optimizer, next(s.mesh for s in traced.signature.shardings if s is not None)
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     of_tensors = [leaf.tensor_sharding for leaf in traced.plan.leaves]

@@ -1,4 +1,4 @@
-"""`fuse`: a loss and an optimizer, made into a training step in which the model's gradients never exist."""
+"""`fuse` makes a loss and an optimizer into a training step in which the model's gradients never all exist."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,22 +47,22 @@ class FusedStep:
     def init(self, params: Any, *args: Any) -> FusedState:
         """The state before the first step: what ``tx.init`` makes of the trained parameters, and step counters.
 
-        It traces the loss, and finds here what a step cannot do. It warns of each parameter that a scan runs over and
-        that still has to be updated whole.
+        It traces the loss and refuses here whatever a step cannot do. It warns of each parameter that a scan runs over
+        but that the step still has to update whole.
 
         Args:
-          params: the loss's first argument, as the step gets it: after `place`, if that is used. Arrays or
-            ``jax.ShapeDtypeStruct``s, and so are ``args``.
-          args: the loss's other arguments, of the shapes and dtypes that the step will see.
+          params: the loss's first argument, as the step gets it: after `place`, if you use that. Arrays or
+            ``jax.ShapeDtypeStruct``s; the same holds for ``args``.
+          args: the loss's other arguments, with the shapes and dtypes that the step will see.
 
         Returns:
           A :class:`FusedState`. Stacked layers have one state each, along the stack's layer axis.
 
         Raises:
-          ValueError: ``params`` has leaves that are no arrays, no leaf is trained, or a trained one is not of floats of
-            16 bits at least; the loss does not return one float scalar (and ``aux``, if ``has_aux``), or changes arrays
-            in place; ``microbatches`` cannot slice ``args``; ``tx`` mixes leaves or the layers of a stack; ``strict``
-            does not hold. Each message names the leaf or argument, its value, and the way out.
+          ValueError: ``params`` has leaves that are not arrays, no leaf is trained, or a trained leaf does not hold
+            floats of at least 16 bits; the loss does not return one float scalar (and ``aux``, if ``has_aux``), or
+            changes arrays in place; ``microbatches`` cannot slice ``args``; ``tx`` mixes leaves or the layers of a
+            stack; ``strict`` does not hold. Each message names the leaf or argument, its value, and the way out.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -81,28 +81,28 @@ class FusedStep:
     def abstract_state(self, params: Any, *args: Any) -> FusedState:
         """What `init` would return, as ``jax.ShapeDtypeStruct``s with their shardings. Allocates nothing.
 
-        To compile a step for devices that are not there, or to restore a checkpoint into.
+        Use it to compile a step for devices that you do not have, or to restore a checkpoint into.
         """
         return make_abstract_state(self._trace(params, args), self.options.loss_scale)
 
     def place(self, params: Any, *args: Any, **extra_args: Any) -> Any:
-        """The parameters as a step wants them: layers of a list stacked, each in the memory that ``offload`` says.
+        """The parameters as a step wants them: layers of a list stacked, each in the memory that ``offload`` names.
 
-        Where three layers or more repeat in the loss, as a loop in Python over a list has them, the leaf of the first
-        becomes the stack of all, and an :class:`InStack` stands in the place of each other one. The step scans over
-        such a stack, in the memory, and with the time to compile, of a model that was written so. The loss still gets
-        its own tree, and `unplace` gives it back; masks, ``trainable`` and metrics go by its paths. A layer that is
-        trained otherwise, that ``tx`` treats otherwise, that is read elsewhere, too, or that computes something else
-        stays by itself, as do fewer than three that are alike: `plan` says which and why. Arrays are copied, a stack at
-        a time; those that were given stay. Arguments by name are those of ``tx.update``.
+        If three or more layers repeat in the loss, as in a Python loop over a list, the leaf of the first layer becomes
+        the stack of all of them, and an :class:`InStack` takes the place of each of the others. The step scans over
+        such a stack, so it needs the memory and the compile time of a model that was written with a scan. The loss
+        still gets its own tree, and `unplace` gives it back; masks, ``trainable`` and metrics go by its paths. A layer
+        stays by itself if it is trained differently, ``tx`` treats it differently, the loss also reads it elsewhere, or
+        it computes something else. So do fewer than three layers that are alike. `plan` says which and why. Arrays are
+        copied, one stack at a time; your own arrays stay. Arguments by name are those of ``tx.update``.
 
-        With ``offload="params"`` those that `Plan.stacks_of_matrices` names go to the host's memory (the memory kind
-        ``"pinned_host"``), all others to the devices'; arrays that are there already are returned as they are. Of a
-        ``jax.ShapeDtypeStruct`` it is a description of that.
+        With ``offload="params"`` the leaves that `Plan.stacks_of_matrices` names go to the host's memory (the memory
+        kind ``"pinned_host"``), and all others to the devices' memory. Arrays that are already in their memory are
+        returned as they are. A ``jax.ShapeDtypeStruct`` becomes a description of the placed array.
 
         Raises:
-          ValueError: where there is no stack of matrices to move, where the backend has no such memory, or where an
-            array to be moved lies on several devices without a ``jax.sharding.NamedSharding``.
+          ValueError: if there is no stack of matrices to move, if the backend has no such memory, or if an array to
+            move lies on several devices without a ``jax.sharding.NamedSharding``.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -152,21 +152,21 @@ class FusedStep:
         return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
 
     def unplace(self, params: Any) -> Any:
-        """The tree of parameters that `place` was given, bit by bit: its leaves are slices of stacks, on the device."""
+        """The parameters as `place` was given them, bit for bit: the leaves are slices of stacks, on the device."""
         return unstack_layers(jax.tree.map(fetch, params))
 
     def place_state(self, state: FusedState, params: Any, *args: Any) -> FusedState:
-        """The state for placed parameters, given one for those that are not: of a checkpoint without stacks.
+        """The state for placed parameters, made from a state for unplaced ones: from a checkpoint without stacks.
 
         Args:
-          state: for parameters that are not placed.
-          params: as `place` returns them, or ``jax.ShapeDtypeStruct``s of those.
+          state: the state for unplaced parameters.
+          params: the parameters as `place` returns them, or ``jax.ShapeDtypeStruct``s of them.
           *args: the other arguments of the loss.
         """
         return state_of_stacks(state, *self._with_and_without_stacks(params, args), layers_of(params))
 
     def unplace_state(self, state: FusedState, params: Any, *args: Any) -> FusedState:
-        """The state for parameters that are not placed, given that for placed ones; arguments as of `place_state`."""
+        """The state for unplaced parameters, made from a state for placed ones; the arguments are `place_state`'s."""
         return state_of_layers(state, *self._with_and_without_stacks(params, args), layers_of(params))
 
     def _with_and_without_stacks(self, params: Any, args: Sequence[Any]) -> tuple[Traced, Traced]:
@@ -179,9 +179,9 @@ class FusedStep:
         return self._trace(params, args).plan
 
     def saved_bytes(self, params: Any, *args: Any) -> int:
-        """Bytes that the forward pass saves for the way back: inputs of layers, and other residuals. Computes nothing.
+        """Bytes that the forward pass saves for the backward pass: layer inputs and other residuals. Computes nothing.
 
-        Parameters, which are read again, are not among them, nor is what the last stage before the loss holds.
+        They do not include the parameters, which the step reads again, nor what the last stage before the loss holds.
         """
         traced = self._trace(params, args)
         return passes.saved_bytes(traced.plan, traced.leaves, traced.args, self.options.microbatches)
@@ -189,24 +189,24 @@ class FusedStep:
     def __call__(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
         """One step: it equals `unfused`, up to rounding, with one layer's gradients alive at a time.
 
-        It is pure. Run it under ``jax.jit`` with ``params`` and ``state`` donated, which is what `jit` does: only then
-        are they updated in place.
+        It is pure. Run it under ``jax.jit`` with ``params`` and ``state`` donated, as `jit` does: only then are they
+        updated in place.
 
         Args:
           params: the loss's first argument: a tree of arrays.
           state: what `init` or the last step returned for such parameters.
           args: the loss's other arguments, by position.
-          extra_args: arguments of ``tx.update``, by name. It also gets the loss, as ``value``, unless ``value`` is
-            given (such as the loss on other data, for ``optax.contrib.reduce_on_plateau``).
+          extra_args: arguments of ``tx.update``, by name. It also gets the loss as ``value``, unless you give ``value``
+            yourself (such as the loss on other data, for ``optax.contrib.reduce_on_plateau``).
 
         Returns:
           A :class:`StepResult`: parameters, state, the loss before the update, ``aux`` and metrics.
 
         Raises:
-          ValueError: what `init` raises; or ``state`` is of other parameters or arguments than these, or of parameters
-            that were placed otherwise.
+          ValueError: as `init` does; also if ``state`` was made for other parameters or arguments than these, or for
+            parameters that were placed differently.
         """
-        with jax.disable_jit(False):  # run as Python's, a loop would have no residuals of each iteration
+        with jax.disable_jit(False):  # a loop that runs in Python would not keep the residuals of each iteration
             return self._run(params, state, args, extra_args)
 
     def _run(self, params: Any, state: FusedState, args: Sequence[Any], extra_args: Mapping[str, Any]) -> StepResult:
@@ -230,11 +230,11 @@ class FusedStep:
 
     @cached_property
     def jit(self) -> Donating:
-        """This step under ``jax.jit``, with parameters and state donated: they are updated in place."""
+        """This step under ``jax.jit``, with parameters and state donated, so that they are updated in place."""
         return Donating(jax.jit(self.__call__, donate_argnums=(0, 1)))
 
     def unfused(self, params: Any, state: FusedState, *args: Any, **extra_args: Any) -> StepResult:
-        """The same step by ``jax.vjp``, with all gradients at once: what the fused one must equal."""
+        """The same step by ``jax.vjp``, with all gradients at once. The fused step must equal it."""
         traced = self._trace_step(params, state, args, extra_args, fetch)
         result = self._run_unfused(traced, state, extra_args)
         return result._replace(params=jax.tree.map(put_beside, result.params, params))
@@ -263,7 +263,7 @@ class FusedStep:
         extra_args: Mapping[str, Any],
         move: Callable[[Any], Any] = lambda x: x,
     ) -> Traced:
-        """The call, traced, with parameters that are moved first; the state must be one for such a call."""
+        """The call, traced, after ``move`` has moved the parameters; the state must be one for such a call."""
         check_call(params, state, args)
         check_extra_args(extra_args)
         check_by_position(self.loss_fn, args, extra_args)
@@ -289,7 +289,7 @@ class FusedStep:
         return result if self.options.has_aux else (result, None)
 
     def _updater(self, traced: Traced, state: FusedState) -> Updater:
-        """The updater as far as it is known before the loss."""
+        """The updater, without what depends on the loss."""
         check_state(
             state.inner,
             jax.eval_shape(lambda leaves: traced.optimizer.init(leaves, traced.axes), shapes_on_device(traced.leaves)),
@@ -300,10 +300,10 @@ class FusedStep:
         if rounding and not any(rounded):
             raise ValueError(
                 "stochastic_rounding=True rounds bfloat16 and float16 parameters, and there are none among those that "
-                "are trained. Leave it at None to round where there are such."
+                "are trained. Leave it at None to round only parameters of these dtypes."
             )
         key = jax.random.fold_in(jax.random.key(self.options.seed), state.count)
-        # All at once: each alone would be some 150 instructions of scalars for a compiler.
+        # All keys at once: each one alone would give the compiler some 150 scalar instructions.
         folded = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rounded)))
         keys = [folded[i] if is_rounded else None for i, is_rounded in enumerate(rounded)]
         scale, of_tensors = self._scale(state), tuple(leaf.tensor_sharding for leaf in plans)
@@ -319,10 +319,10 @@ class FusedStep:
         )
 
     def _looks_ahead(self, state: FusedState) -> bool | jax.Array:
-        """Whether the norm of all gradients is taken before any is written: by a backward pass of its own.
+        """Whether the step takes the norm of all gradients, in a backward pass of its own, before it writes anything.
 
-        So it is to clip them. And where a dynamic loss scale has just changed, for it may be too large: a step in which
-        gradients overflow is then left out as a whole, and what counts steps does not count it.
+        It does so to clip them, and if a dynamic loss scale has just changed, because the scale may be too large: a
+        step in which gradients overflow is then skipped as a whole, and the step counters do not count it.
         """
         if isinstance(self.options.loss_scale, DynamicLossScale) and self.options.max_grad_norm is None:
             return state.loss_scale.finite_steps == 0
@@ -335,7 +335,7 @@ class FusedStep:
         norm: jax.Array | None,
         extra_args: Mapping[str, Any],
     ) -> Updater:
-        """The updater that knows the loss, and the norm where it is computed first."""
+        """The updater that knows the loss, and the norm if that is computed first."""
         clip, proceed, loss = None, None, result[0]
         if self.options.skip_nonfinite:
             proceed = jnp.isfinite(loss) if norm is None else jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -354,7 +354,7 @@ class FusedStep:
     ) -> StepResult:
         """The result, with the state's counters and the metrics."""
         loss, aux = result
-        if norm is None or self.options.max_grad_norm is None:  # it was not taken, or not in each step
+        if norm is None or self.options.max_grad_norm is None:  # it was not computed, or not in every step
             norm = passes.norm_in(done.statistics)
         unwritten = sum((jnp.sum(~s.written) for s in done.statistics.values()), start=jnp.zeros([], jnp.int32))
         wrote = any_written(done.statistics)
@@ -401,7 +401,7 @@ def fuse(
     offload: Literal["params", "activations"] | tuple[str, ...] | None = None,
     roll: bool | int = True,
 ) -> FusedStep:
-    """Makes a training step that updates each layer while the gradients flow back, so that they never exist at once.
+    """Makes a training step that updates each layer while gradients flow back, so they never all exist at once.
 
     ``fuse(loss_fn, tx)(params, state, *args, **extra_args)`` equals, up to rounding::
 
@@ -409,67 +409,68 @@ def fuse(
         updates, state = tx.update(grads, state, params, **{"value": loss, **extra_args})
         params = optax.apply_updates(params, updates)
 
-    with three differences. Parameters that a ``lax.scan`` runs over are many tensors, one for each layer: ``tx`` sees
-    one layer at a time, and what it keeps for a stack has a leading layer axis. bfloat16 and float16 parameters are
-    rounded stochastically. And what is not finite is not written. `FusedStep.unfused` is that program, with the same
-    state and options, to compare with.
+    with three differences. A parameter that a ``lax.scan`` runs over counts as many tensors, one for each layer: ``tx``
+    sees one layer at a time, and its state for a stack has a leading layer axis. bfloat16 and float16 parameters are
+    rounded stochastically. Anything that is not finite is not written. `FusedStep.unfused` is that program, with the
+    same state and options, for comparison.
 
     Args:
       loss_fn: ``loss_fn(params, *args)`` returns a scalar, or ``(scalar, aux)`` with ``has_aux``. Any JAX function.
-      tx: a transformation that treats leaves separately: adalomo, lomo, optax.adamw, chains, schedules, masks. Not one
-        that mixes them, such as ``optax.clip_by_global_norm``, or draws random numbers. ``tx.update`` is given the loss
-        as ``value``, of microbatches that of the batch, and what the step is given by name. Of a stack it sees a layer,
-        with one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
-      has_aux: whether ``loss_fn`` returns something beside the loss.
-      trainable: which parameters are: a tree of bools like ``params``, a prefix of one, or a function of a path such as
-        ``"layers/attention/query"``. The others cost no gradient, no state and no write, and ``tx`` does not see them.
-        None trains all floats; integers and bools are left alone.
+      tx: a transformation that treats leaves separately: adalomo, lomo, optax.adamw, chains, schedules, masks. It must
+        not mix them, as ``optax.clip_by_global_norm`` does, or draw random numbers. ``tx.update`` gets the loss as
+        ``value`` (with microbatches, the loss of the batch) and whatever the step gets by name. It sees one layer of a
+        stack, with one axis less than the parameter: do not give it ``layer_axes``, and mind masks that go by rank.
+      has_aux: whether ``loss_fn`` returns something besides the loss.
+      trainable: the parameters to train: a tree of bools like ``params``, a prefix of one, or a function of a path such
+        as ``"layers/attention/query"``. The others cost no gradient, no state and no write, and ``tx`` does not see
+        them. None trains all floats; integers and bools are left alone.
       max_grad_norm: equals ``optax.clip_by_global_norm`` before ``tx``. It takes a second backward pass, over the same
         saved forward pass.
-      microbatches: slices the batch into so many parts and sums their gradients, in float32, layer by layer: equal to
-        the gradient of the whole batch, with the activations of one part, and the inputs of the layers of all.
-      reduction: of the loss over the examples of a batch. With ``"mean"`` that of the whole batch is the mean over the
-        microbatches, with ``"sum"`` the sum. A mean over a varying number of tokens is neither: return their sum.
+      microbatches: slices the batch into this many parts and sums their gradients, in float32, layer by layer. The sum
+        equals the gradient of the whole batch; memory holds one part's activations, and the layer inputs of all parts.
+      reduction: how the loss reduces over the examples of a batch. With ``"mean"`` the loss of the whole batch is the
+        mean over the microbatches, with ``"sum"`` the sum. A mean over a varying number of tokens is neither: return
+        their sum.
       batch_argnums: the arguments of ``loss_fn`` to slice along their first axis, counted from 0, the parameters. None
-        slices all but the parameters. The others are the same for each microbatch.
-      loss_scale: multiplies the loss before it is differentiated, for float16; gradients are divided by it, in
-        float32, in each layer's update. A number, or a :class:`DynamicLossScale`, which adapts it. A step after that
-        has changed it takes a second backward pass, and is left out as a whole if a gradient is not finite.
-      skip_nonfinite: leave parameters and state as they are, but for the counter ``state.skipped``, where the loss, or
-        a norm that ``max_grad_norm`` asks for, is not finite; and without that, each tensor (of a stack, a layer of it)
-        whose gradient is not finite, or has entries above 1.8e19 where ``tx`` keeps anything of it: moments are not
-        made of what float32 cannot square. A step that writes nothing did not happen: no count, no schedule goes on.
-        False writes whatever comes.
+        slices all except the parameters. Other arguments are the same for each microbatch.
+      loss_scale: multiplies the loss before it is differentiated, for float16; each layer's update divides the
+        gradients by it, in float32. A number, or a :class:`DynamicLossScale`, which adapts it. The step after a change
+        of that scale takes a second backward pass, and is skipped as a whole if a gradient is not finite.
+      skip_nonfinite: leave parameters and state as they are, except the counter ``state.skipped``, if the loss, or the
+        norm that ``max_grad_norm`` asks for, is not finite. Without ``max_grad_norm``, also leave each tensor (in a
+        stack, each layer) whose gradient is not finite, or has entries above 1.8e19 if ``tx`` keeps anything of it:
+        float32 cannot square them, so they must not enter moments. A step that writes nothing did not happen: no count
+        and no schedule advances. False writes whatever comes.
       rms_metrics: report the root mean square of the updates and parameters of each layer.
-      strict: refuse a loss in which a layer's gradients wait for another's: parameters that a scan runs over have to be
-        updated whole, or layers in a list repeat and are not stacked.
+      strict: refuse a loss in which a layer's gradients wait for another's: because parameters that a scan runs over
+        have to be updated whole, or because layers in a list repeat and are not stacked.
       stochastic_rounding: None rounds bfloat16 and float16 parameters stochastically and others to nearest; False
-        rounds all to nearest; True is None, and an error where no parameter is of those types.
-      seed: of the stochastic rounding. Keys are made from the seed, the step, the leaf and the layer, so a resumed run
-        repeats the same bits.
-      offload: what is kept in the host's memory, and moved to the device and back layer by layer: the same numbers,
-        more slowly. ``"params"``: the stacks of matrices that layer scans run over (of a stack a layer is whole
+        rounds all to nearest; True does what None does, and raises an error if no parameter has one of those dtypes.
+      seed: seeds the stochastic rounding. Keys are made from the seed, the step, the leaf and the layer, so a resumed
+        run repeats the same bits.
+      offload: what to keep in the host's memory and move to the device and back layer by layer: the same numbers, more
+        slowly. ``"params"``: the stacks of matrices that layer scans run over (each layer of the stack is whole
         matrices: the layer axis is not among the last two); put them there with ``params = step.place(params, *args)``
         before ``init``. Vectors, all other parameters, and the optimizer's state stay on the device. ``"activations"``:
-        what each layer of a scan saves for the way back. Or both, as a tuple.
-      roll: whether ``step.place`` stacks the layers of lists that a loop in Python runs over, so that the step can scan
-        over them, as it does over a stack of yours whose layers such a loop takes one by one. True does so if it takes
-        less memory: from 3 layers on that read their weights under ``jax.checkpoint``, from 6 on of others. A number
-        stacks from so many on, whatever their kind: for the time to compile. False leaves lists and stacks as they
-        are: then each parameter is updated as a whole.
+        what each layer of a scan saves for the backward pass. Or both, as a tuple.
+      roll: whether ``step.place`` stacks the layers of lists that a Python loop runs over, so that the step can scan
+        over them. It also scans over a stack of your own whose layers such a loop takes one by one. True does so if
+        it saves memory: from 3 layers on if they read their weights under ``jax.checkpoint``, otherwise from 6 on. A
+        number stacks from that many layers on, whatever their kind, to save compile time. False leaves lists and
+        stacks as they are: then each parameter is updated as a whole.
 
     Returns:
       A :class:`FusedStep`: ``init``, ``jit`` (donates parameters and state), ``unfused``, ``plan``, ``place``,
       ``unplace``.
 
     Raises:
-      ValueError: for options out of their range, or that contradict each other; and while tracing, for a loss that is
-        no scalar, arguments or results that are no arrays, a parameter that cannot be trained, a batch that the
+      ValueError: for options that are out of range or contradict each other. While tracing, for a loss that is not a
+        scalar, arguments or results that are not arrays, a parameter that cannot be trained, a batch that the
         microbatches do not divide, a ``tx`` that mixes leaves, draws random numbers or has ``layer_axes``, parameters
         or arguments unlike those of ``init``, parameters in another memory than ``offload`` says, references
-        (``jax.new_ref``) in the loss. Where arrays are not traced, for some that are spread otherwise than in ``init``,
-        or that a step has used; and in ``jit``, for one array under two names. Under a ``jax.jit`` of your own, JAX
-        itself says that an array has been deleted or donated twice.
+        (``jax.new_ref``) in the loss. If arrays are not traced, for arrays that are sharded differently than in
+        ``init``, or that a step has used; and in ``jit``, for one array under two names. Under a ``jax.jit`` of your
+        own, JAX itself says that an array has been deleted or donated twice.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a training step needs, and where it fits, as the compilers for chips that are not there say."""
+"""The memory that a training step needs, and whether it fits, as a chip's compiler says without the chip."""
 
 from adalomo_jax.memory.compile import compile_usage as compile_usage
 from adalomo_jax.memory.estimate import estimate_usage as estimate_usage

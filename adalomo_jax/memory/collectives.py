@@ -15,11 +15,11 @@ class Collectives(NamedTuple):
 
     count: int
     bytes: int
-    """Of their results, on one device."""
+    """Bytes of their results on one device."""
 
 
 def collectives_in(text: str) -> dict[str, Collectives]:
-    """By kind, of a compiled program for one device, as ``compiled.as_text()`` prints it.
+    """The collectives of a compiled program for one device, by kind, as ``compiled.as_text()`` prints it.
 
     Example:
         >>> collectives_in("  %g = bf16[8,4]{1,0} all-gather(%x), channel_id=1, dimensions={0}")
@@ -31,7 +31,7 @@ def collectives_in(text: str) -> dict[str, Collectives]:
         if (operation := pattern.search(line)) is not None:
             types, kind, is_start = operation.groups()
             sizes = [_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", types)]
-            # What is started returns its operand too, and flags. What a compiler cut into steps keeps its channel.
+            # A -start operation also returns its operand and flags. One that is cut into steps keeps its channel.
             size = max(sizes, default=0) if is_start else sum(sizes)
             channel = re.search(r"channel_id=\d+", line)
             found.setdefault(kind, {})[channel[0] if channel else str(number)] = size

@@ -1,4 +1,4 @@
-"""What the compiler for a chip says of a training step, with no such chip there."""
+"""The memory of a training step as a chip's compiler reports it, without the chip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOST = ("pinned_host", "unpinned_host")
 
 
 class Shares(NamedTuple):
-    """Bytes a chip of what a step is given, and of what follows from its shapes alone."""
+    """Bytes on a chip of a step's arguments, and of what follows from its shapes alone."""
 
     params: int
     state: int
@@ -37,16 +37,16 @@ def compile_usage(step: FusedStep, params: Any, *args: Any, target: Target, fuse
     Nothing is allocated and nothing is run.
 
     Args:
-        step: what ``fuse(loss_fn, tx)`` returns, of any loss and transformation.
-        params: arrays, or ``jax.ShapeDtypeStruct``s. Those of the latter that carry a ``NamedSharding`` over
-            ``devices_of(target, chips)`` keep it, memory kind included; without any, all is for one chip.
-        *args: the other arguments of the loss, likewise.
+        step: what ``fuse(loss_fn, tx)`` returns, for any loss and transformation.
+        params: arrays, or ``jax.ShapeDtypeStruct``s. A ShapeDtypeStruct with a ``NamedSharding`` over
+            ``devices_of(target, chips)`` keeps it, memory kind included. Without any, all is for one chip.
+        *args: the other arguments of the loss, in the same forms.
         target: of `TARGETS`.
         fused: whether to compile the fused step, or ``step.unfused`` with the same arguments donated.
 
     Returns:
-        Bytes of one chip. A program that the compiler refuses for lack of memory is one that does not fit, with the
-        size that the refusal names.
+        Bytes on one chip. If the compiler refuses the program for lack of memory, it does not fit, and its size is the
+        one that the refusal names.
 
     Raises:
         Unavailable: the compiler for the target is not installed.
@@ -87,7 +87,7 @@ def compile_usage(step: FusedStep, params: Any, *args: Any, target: Target, fuse
 
 
 def needed_bytes(message: str) -> int | None:
-    """The size that a compiler's refusal for lack of memory names; None where the message is of another kind.
+    """The size that a compiler's refusal for lack of memory names; None if the message is of another kind.
 
     Example:
         >>> needed_bytes("RESOURCE_EXHAUSTED: ... the total memory required for HLO temporaries (26.96G) exceeds ...")
@@ -103,12 +103,12 @@ def needed_bytes(message: str) -> int | None:
 
 
 def limit_of_chip(target: Target, chips: int) -> int:
-    """Of the devices that a CPU is divided into, each has a part of its memory."""
+    """Each device that a CPU is divided into has an equal part of its memory."""
     return target.limit_bytes // chips if target.platform == "cpu" else target.limit_bytes
 
 
 def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fused: bool) -> Shares:
-    """Bytes a chip of the arguments by kind, of the gradients alive at once, and of what is saved for the way back."""
+    """Bytes on a chip of the arguments by kind, of the gradients alive at once, and of the saved residuals."""
     plan = step.plan(params, *args)
     shares = [shard_bytes(x) / max(1, whole_bytes(x)) for x in jax.tree.leaves(params)]
     if fused:
@@ -119,7 +119,7 @@ def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fus
         gradient = sum(
             shard_bytes(x) for x, is_trained in zip(jax.tree.leaves(params), trained, strict=True) if is_trained
         )
-    # What is saved lies as the batch does; the unfused step saves of one microbatch at a time.
+    # Residuals are sharded as the batch is. The unfused step saves those of one microbatch at a time.
     batch_share = sum(map(shard_bytes, jax.tree.leaves(args))) / max(1, sum(map(whole_bytes, jax.tree.leaves(args))))
     saved = step.saved_bytes(params, *args) * batch_share / (1 if fused else step.options.microbatches or 1)
     if step.options.offloads_activations:
@@ -146,7 +146,7 @@ def on_host(x: Any) -> bool:
 
 
 def mesh_of(tree: Any) -> Any:
-    """The mesh that abstract arrays of a tree are sharded over; None where there is none."""
+    """The mesh that abstract arrays of a tree are sharded over; None if there is none."""
     return next((x.sharding.mesh for x in jax.tree.leaves(tree) if _is_sharded(x)), None)
 
 

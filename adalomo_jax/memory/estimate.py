@@ -1,4 +1,4 @@
-"""What a training step needs at least, from shapes alone: for where no compiler is at hand."""
+"""A lower bound of a training step's memory from shapes alone. It needs no compiler."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from adalomo_jax.memory.usage import Usage
 
 
 def estimate_usage(step: FusedStep, params: Any, *args: Any, target: Target, fused: bool = True) -> Usage:
-    """A lower bound of what `compile_usage` returns for one chip, from shapes: marked as an estimate.
+    """A lower bound of what `compile_usage` returns for one chip, from shapes. It is marked as an estimate.
 
-    The step must hold its arguments, and at one time or another all gradients that are alive at once, and all that the
-    forward pass saves: ``peak_bytes`` is the arguments and the larger of the two. A TPU may hold the latter in its
-    vector memory, which is not counted, so that its bound is lower by as much. What else a compiler needs, such as the
-    activations within one layer, copies and padding, is not in it: where the bound fits, the step may fit.
+    The step must hold its arguments. At one time it also holds all gradients that are alive at once, and at another all
+    residuals of the forward pass. ``peak_bytes`` is the arguments and the larger of these two. A TPU may hold the
+    larger in its vector memory, which is not counted, so its bound is lower by that size. The bound leaves out what
+    else a compiler needs, such as the activations within one layer, copies and padding: if it fits, the step may fit.
 
-    Args and returns as of `compile_usage`. No plugin is needed, and nothing is compiled.
+    Arguments and result are those of `compile_usage`. It needs no plugin and compiles nothing.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -21,18 +21,18 @@ _PARTS = {
     "saved layer inputs": "saved_bytes",
     "other temporaries": "other_bytes",
 }
-"""What a bar is stacked of."""
+"""The parts of a bar."""
 
 
 class Row(NamedTuple):
-    """A step and what it needs."""
+    """A step and the memory that it needs."""
 
     name: str
-    """Of the step, as the table shows it."""
+    """The step's name, as the table shows it."""
     optimizer: str
     fused: bool
     target: str
-    """Its name."""
+    """The target's name."""
     usage: Usage
 
 
@@ -68,14 +68,14 @@ def _collectives(usage: Usage, kind: str) -> str:
 
 
 def verdict(usage: Usage) -> str:
-    """Whether it fits, or even was refused by the compiler. A lower bound can only rule it out."""
+    """Whether the step fits, or the compiler refused it. A lower bound can only rule it out."""
     if usage.fits:
         return "perhaps" if usage.estimated else "yes"
     return "refused" if usage.refused else "no"
 
 
 def json_line(row: Row) -> str:
-    """One object. Figures that the compiler of a refused step did not say are null."""
+    """A row as one JSON object. Figures that the compiler of a refused step did not report are null."""
     usage = row.usage
     found: dict[str, Any] = {"name": row.name, "optimizer": row.optimizer, "fused": row.fused, "target": row.target}
     for name in ("params_bytes", "state_bytes", "argument_bytes", "alias_bytes", "temp_bytes", "peak_bytes"):
@@ -88,7 +88,7 @@ def json_line(row: Row) -> str:
 
 
 def plot_usage(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Write a PNG with a bar for each row, stacked of what it needs, and a line at the chip's limit."""
+    """Write a PNG with a bar for each row, stacked from the parts of its memory, and a line at the chip's limit."""
     figure = Figure(figsize=(8, 1.6 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left = np.zeros(len(rows))

@@ -1,4 +1,4 @@
-"""Chips to compile for, which need not be there: what JAX is told of them, and the memory of each."""
+"""Chips to compile for, which need not be present: what JAX is told about them, and the memory of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 GPU_USABLE_SHARE = 0.95
-"""Of a GPU's memory, what a process can have: the driver, the CUDA context and the libraries hold the rest."""
+"""The share of a GPU's memory that a process can have. The driver, the CUDA context and the libraries hold the rest."""
 
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -26,7 +26,7 @@ _LIBTPU = {
     "TPU_HOST_BOUNDS": "1,1,1",
     "TPU_CHIPS_PER_HOST_BOUNDS": "1,1,1",
 }
-"""So that libtpu asks neither a cloud's metadata server nor a lock file for chips, nor says that they are missing."""
+"""With these, libtpu asks neither a cloud's metadata server nor a lock file for chips, nor reports them missing."""
 
 
 class Unavailable(Exception):
@@ -38,20 +38,20 @@ class Target:
     """A chip that a step can be compiled for."""
 
     name: str
-    """As the command takes it."""
+    """The name that the command takes."""
     platform: Literal["tpu", "cuda", "cpu"]
     generation: str = ""
-    """Of a TPU, as its topologies begin; of a GPU, the file in ``memory/gpu`` that describes it."""
+    """For a TPU, how the names of its topologies begin; for a GPU, the file in ``memory/gpu`` that describes it."""
     dimensions: int = 0
-    """Of the torus in which the chips of a TPU pod lie."""
+    """Dimensions of the torus in which the chips of a TPU pod lie."""
     usable_gib: float = 0.0
-    """Of a TPU: the memory that libtpu compares a program with, as its refusals state it. GiB are 2**30 bytes."""
+    """For a TPU, the memory that libtpu compares a program with, as its refusals state it. GiB are 2**30 bytes."""
     vector_mib: int = 0
-    """Of a TPU: a core's vector memory (VMEM), where XLA keeps results. MiB are 2**20 bytes."""
+    """For a TPU, a core's vector memory (VMEM), where XLA keeps results. MiB are 2**20 bytes."""
 
     @cached_property
     def limit_bytes(self) -> int:
-        """What a program may use on one chip; of a CPU the machine's memory."""
+        """Bytes that a program may use on one chip; for a CPU, the machine's memory."""
         if self.platform == "tpu":
             return int(self.usable_gib * 2**30)
         if self.platform == "cuda":
@@ -62,7 +62,7 @@ class Target:
 
     @property
     def description(self) -> str:
-        """Of a GPU, what its compiler must know of it: a GpuTargetConfigProto as text."""
+        """What the compiler must know about a GPU: a GpuTargetConfigProto as text."""
         return (resources.files("adalomo_jax.memory") / "gpu" / f"{self.generation}.txtpb").read_text()
 
 
@@ -77,15 +77,15 @@ TARGETS: dict[str, Target] = {
         Target("cpu", "cpu"),
     )
 }
-"""By name. ``cpu`` is this machine's."""
+"""The targets by name. ``cpu`` is this machine's."""
 
 
 def prepare(target: Target, chips: int = 1) -> None:
     """Has JAX start on the CPU alone, without looking for the chip that a plugin is installed for.
 
-    And without its cache of compiled programs: those for a chip that is not there it can keep, but not read again.
+    It also turns off JAX's cache of compiled programs: JAX can write those for an absent chip, but not read them again.
 
-    To be called before JAX has made an array or named a device; later it changes nothing.
+    Call it before JAX has made an array or named a device. Later it changes nothing.
     """
     _set_libtpu()
     jax.config.update("jax_platforms", "cpu")
@@ -97,14 +97,14 @@ def prepare(target: Target, chips: int = 1) -> None:
 
 
 def devices_of(target: Target, chips: int = 1) -> Sequence[Any]:
-    """The devices to compile for: descriptions, but for a CPU. They hold no arrays and run nothing.
+    """The devices to compile for. Except for a CPU, they are descriptions, which hold no arrays and run nothing.
 
     Args:
         target: of `TARGETS`.
         chips: how many, a power of two for TPUs.
 
     Raises:
-        Unavailable: the plugin that compiles for the target is not installed, or there are no so many chips.
+        Unavailable: the plugin that compiles for the target is not installed, or there are not this many chips.
 
     Example:
         >>> len(devices_of(TARGETS["cpu"]))
@@ -128,7 +128,7 @@ def devices_of(target: Target, chips: int = 1) -> Sequence[Any]:
 
 
 def check_plugin(target: Target) -> None:
-    """Raise Unavailable, with the extra to install, where there is no compiler for the target."""
+    """Raise Unavailable, with the extra to install, if there is no compiler for the target."""
     modules, extra = {
         "tpu": (["libtpu"], "tpu-aot"),
         "cuda": (["jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"], "cuda-aot"),
@@ -142,7 +142,7 @@ def check_plugin(target: Target) -> None:
 
 
 def torus(chips: int, dimensions: int) -> tuple[int, ...]:
-    """The sides of the pod slice of so many chips, as near to each other as powers of two can be.
+    """The sides of the pod slice with this many chips, as near to each other as powers of two can be.
 
     Example:
         >>> torus(16, 2), torus(32, 2), torus(512, 3)
@@ -177,5 +177,5 @@ def _power_above(chips: int) -> int:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # the package that it is in is missing
         return False

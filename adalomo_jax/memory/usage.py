@@ -11,33 +11,33 @@ from adalomo_jax.memory.collectives import Collectives
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes that a training step needs on each chip. What a refused program's compiler did not say is None."""
+    """Bytes that a training step needs on each chip. Figures that a refusal leaves out are None."""
 
     params_bytes: int
-    """Of the parameters that lie on the chip."""
+    """Bytes of the parameters that lie on the chip."""
     state_bytes: int
-    """Of the optimizer's state."""
+    """Bytes of the optimizer state."""
     gradient_bytes: int
     """The most gradients alive at once, in the parameters' dtypes."""
     saved_bytes: int
-    """What the forward pass saves for the way back: the inputs of rematerialized layers, or all residuals of others."""
+    """What the forward pass saves for the backward pass: rematerialized layers' inputs, or all residuals of others."""
     argument_bytes: int | None
-    """What the step is given: parameters, state, batch."""
+    """The step's arguments: parameters, state, batch."""
     alias_bytes: int | None
-    """Of it, what results share their memory with: parameters and state, updated in place."""
+    """The arguments that share their memory with results: parameters and state, updated in place."""
     output_bytes: int | None
     """What the step returns."""
     temp_bytes: int | None
-    """What it needs besides, saved inputs and gradients included."""
+    """What it needs in addition, saved inputs and gradients included."""
     peak_bytes: int
-    """``argument_bytes + output_bytes - alias_bytes + temp_bytes``; of a refused program what its compiler named."""
+    """``argument_bytes + output_bytes - alias_bytes + temp_bytes``; if refused, what the compiler named."""
     host_bytes: int
-    """The same sum, of the host's memory."""
+    """The same sum for the host's memory."""
     limit_bytes: int
-    """What a program may use on the chip."""
+    """Bytes that a program may use on the chip."""
     compile_seconds: float
     estimated: bool = False
-    """Whether this is a lower bound from shapes, by no compiler."""
+    """Whether this is a lower bound from shapes, without a compiler."""
     refused: bool = False
     """Whether the compiler refused the program for lack of memory."""
     collectives: Mapping[str, Collectives] = field(default_factory=dict)
@@ -50,18 +50,18 @@ class Usage:
 
     @property
     def spare_bytes(self) -> int:
-        """What remains of the limit; negative where the step does not fit."""
+        """What remains of the limit; negative if the step does not fit."""
         return self.limit_bytes - self.peak_bytes
 
     @property
     def other_bytes(self) -> int:
-        """Of the peak, what is none of parameters, state, gradients and saved inputs; 0 where those overlap."""
+        """The peak without parameters, state, gradients and saved inputs; 0 if those overlap."""
         named = self.params_bytes + self.state_bytes + self.gradient_bytes + self.saved_bytes
         return max(0, self.peak_bytes - named)
 
 
 def peak_of(sizes: Any) -> int:
-    """Of what ``compiled.memory_analysis()`` returns: arguments, outputs that are none of them, and temporaries."""
+    """The sum of arguments, outputs that are no arguments, and temporaries, from ``compiled.memory_analysis()``."""
     new_outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + new_outputs + sizes.temp_size_in_bytes
 

@@ -15,4 +15,4 @@ from adalomo_jax.models.sharding import make_mesh as make_mesh
 from adalomo_jax.models.sharding import param_shardings as param_shardings
 
 Llama, LlamaConfig, llama_of = Decoder, DecoderConfig, decoder_of
-"""The names that these had before there were other families."""
+"""The names that these had before other families were added."""

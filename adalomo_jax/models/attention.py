@@ -1,4 +1,4 @@
-"""Causal attention in the memory of a few rows of scores, by what a backend has for it.
+"""Causal attention in the memory of a few rows of scores, with the kernel that a backend has for it.
 
 Letters in names of arrays: B batch, T position, N query heads, K key and value heads, H width of a head.
 """
@@ -20,7 +20,7 @@ from adalomo_jax.models.tiled_attention import TILES, is_seen, tiled_attention
 Kind = Literal["blocks", "tiles", "splash", "cudnn"]
 
 BLOCK = 512
-"""Queries whose scores exist at once, in blocks of plain XLA operations."""
+"""The number of queries whose scores exist at once, in blocks of plain XLA operations."""
 
 
 def causal_attention(
@@ -34,28 +34,29 @@ def causal_attention(
     sharding: NamedSharding | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``softmax(q k^T / sqrt(H)) v`` over the positions that a query sees; heads of queries share ``N / K``-wise.
+    """``softmax(q k^T / sqrt(H)) v`` over the positions that a query sees; ``N / K`` query heads share each key head.
 
-    A query sees the positions up to its own, those of its own segment and within the window alone, where there are any.
+    A query sees the positions up to its own. If segments or a window are given, it sees only those within them.
 
     Args:
       q_BTNH: queries.
       k_BTKH: keys.
       v_BTKH: values.
-      kind: ``"blocks"`` runs anywhere: block by block of 512 queries, whose scores are recomputed on the way back.
-        ``"tiles"`` is that for CPUs, in smaller ones, with a gradient of its own (`tiled_attention`). ``"splash"`` is
-        JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
+      kind: ``"blocks"`` runs anywhere, in blocks of 512 queries, whose scores are recomputed in the backward pass.
+        ``"tiles"`` does the same for CPUs, in smaller blocks, with a gradient of its own (`tiled_attention`).
+        ``"splash"`` is JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
       segments_BT: the number of the document that each position belongs to.
       window: how many positions a query sees, its own included.
-      sharding: of the batch, where it is spread over a mesh; heads are over its axis ``tensor``. Tiles and kernels run
-        on each device's part, all heads where ``tensor`` does not divide those of keys; XLA spreads blocks by itself.
+      sharding: the sharding of a batch that is spread over a mesh; heads are spread over its axis ``tensor``. Tiles and
+        kernels run on each device's part, with all heads if ``tensor`` does not divide the number of key heads; XLA
+        spreads blocks by itself.
       interpret: run the TPU's kernel in the interpreter, slowly, on any backend.
 
     Returns:
       ``[B, T, N, H]``, in the dtype of the queries.
 
     Raises:
-      ValueError: for a kernel that does not take such heads or so many positions; see `splash_takes`.
+      ValueError: the kernel does not take heads this wide or this many positions; see `splash_takes`.
     """
     if kind == "splash" and not splash_takes(q_BTNH.shape[1], q_BTNH.shape[-1]):
         T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
@@ -83,7 +84,7 @@ def causal_attention(
 def cached_attention(
     q_BQNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first: int | jax.Array, *, window: int | None = None
 ) -> jax.Array:
-    """The rows of ``causal_attention`` for queries at the positions ``first``, ``first + 1``, ... alone.
+    """The rows of ``causal_attention`` only for the queries at the positions ``first``, ``first + 1``, ....
 
     Args:
       q_BQNH: queries.
@@ -99,23 +100,23 @@ def cached_attention(
 
 
 def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
-    """What suits a platform (``"tpu"``, ``"gpu"``, ``"cuda"`` or ``"cpu"``) best: its own kernel where that can be had.
+    """The best kind for a platform (``"tpu"``, ``"gpu"``, ``"cuda"`` or ``"cpu"``): its own kernel if available.
 
-    cuDNN is looked for in this process, so a program that is compiled for a GPU elsewhere has blocks.
+    This process looks for cuDNN itself, so a program that it compiles for a GPU elsewhere has blocks.
     """
     if platform == "tpu" and splash_takes(length, head_dim):
         return "splash"
     if platform in ("gpu", "cuda") and jax.default_backend() == "gpu":
         x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
-        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # what JAX says where it cannot be
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # raised if JAX cannot use cuDNN
             jax.eval_shape(lambda x: causal_attention(x, x, x, "cudnn"), x)
             return "cudnn"
-    # Measured: of 2048 positions tiles take less memory than blocks, of 4096 more.
+    # Measured: tiles take less memory than blocks for 2048 positions, more for 4096.
     return "tiles" if platform == "cpu" and length <= TILES * BLOCK // 2 else "blocks"
 
 
 def splash_takes(length: int, head_dim: int) -> bool:
-    """Whether the TPU's kernel takes so many positions, and heads of that width."""
+    """Whether the TPU's kernel takes this many positions, and heads of this width."""
     return length % 128 == 0 and head_dim % 128 == 0
 
 
@@ -146,13 +147,13 @@ def _in_blocks(
 
 
 def _attend(*args: jax.Array, **options: Any) -> jax.Array:
-    """JAX's attention, which promotes bfloat16 to float32 by itself (JAX 0.12), also for users who forbid that."""
+    """JAX's attention, which implicitly promotes bfloat16 to float32 (JAX 0.12), even if users forbid that."""
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(*args, **options)
 
 
 def _padded(x_BT: jax.Array) -> jax.Array:
-    """To a whole number of blocks; what a query of the padding sees is cut off with it."""
+    """The array, padded to a whole number of blocks. The padding's results are cut off later."""
     return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % BLOCK)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
@@ -178,7 +179,7 @@ def _splash(
     window: int | None,
     interpret: bool,
 ) -> jax.Array:
-    # Imported here: it is slow, and Pallas' TPU part is not to be had in every build of JAX.
+    # Imported here because it is slow, and not every build of JAX has Pallas' TPU part.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N, H = q_BTNH.shape[1:]

@@ -1,4 +1,4 @@
-"""A decoder's forward pass in parts: new positions see the keys and values of those before them in a cache.
+"""A decoder's forward pass in parts: new positions see the keys and values of earlier ones in a cache.
 
 Letters in names of arrays: as in `decoder`; S new positions, T positions that the cache has room for.
 """
@@ -26,7 +26,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(model: Decoder, batch_size: int, positions: int) -> Cache:
-    """A cache with room for so many positions of each sequence, in the type of the model's weights."""
+    """A cache with room for this many positions of each sequence, in the type of the model's weights."""
     config = model.config
     shape = (config.num_hidden_layers, batch_size, positions, config.num_key_value_heads, config.head_dim)
     of_values = lambda: jnp.zeros(shape, model.embed_tokens.embedding[...].dtype)
@@ -34,15 +34,15 @@ def empty_cache(model: Decoder, batch_size: int, positions: int) -> Cache:
 
 
 def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """``model.hidden`` of all tokens so far, at the new ones alone.
+    """``model.hidden`` of all tokens so far, but only at the new ones.
 
-    A prompt is read at once, what is generated token by token; the parts may have any lengths.
+    Pass a prompt at once and generated text token by token; the parts may have any lengths.
 
     Args:
         model: the model.
-        tokens_BS: token ids, which follow those that have been read.
-        cache: of an `empty_cache`, or as the last call left it. It must have room for them, which is not checked: how
-            many have been read is known only when the program runs.
+        tokens_BS: token ids, which follow those already read.
+        cache: an `empty_cache`, or the one that the last call returned. It must have room for the tokens. This is not
+            checked, because the number of tokens read is known only when the program runs.
 
     Returns:
         The residual stream ``[B, S, D]`` after the last norm, and the cache with the new positions.
@@ -71,11 +71,11 @@ def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[j
 
     x_BSD = model.embed_tokens(tokens_BS)
     x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(run_layer, x_BSD, (layers, cache.k_LBTKH, cache.v_LBTKH))
-    # Only the new positions leave the scan: stacked whole, the cache would be copied for every token.
+    # Only the new positions leave the scan: if it stacked the whole cache, each token would copy it.
     k_LBTKH, v_LBTKH = (_write(old, new, first) for old, new in ((cache.k_LBTKH, k_LBSKH), (cache.v_LBTKH, v_LBSKH)))
     return model.norm(x_BSD), Cache(k_LBTKH, v_LBTKH, first + S)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """With the new positions at their places, on the axis before the heads."""
+    """The cached array with the new positions in their places, on the axis before the heads."""
     return jax.lax.dynamic_update_slice_in_dim(cached, new, first, axis=cached.ndim - 3)

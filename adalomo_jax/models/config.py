@@ -1,4 +1,4 @@
-"""The sizes of a decoder, under Hugging Face's field names, and those of well-known models."""
+"""The sizes of a decoder, under Hugging Face's field names, and the sizes of well-known models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class RopeScaling:
     """Rotary frequencies for longer sequences than a model was first trained on; the names are Hugging Face's."""
 
     rope_type: Literal["linear", "llama3"]
-    """``linear`` divides all frequencies by the factor; ``llama3`` those of long waves, and those between in part."""
+    """``linear`` divides all frequencies by the factor; ``llama3`` those of long waves, and partly those in between."""
     factor: float
-    """What frequencies are divided by."""
+    """The divisor of the frequencies."""
     low_freq_factor: float = 1.0
     """Waves longer than ``original_max_position_embeddings`` divided by this are long."""
     high_freq_factor: float = 4.0
@@ -25,9 +25,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `Decoder`: a Llama, or a Mistral or Qwen2, which differ by the last fields.
+    """Sizes of a `Decoder`: a Llama, or a Mistral or Qwen2, which differ in the last fields.
 
-    The field names are those of Hugging Face's ``config.json``, but for the biases, which each family names otherwise.
+    The field names are those of Hugging Face's ``config.json``, except the biases, which each family names differently.
     """
 
     vocab_size: int
@@ -55,7 +55,7 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     """How the rotary frequencies are scaled: Llama 3.1 and later."""
     sliding_window: int | None = None
-    """Positions that a query sees, its own included: Mistral. None sees all before it."""
+    """How many positions a query sees, its own included: Mistral. With None it sees all before it."""
     qkv_bias: bool = False
     """Whether queries, keys and values have biases: Qwen2."""
     o_bias: bool = False
@@ -76,7 +76,7 @@ class DecoderConfig:
 
 
 def config_of(fields: Mapping[str, Any]) -> DecoderConfig:
-    """The config that ``dataclasses.asdict`` made these of, perhaps by way of JSON."""
+    """The config from which ``dataclasses.asdict`` made these fields, perhaps by way of JSON."""
     scaling = fields["rope_scaling"]
     return DecoderConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
 

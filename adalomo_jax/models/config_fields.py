@@ -1,4 +1,4 @@
-"""What ``config.json`` may say of a model's sizes: types and ranges. Bounds lie far above every model that is known."""
+"""The types and ranges of a model's sizes in ``config.json``. The bounds lie far above every known model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from adalomo_jax.models.families import FAMILIES
 from adalomo_jax.models.fields import Fields
 
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
-"""Of a vector of the residual stream, or of the SwiGLU layer."""
+"""The width of the residual stream, or of the SwiGLU layer."""
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Heads = Annotated[int, Field(ge=1, le=10_000)]
 HeadDim = Annotated[int, Field(ge=2, le=10_000)]
 Vocabulary = Annotated[int, Field(ge=1, le=100_000_000)]
 Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
-"""They are counted in int32."""
+"""Positions are counted in int32."""
 Theta = Annotated[float, Field(ge=1, le=1e30)]
-"""Frequencies are its powers from 0 to -1, in float32."""
+"""The frequencies are powers of it, from 0 to -1, in float32."""
 Epsilon = Annotated[float, Field(ge=1e-30, le=1)]
-"""Also in float32 above 0: it keeps a row of zeros from 0 / 0."""
+"""Above 0 in float32 too: it keeps a row of zeros from giving 0 / 0."""
 Factor = Annotated[float, Field(ge=1, le=1e6)]
-"""Frequencies are divided by it: positions are drawn closer."""
+"""Frequencies are divided by it, which draws positions closer."""
 _Waves = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -31,7 +31,7 @@ class RopeFields(Fields):
 
     rope_type: str | None = None
     type: str | None = None
-    """The same, in older files."""
+    """The same in older files."""
     rope_theta: Theta | None = None
     factor: Factor | None = None
     low_freq_factor: _Waves | None = None
@@ -59,10 +59,10 @@ def _absent(is_there: bool) -> bool:
 
 
 class ConfigFields(Fields):
-    """What is read of ``config.json``; null and what is missing mean the default, or what other sizes give."""
+    """The fields read from ``config.json``. A null or missing field has its default, or follows from other sizes."""
 
     model_type: Annotated[str, AfterValidator(_known)]
-    """First of all: another model means other things by the same names."""
+    """Comes first because other models mean other things by the same names."""
     hidden_act: Literal["silu"] | None = None
     mlp_bias: Annotated[bool, AfterValidator(_absent)] | None = None
     vocab_size: Vocabulary | None = None

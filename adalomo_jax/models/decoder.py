@@ -1,4 +1,4 @@
-"""A decoder of the Llama kind in Flax NNX, its layers stacked on axis 0 and run by one scan.
+"""A Llama-like decoder in Flax NNX, with its layers stacked on axis 0 and run by one scan.
 
 Letters in names of arrays: B batch, T position, D residual stream, F SwiGLU, N query heads, K key and value heads,
 H width of a head, V vocabulary, L layers.
@@ -20,7 +20,7 @@ from adalomo_jax.models.config import DecoderConfig
 from adalomo_jax.models.rotary import rotary_angles, rotate
 
 HeadAxes = Literal["dv", "vd"]
-"""Of the head, or of the embedding where that is the head, too."""
+"""The axes of the head, or of the embedding if that is also the head."""
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -81,7 +81,7 @@ class Attention(nnx.Module):
         return q_BTNH, k_BTKH, self.v_proj(x_BTD).reshape(heads)
 
     def join(self, out_BTNH: jax.Array) -> jax.Array:
-        """What the heads found, back into the residual stream."""
+        """Projects the heads' results back into the residual stream."""
         return self.o_proj(out_BTNH.reshape(*out_BTNH.shape[:2], -1))
 
 
@@ -113,13 +113,13 @@ class Block(nnx.Module):
         return self.add(x_BTD, self.self_attn(self.input_layernorm(x_BTD), cos, sin, segments_BT))
 
     def add(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
-        """The stream with what its attention found, and with what SwiGLU makes of the sum."""
+        """Adds the attention's result to the stream, then what SwiGLU makes of the sum."""
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 def _stacked_blocks(config: DecoderConfig, *, rngs: nnx.Rngs, **options) -> Block:
-    """A ``Block`` whose every leaf has a leading layer axis. A loop, not a vmap: one layer's random bits at a time."""
+    """A ``Block`` whose leaves all have a leading layer axis. A loop, not a vmap: one layer's random bits at a time."""
 
     def block(key: jax.Array) -> Block:
         return Block(config, rngs=nnx.Rngs(key), **options)
@@ -130,7 +130,7 @@ def _stacked_blocks(config: DecoderConfig, *, rngs: nnx.Rngs, **options) -> Bloc
 
 
 class Decoder(nnx.Module):
-    """A language model: a Llama, a Mistral or a Qwen2, as its config says.
+    """A language model: a Llama, a Mistral or a Qwen2, depending on its config.
 
     ``model.layers`` is one ``Block`` whose leaves are stacked on axis 0. One ``jax.lax.scan`` takes them as its ``xs``,
     untransformed, so ``adalomo_jax.fuse`` updates them layer by layer.
@@ -138,12 +138,12 @@ class Decoder(nnx.Module):
     Args:
         config: the sizes.
         rngs: the key of the initial weights (normal, standard deviation 0.02; norms start at 1).
-        dtype: type of the weights, and with it of the activations. Norms, softmax and logits are float32 all the same.
-        remat: ``True`` recomputes each layer in the backward pass and saves its input only, ``False`` saves all
+        dtype: the type of the weights and activations. Norms, softmax and logits are float32 regardless.
+        remat: ``True`` saves only each layer's input and recomputes the layer in the backward pass, ``False`` saves all
             residuals; a policy of ``jax.checkpoint_policies`` chooses.
         attention: see :func:`~adalomo_jax.models.attention.causal_attention`.
-        batch_sharding: of the batch, where it is spread over a mesh (:mod:`adalomo_jax.models.sharding`); each layer's
-            input is kept so.
+        batch_sharding: the sharding of a batch that is spread over a mesh (:mod:`adalomo_jax.models.sharding`); each
+            layer's input keeps it.
 
     Example:
         >>> from flax import nnx
@@ -181,8 +181,8 @@ class Decoder(nnx.Module):
     def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """The residual stream ``[B, T, D]`` after all layers and the last norm.
 
-        Positions of different ``segments_BT`` (integers, as documents packed into a sequence have them) do not see each
-        other. Rotary positions need not start anew: attention depends on their differences alone.
+        Positions of different ``segments_BT`` (integers, such as one for each document packed into a sequence) do not
+        see each other. Rotary positions need not restart, because attention depends only on their differences.
         """
         config = self.config
         if tokens_BT.shape[1] > config.max_position_embeddings:
@@ -202,23 +202,23 @@ class Decoder(nnx.Module):
         return self.norm(x_BTD)
 
     def _spread(self, x_BTD: jax.Array) -> jax.Array:
-        """The residual stream, each device's sequences whole."""
+        """The residual stream, spread so that each device has whole sequences."""
         sharding = self.batch_sharding
         return x_BTD if sharding is None else jax.lax.with_sharding_constraint(x_BTD, sharding)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """The head alone: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
+        """Only the head: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
         return project(x_BTD, *self.head())
 
     def head(self) -> tuple[jax.Array, HeadAxes]:
-        """The head's matrix, or the embedding, as it is, and what its axes are."""
+        """The head's matrix, or the embedding, untransposed, and the names of its axes."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding[...], "vd"
         return self.lm_head.kernel[...], "dv"
 
 
 def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
-    """The model that has these parameters, a nested dictionary of arrays; ``nnx.state`` of it gives them back.
+    """The model with these parameters, a nested dictionary of arrays; ``nnx.state`` of the model gives them back.
 
     Example:
         >>> from adalomo_jax.models import PRESETS
@@ -234,12 +234,12 @@ def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x_BTD: jax.Array, head: jax.Array, axes: HeadAxes = "dv") -> jax.Array:
-    """``x @ head``, or ``x @ head.T`` where its axes are so, accumulated in float32, also where both are bfloat16.
+    """``x @ head``, or ``x @ head.T`` if the axes say so, accumulated in float32 even if both are bfloat16.
 
-    An embedding is not transposed first: where XLA would multiply with that more than once, it would write it out.
+    An embedding is not transposed first: if XLA multiplied by the transpose more than once, it would write it out.
 
-    The cotangent is rounded to the type of ``x`` before it is multiplied. Without, the two products of the backward
-    pass would be float32 ones, at half the speed of a GPU or less.
+    The cotangent is rounded to the type of ``x`` before it is multiplied. Otherwise the two products of the backward
+    pass would be float32, at half the speed of a GPU or less.
     """
     return jnp.einsum(f"...d,{axes}->...v", x_BTD, head, preferred_element_type=jnp.float32)
 

@@ -1,4 +1,4 @@
-"""What files may say, by name, with types and ranges; and values of such files in messages."""
+"""The fields that a file may have, with types and ranges; and how messages show values from such files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from adalomo_jax.printable import printable
 
 _SHOWN = 60
-"""Characters of a value in a message."""
+"""The most characters of a value in a message."""
 
 _Fields = TypeVar("_Fields", bound="Fields")
 
 
 class Fields(BaseModel):
-    """What a file may say, by name: subclasses have the types and ranges. Names that they have not do not matter.
+    """The fields that a file may have. Subclasses give names, types and ranges; other names are ignored.
 
-    Types are meant as they are written: no string is taken for a number, no ``true`` for 1. Numbers are finite.
+    Types are strict: a string does not count as a number, nor ``true`` as 1. Numbers are finite.
 
     Example:
         >>> from pydantic import Field
@@ -36,10 +36,10 @@ class Fields(BaseModel):
 
 
 def check(fields: type[_Fields], contents: Mapping[str, Any], place: str) -> _Fields:
-    """The contents of a file as the fields that it may have.
+    """The contents of a file, checked, as the fields that it may have.
 
     Raises:
-        ValueError: one line with ``place``, the first field that is wrong, its value, and what is allowed.
+        ValueError: one line with ``place``, the first wrong field, its value, and what is allowed.
     """
     try:
         return fields.model_validate(dict(contents))
@@ -54,21 +54,21 @@ def check(fields: type[_Fields], contents: Mapping[str, Any], place: str) -> _Fi
 
 
 def _name(parts: Sequence[str | int], contents: Any) -> str:
-    """Of a field within fields: ``rope_scaling.factor``, ``eos_token_id[1]``. Of a union pydantic adds the types."""
+    """The name of a nested field: ``rope_scaling.factor``, ``eos_token_id[1]``, without the types pydantic adds."""
     name = ""
     for part in parts:
         try:
             contents = contents[part]
         except (LookupError, TypeError):
             if isinstance(contents, Mapping) and part == parts[-1]:
-                name += f".{plain(part)}"  # what is missing
+                name += f".{plain(part)}"  # the missing field
             continue
         name += f"[{part}]" if isinstance(part, int) else f".{plain(part)}"
     return name.lstrip(".")
 
 
 def shown(value: Any) -> str:
-    """A value in a message: on one line, without what a terminal obeys, and not all of a long one.
+    """A value for a message: on one line, without terminal control codes, and shortened if it is long.
 
     >>> shown("a" * 100), shown("a\\x1bb")
     ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", "'a\\\\x1bb'")
@@ -78,5 +78,5 @@ def shown(value: Any) -> str:
 
 
 def plain(name: object, most: int = _SHOWN) -> str:
-    """The name of a tensor, a field or a file in a message, or what a library says: as `shown`, without quotes."""
+    """The name of a tensor, field or file for a message, or a library's own message: like `shown`, without quotes."""
     return printable(name, most)

@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` to the sizes of a decoder, and back."""
+"""Converts Hugging Face's ``config.json`` to the sizes of a decoder, and back."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from adalomo_jax.models.config import DecoderConfig, RopeScaling
 from adalomo_jax.models.families import FAMILIES
 
 _DEFAULTS = {"rms_norm_eps": 1e-6}
-"""Hugging Face's own, where they are not those of `DecoderConfig`."""
+"""Hugging Face's defaults that differ from those of `DecoderConfig`."""
 
 
 def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> DecoderConfig:
-    """The sizes in the contents of a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
+    """The sizes in a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
 
     Args:
-        config: what the file holds, as a dictionary. ``num_key_value_heads``, ``head_dim`` and what has a default here
-            may be missing, as in Hugging Face's own reader.
-        place: where it is from, for messages.
+        config: the file's contents, as a dictionary. ``num_key_value_heads``, ``head_dim`` and fields that have a
+            default here may be missing, as in Hugging Face's own reader.
+        place: where the contents are from, for messages.
 
     Raises:
-        ValueError: another architecture, another scaling of rotary positions than ``linear`` and ``llama3``, biases in
-            the SwiGLU, layers that differ, a size that is missing, or a value of another type or out of its range; one
-            line with the place, the field, the value and what is allowed.
+        ValueError: the architecture is another one, rotary positions are scaled other than by ``linear`` or ``llama3``,
+            the SwiGLU has biases, layers differ, a size is missing, or a value is of another type or out of its range;
+            one line with the place, the field, the value and what is allowed.
 
     Example:
         >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -32,7 +32,7 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
         >>> from_hugging_face(sizes | rest).head_dim
         16
     """
-    from adalomo_jax.models.config_fields import ConfigFields  # needs pydantic, which a Llama does not
+    from adalomo_jax.models.config_fields import ConfigFields  # needs pydantic, but a Llama does not
     from adalomo_jax.models.fields import check
 
     fields = check(ConfigFields, config, place)
@@ -43,7 +43,7 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
 
 
 def to_hugging_face(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The contents of ``config.json``, in the first family that has such models; `from_hugging_face` reads them.
+    """The contents of ``config.json``, for the first family that has such models; `from_hugging_face` reads them.
 
     Raises:
         ValueError: no family has both biases and a sliding window.
@@ -72,7 +72,7 @@ def to_hugging_face(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
-    """Of checked fields."""
+    """The sizes in checked fields."""
     given = {name: value for name, value in config.items() if value is not None}
     of_family = FAMILIES[config["model_type"]].sizes(config)
     found = {**_DEFAULTS, **_derived(given), **given, **_rope(given), **of_family}
@@ -84,7 +84,7 @@ def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's defaults of what other sizes give."""
+    """Hugging Face's defaults for the sizes that follow from others."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     if heads and width and heads > width and "head_dim" not in config:
         raise ValueError(
@@ -95,7 +95,7 @@ def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary base and scaling, from where older and newer files have them."""
+    """The rotary base and scaling, from the places where older and newer files keep them."""
     places = (config.get("rope_scaling", {}), config.get("rope_parameters", {}))
     rope = {name: value for place in places for name, value in place.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))

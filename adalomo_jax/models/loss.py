@@ -12,7 +12,7 @@ from adalomo_jax.models.sharding import gather_rows, out_of_stream
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """``-log softmax(logits)[target]`` in nats, ``[B, T]``."""
-    # A sum over a comparison, not a gather: its gradient is fused into the softmax's, where a scatter is a buffer more.
+    # A sum over a comparison, not a gather: XLA fuses its gradient into the softmax's; a scatter takes another buffer.
     tokens_V = jnp.arange(logits_BTV.shape[-1])
     is_target_BTV = jnp.expand_dims(tokens_V, range(targets_BT.ndim)) == targets_BT[..., None]
     picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
@@ -35,24 +35,24 @@ def next_token_loss(
 ) -> jax.Array:
     """Mean of ``cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])`` over the targets that the mask keeps.
 
-    Chunks of the sequence pass through the head one after the other, under ``jax.checkpoint``: one chunk of logits,
-    ``[B, chunk_size, V]`` in float32, exists at a time, forward and backward.
+    Chunks of the sequence pass through the head one after the other, under ``jax.checkpoint``. So only one chunk of
+    logits, ``[B, chunk_size, V]`` in float32, exists at a time, forward and backward.
 
     Args:
         model: the model.
         tokens_BT: token ids ``[B, T]``, integers.
         mask_BT: ``[B, T]``; where it is false (or 0) the token is read but not predicted. ``mask_BT[:, 0]`` has no
             effect: nothing predicts the first token. ``None`` predicts all others.
-        segments_BT: ``[B, T]``, integers: positions of different ones do not see and do not predict each other.
-        count: what to divide the sum by in place of the number of targets: for a part of a batch, the
+        segments_BT: ``[B, T]``, integers: positions of different segments do not see and do not predict each other.
+        count: the divisor of the sum, in place of the number of targets. For a part of a batch, pass the
             `count_targets` of the whole, so that the parts' losses add up to the batch's mean.
-        chunk_size: positions whose logits exist at once. It need not divide ``T``.
+        chunk_size: the number of positions whose logits exist at once. It need not divide ``T``.
 
     Returns:
         The mean loss in nats a token, float32; 0 when the mask keeps no target.
 
     Raises:
-        ValueError: a sequence of fewer than 2 tokens, or a ``chunk_size`` below 1.
+        ValueError: a sequence has fewer than 2 tokens, or ``chunk_size`` is below 1.
 
     Example:
         >>> from flax import nnx
@@ -85,9 +85,9 @@ def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Ar
 def _total(
     model: Decoder, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """The weighted sum of the loss. Under FSDP alone each device gathers the head once, and sums over its sequences.
+    """The weighted sum of the loss. With FSDP only, each device gathers the head once and sums over its sequences.
 
-    Left to itself, XLA sums the whole gradient of the head on each device.
+    Otherwise XLA would sum the whole gradient of the head on each device.
     """
     head, axes = model.head()
     head_DV = head if axes == "dv" else head.T
@@ -107,7 +107,7 @@ def _total(
 
 
 def _is_gathered(head_DV: jax.Array, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether the head is cut by FSDP alone: what ``tensor`` cuts, ``shard_map`` would have whole on each device."""
+    """Whether only FSDP cuts the head: a head that ``tensor`` cuts would be whole on each device in ``shard_map``."""
     return (
         mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1 and out_of_stream(head_DV.shape, mesh).spec[0] is not None
     )

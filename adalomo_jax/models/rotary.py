@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of coordinates turned by an angle that grows with the position.
+"""Rotary positions: each pair of coordinates is turned by an angle that grows with the position.
 
 Letters in names of arrays: B batch, T position, N heads, H width of a head.
 """
@@ -16,17 +16,17 @@ from adalomo_jax.models.config import RopeScaling
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
     """``theta**(-2 i / H)``, scaled: ``[H / 2]``, float32, in radians a position.
 
-    Source: `linear`: Chen et al. (2023), arXiv:2306.15595; `llama3`: the Llama 3.1 reference code, as Hugging Face's.
+    Source: `linear`: Chen et al. (2023), arXiv:2306.15595; `llama3`: the Llama 3.1 reference code, like Hugging Face's.
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return frequencies if scaling is None else frequencies / frequency_divisors(frequencies, scaling)
 
 
 def frequency_divisors(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """What each frequency is divided by, at least 1."""
+    """The divisor of each frequency, at least 1."""
     if scaling.rope_type == "linear":
         return jnp.full_like(frequencies, scaling.factor)
-    # Short waves are kept, long ones are stretched by the factor, and between the two the frequency goes over linearly.
+    # Short waves stay, long ones are stretched by the factor, and the frequency changes linearly between the two.
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     waves = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     short = jnp.clip((waves - low) / (high - low), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Text from a model, one token after the other."""
+"""Text from a model, one token at a time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from adalomo_jax.models.decoder import Decoder
 
 
 class Sampler(NamedTuple):
-    """How a token is drawn from a model's logits. Of Python's numbers: a static argument of ``jit``."""
+    """How a token is drawn from a model's logits. It holds Python numbers, so ``jit`` can take it as static."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """The tokens that are drawn from are the likeliest ones, as few as have this probability together; 1: all."""
+    """Draws from the fewest likeliest tokens that together have this probability; 1 draws from all."""
     eos: int | tuple[int, ...] | None = None
-    """The token after which a sequence has ended, or several such: the one that was drawn is repeated to the end."""
+    """The token that ends a sequence, or several such tokens; the drawn one is repeated to the end."""
 
 
 def generate(
@@ -37,7 +37,7 @@ def generate(
     """Continue each prompt by ``length`` sampled tokens.
 
     The prompt is read at once; then each token costs a forward pass over one position, which sees the others in a cache
-    of keys and values. Jits with all but ``model``, ``prompt_tokens_BP`` and ``key`` static.
+    of keys and values. Under ``jit``, all arguments except ``model``, ``prompt_tokens_BP`` and ``key`` must be static.
 
     Args:
         model: the model.
@@ -45,15 +45,15 @@ def generate(
         length: tokens to add; ``P + length`` may not exceed ``max_position_embeddings``.
         key: a PRNG key.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draw from the nucleus: the likeliest tokens, as few as have this probability together.
-        eos: the token that ends a sequence, or several such: all positions after the first are as it is.
+        top_p: draws from the nucleus: the fewest likeliest tokens that together have this probability.
+        eos: the token that ends a sequence, or several such tokens; all positions after the first one repeat it.
 
     Returns:
         Token ids ``[B, P + length]``, the prompt included.
 
     Raises:
-        ValueError: the prompt is empty, the window too long, the temperature negative, or ``top_p`` not above 0 and at
-            most 1.
+        ValueError: the prompt is empty, prompt and continuation are too long for the model, the temperature is
+            negative, or ``top_p`` is not above 0 and at most 1.
 
     Source: nucleus sampling: Holtzman et al. (2020), arXiv:1904.09751.
     """
@@ -74,7 +74,7 @@ def generate(
 def stream(
     model: Decoder, prompt_tokens_BP: jax.Array, length: int, *, key: jax.Array, sampler: Sampler
 ) -> Iterator[np.ndarray]:
-    """The tokens ``[B]`` that `generate` adds, each as soon as it is there, until all sequences have ended.
+    """Yields the tokens ``[B]`` that `generate` adds, each as soon as it is drawn, until all sequences have ended.
 
     It compiles two programs by itself: do not call it under ``jit``. Args and errors are those of `generate`.
     """
@@ -93,7 +93,7 @@ def stream(
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """The logits of the likeliest tokens, as few as have the probability ``top_p`` together; the others are -inf.
+    """The logits of the fewest likeliest tokens that together have the probability ``top_p``; the others are -inf.
 
     >>> nucleus(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), 0.6).tolist()[0][0]
     -inf
@@ -108,7 +108,7 @@ def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
 
 
 class _Decoding(NamedTuple):
-    """Where generation stands: the last token is drawn but not yet read."""
+    """The state of the generation: the last token is drawn, but not yet read."""
 
     cache: Cache
     token_B: jax.Array
@@ -116,7 +116,7 @@ class _Decoding(NamedTuple):
 
 
 def _begin(model: Decoder, prompt_tokens_BP: jax.Array, length: int, key: jax.Array, sampler: Sampler) -> _Decoding:
-    """After the prompt, with room for ``length`` more tokens."""
+    """The state after the prompt, with room for ``length`` more tokens."""
     B, P = prompt_tokens_BP.shape
     x_BPD, cache = cached_hidden(model, prompt_tokens_BP, empty_cache(model, B, P + length))
     token_B = _draw(model, x_BPD, cache, key, sampler).astype(prompt_tokens_BP.dtype)
@@ -124,7 +124,7 @@ def _begin(model: Decoder, prompt_tokens_BP: jax.Array, length: int, key: jax.Ar
 
 
 def _advance(model: Decoder, decoding: _Decoding, key: jax.Array, sampler: Sampler) -> _Decoding:
-    """One token further."""
+    """The state one token later."""
     x_B1D, cache = cached_hidden(model, decoding.token_B[:, None], decoding.cache)
     token_B = _draw(model, x_B1D, cache, key, sampler).astype(decoding.token_B.dtype)
     token_B = jnp.where(decoding.ended_B, decoding.token_B, token_B)
@@ -132,7 +132,7 @@ def _advance(model: Decoder, decoding: _Decoding, key: jax.Array, sampler: Sampl
 
 
 def _draw(model: Decoder, x_BSD: jax.Array, cache: Cache, key: jax.Array, sampler: Sampler) -> jax.Array:
-    """The token after those that were read. Its place decides its key: it is the same however it was reached."""
+    """The token after those read. Its position decides its key, so it is the same however it was reached."""
     return _sample(jax.random.fold_in(key, cache.length), model.logits(x_BSD[:, -1]), sampler)
 
 

@@ -1,7 +1,7 @@
 """How a Llama's parameters and batches are spread over a mesh of devices: data, FSDP and tensor parallelism.
 
 - ``data``: each device has all parameters, and some sequences of the batch.
-- ``fsdp``: as ``data``, but parameters are cut along the axis of the residual stream, and gathered layer by layer.
+- ``fsdp``: like ``data``, but parameters are cut along the axis of the residual stream, and gathered layer by layer.
 - ``tensor``: heads, SwiGLU's width and the vocabulary are cut; each device computes with its part of them.
 """
 
@@ -24,14 +24,14 @@ _INTO_STREAM = ("o_proj", "down_proj", "embed_tokens")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``; those that are not named have the size 1.
+    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``; axes that are not named have the size 1.
 
     Args:
-      sizes: of the axes.
-      devices: as many as the sizes multiply to; JAX's own where they are not given.
+      sizes: the sizes of the axes, by name.
+      devices: as many devices as the product of the sizes; by default, those of ``jax.devices()``.
 
     Raises:
-      ValueError: for other axes, or where the number of devices is another one.
+      ValueError: an axis has another name, or the number of devices does not match.
 
     Example:
       >>> print(dict(make_mesh({"fsdp": 1}, jax.devices()[:1]).shape))
@@ -49,23 +49,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis are the sequences of a batch."""
+    """The sharding of arrays whose first axis is the sequences of a batch."""
     return NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
 
 
 def everywhere(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Of arrays that each device has whole."""
+    """The sharding of arrays that each device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree like ``params`` of ``NamedSharding``s.
 
-    Matrices are cut along the axis of the residual stream by ``fsdp`` and along the other by ``tensor``, where the
-    mesh divides them; layer axes are not cut. Norms are whole on each device.
+    ``fsdp`` cuts matrices along the axis of the residual stream and ``tensor`` along the other, if the mesh divides
+    them; layer axes are not cut. Norms are whole on each device.
 
     Args:
-      params: nested dictionary of a ``Decoder``'s parameters, or of their shapes.
+      params: a nested dictionary of a ``Decoder``'s parameters, or of their shapes.
       mesh: made by `make_mesh`.
     """
 
@@ -81,16 +81,16 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
 
 def out_of_stream(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Of a matrix, or a stack of them, whose rows belong to the residual stream: the head's, for one."""
+    """The sharding of a matrix, or a stack of them, whose rows belong to the residual stream, such as the head."""
     return _cut(shape, ("fsdp", "tensor"), mesh)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_rows(x_MN: jax.Array, axis: str) -> jax.Array:
-    """Under ``shard_map``: the rows of a matrix that the devices along a mesh axis have, together.
+    """Under ``shard_map``: gathers the rows of a matrix from the devices along a mesh axis.
 
-    Equals ``all_gather``; but of its gradient each device receives what belongs to its rows, and sums that in float32.
-    The sum that JAX would take, a TPU's compiler makes a sum of the whole gradient on each device (libtpu 0.0.52).
+    Equals ``all_gather``, but each device receives only its own rows' part of the gradient, and sums it in float32. A
+    TPU's compiler turns the sum that JAX would take into a sum of the whole gradient on each device (libtpu 0.0.52).
     """
     return jax.lax.all_gather(x_MN, axis, axis=0, tiled=True)
 
@@ -109,6 +109,6 @@ gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
 def _cut(shape: Sequence[int], axes: tuple[str, str], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The last two axes cut by those of the mesh that divide them."""
+    """The sharding that cuts the last two axes by these axes of the mesh, if they divide them."""
     cut = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape[-2:])]
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *cut))

@@ -1,7 +1,7 @@
-"""Causal attention for a CPU: tiles of scores that stay in its caches, and none of keys that no query of a tile sees.
+"""Causal attention for a CPU: tiles of scores that stay in its caches, without keys that no query of a tile sees.
 
 Letters in names of arrays: B batch, T position, Q position of a tile's queries, S position that they may see, N query
-heads, K key and value heads, R rows of a tile: its queries by all heads that look at the same keys, H width of a head.
+heads, K key and value heads, R rows of a tile (its queries times the heads that see the same keys), H width of a head.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from adalomo_jax.barriers import after
 
 TILES = 8
-"""Of a long sequence. The average tile sees little more than half of the keys; more tiles make a larger program."""
+"""Tiles of a long sequence. The average tile sees little more than half the keys; more tiles make a larger program."""
 
 _SMALLEST = 64
-"""Queries of a tile: fewer would be slow to multiply."""
+"""The fewest queries of a tile; fewer would be slow to multiply."""
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -28,7 +28,7 @@ _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 class _Tile(NamedTuple):
     queries: slice
     keys: slice
-    """From the first that any of the queries sees to the last."""
+    """From the first key that any of the queries sees to the last."""
 
 
 def is_seen(
@@ -38,7 +38,7 @@ def is_seen(
     segments_BS: jax.Array | None,
     window: int | None,
 ) -> jax.Array:
-    """``[B or 1, 1, Q, S]``: whether each of the keys is seen by each of the queries, both given by their positions."""
+    """``[B or 1, 1, Q, S]``: whether each query sees each key, both given by their positions."""
     distance = queries[:, None] - keys[None]
     seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     seen = seen[None, None]
@@ -55,10 +55,10 @@ def tiled_attention(
     segments_BT: jax.Array | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """`causal_attention` in at most 8 tiles of queries, or of 64 queries where that makes fewer.
+    """`causal_attention` in at most 8 tiles of queries, or in tiles of 64 queries if that makes fewer.
 
-    Saved for the way back are the arguments, the result and one number a query, the logarithm of the sum of its
-    exponentials; the scores are computed again.
+    The residuals are the arguments, the result and one number a query, the logarithm of the sum of its exponentials.
+    The backward pass computes the scores again.
 
     Source: Dao, FlashAttention-2 (2023), arXiv:2307.08691, section 3.1, with all keys of a tile at once.
     """
@@ -70,7 +70,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     k_BKTH, v_BKTH = _heads_first(k_BTKH), _heads_first(v_BTKH)
     outs, log_sums = [], []
     for tile in _tiles(T, window):
-        q_BKRH = after(_rows(q_BTNH, tile, K), (outs[-1:], log_sums[-1:]))  # else the scores of all tiles are alive
+        q_BKRH = after(_rows(q_BTNH, tile, K), (outs[-1:], log_sums[-1:]))  # otherwise all tiles' scores are alive
         s_BKRS = _scores(q_BKRH, k_BKTH, tile, segments_BT, window)
         highest = jnp.max(s_BKRS, axis=-1, keepdims=True)
         p_BKRS = jnp.exp(s_BKRS - highest)
@@ -118,7 +118,7 @@ def _tiles(T: int, window: int | None) -> Iterator[_Tile]:
 def _scores(
     q_BKRH: jax.Array, k_BKTH: jax.Array, tile: _Tile, segments_BT: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """``[B, K, R, S]`` in float32: least where a query does not see."""
+    """``[B, K, R, S]`` in float32: the lowest float32 if the query does not see the key."""
     s_BKRS = _dot("bkrh,bksh->bkrs", q_BKRH, k_BKTH[:, :, tile.keys]) / math.sqrt(q_BKRH.shape[-1])
     queries, keys = (jnp.arange(of.start, of.stop) for of in (tile.queries, tile.keys))
     segments_BQ, segments_BS = (None if segments_BT is None else segments_BT[:, of] for of in (tile.queries, tile.keys))
@@ -132,14 +132,14 @@ def _heads_first(x_BTKH: jax.Array) -> jax.Array:
 
 
 def _rows(x_BTNH: jax.Array, tile: _Tile, K: int) -> jax.Array:
-    """``[B, K, R, H]`` of a tile: the queries of all heads that look at the same keys are one matrix."""
+    """``[B, K, R, H]`` of a tile: the queries of all heads that see the same keys form one matrix."""
     x_BQNH = x_BTNH[:, tile.queries]
     B, Q, _, H = x_BQNH.shape
     return jnp.moveaxis(x_BQNH.reshape(B, Q, K, -1, H), 1, 3).reshape(B, K, -1, H)
 
 
 def _from_rows(x_BKRH: jax.Array, tile: _Tile) -> jax.Array:
-    """``[B, Q, N, H]``."""
+    """``[B, Q, N, H]`` of a tile, from its rows."""
     B, K, _, H = x_BKRH.shape
     Q = tile.queries.stop - tile.queries.start
     return jnp.moveaxis(x_BKRH.reshape(B, K, -1, Q, H), 3, 1).reshape(B, Q, -1, H)

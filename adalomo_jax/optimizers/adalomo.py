@@ -39,21 +39,22 @@ from adalomo_jax.optimizers.sums import Axes
 
 
 class ScaleByAdalomoState(NamedTuple):
-    """State of :func:`scale_by_adalomo`: a count, and three trees like the parameters, of float32 arrays.
+    """State of :func:`scale_by_adalomo`: a count, and three trees of float32 arrays, structured like the parameters.
 
-    Of a tensor that is factored ``v`` is a zero of shape ``[1]``; of one that is not, ``v_row`` and ``v_col`` are. Rows
-    and columns are the last two axes, or what ``matrix_axes`` names; ``v_row`` has all axes of the tensor but the
-    columns, ``v_col`` all but the rows: they are ``[D]`` and ``[N, H]`` where the columns of ``[D, N, H]`` are N and H.
+    If a tensor is factored, its ``v`` is a zero of shape ``[1]``; otherwise its ``v_row`` and ``v_col`` are. Rows and
+    columns are the last two axes, or those that ``matrix_axes`` names. ``v_row`` has all axes of the tensor except the
+    columns, ``v_col`` all except the rows: if the columns of ``[D, N, H]`` are N and H, they are ``[D]`` and
+    ``[N, H]``.
     """
 
     count: jax.Array
     """Steps taken, int32."""
     v_row: Any
-    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=columns)``, ``[..., m]``."""
+    """For a tensor ``[..., m, n]``, the moving average of ``mean(g**2, axis=columns)``, ``[..., m]``."""
     v_col: Any
-    """Of a tensor ``[..., m, n]`` the moving average of ``mean(g**2, axis=rows)``, ``[..., n]``."""
+    """For a tensor ``[..., m, n]``, the moving average of ``mean(g**2, axis=rows)``, ``[..., n]``."""
     v: Any
-    """Of a tensor with fewer than two axes the moving average of ``g**2``, with its shape."""
+    """For a tensor with fewer than two axes, the moving average of ``g**2``, in the tensor's shape."""
 
 
 def scale_by_adalomo(
@@ -72,18 +73,18 @@ def scale_by_adalomo(
 
     Args:
       decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``beta_t = 1 - t**-decay_rate``; above 0.
-      b2: where given, the constant decay of the paper's algorithm 1 in place of ``beta_t``, from 0 to less than 1.
+      b2: if given, the constant decay of the paper's algorithm 1, in place of ``beta_t``; from 0 to less than 1.
       clipping_threshold: the largest root mean square of a tensor's update; above 0.
       eps: added to the squared gradient; above 0.
-      layer_axes: see :func:`per_layer`; each layer of a stack is then a tensor of its own.
+      layer_axes: see :func:`per_layer`; each layer of a stack then counts as a tensor of its own.
       matrix_axes: see :func:`adalomo`.
 
     Returns:
       A transformation whose state is a :class:`ScaleByAdalomoState` and whose updates have the gradients' dtypes.
 
     Raises:
-      ValueError: a number out of its range; in ``init`` and ``update``, a tree with leaves that are not of floats, or
-        ``matrix_axes`` that are none of a leaf's.
+      ValueError: a number is out of its range; in ``init`` and ``update``, leaves of a tree are not floats, or
+        ``matrix_axes`` are not axes of their leaf.
 
     Source: Lv et al. (2023), https://arxiv.org/abs/2310.10195, algorithm 1, without the learning rate.
 
@@ -99,7 +100,7 @@ def scale_by_adalomo(
         check_number("b2", b2, lambda x: 0 <= x < 1, "at least 0 and less than 1")
     check_above_zero("decay_rate", decay_rate)
     check_above_zero("clipping_threshold", clipping_threshold)
-    if getattr(eps, "dtype", None) == jnp.float16:  # a hyperparameter of Optax as narrow as the parameters: 1e-30 is 0
+    if getattr(eps, "dtype", None) == jnp.float16:  # Optax may inject it in this dtype, in which 1e-30 is 0
         check_not_negative("eps", eps)
     else:
         check_above_zero("eps", eps)
@@ -108,7 +109,9 @@ def scale_by_adalomo(
     def init(params: optax.Params) -> ScaleByAdalomoState:
         check_floats("params", params)
         leaves, treedef = jax.tree.flatten(params)
-        unused = lambda: tuple(jnp.zeros(1, jnp.float32) for _ in range(3))  # each an array of its own, to be donated
+        unused = lambda: tuple(
+            jnp.zeros(1, jnp.float32) for _ in range(3)
+        )  # separate arrays, so that each can be donated
         axes = matrix_axes_of_leaves(params, matrix_axes)
         parts = [_with_moment(unused(), _init_moment(p, p_axes)) for p, p_axes in zip(leaves, axes, strict=True)]
         return _state_of(jnp.zeros([], jnp.int32), treedef, parts)
@@ -142,13 +145,13 @@ def scale_by_param_rms(min_param_rms: float | jax.Array = 1e-3) -> optax.Gradien
     Equals ``optax.scale_by_param_block_rms``, but reads the parameter once.
 
     Args:
-      min_param_rms: the least factor, so that a tensor of zeros moves; 0 or more.
+      min_param_rms: the smallest factor, so that a tensor of zeros can move; 0 or more.
 
     Returns:
       A transformation without a state, whose ``update`` needs ``params``.
 
     Raises:
-      ValueError: a negative ``min_param_rms``; in ``update``, no ``params``, or gradients that are not of floats.
+      ValueError: ``min_param_rms`` is negative; in ``update``, ``params`` is missing, or gradients are not floats.
 
     Source: Shazeer and Stern (2018), https://arxiv.org/abs/1804.04235, section 8.
 
@@ -193,39 +196,39 @@ def adalomo(
         a = learning_rate(t) * max(min_param_rms, RMS(theta))
         theta = theta - a * (u + weight_decay * theta)
 
-    which is the official PyTorch rule (lomo-optim). The arithmetic is that of Adafactor without momentum, each layer a
-    tensor of its own. The state holds ``m + n + 1`` float32 numbers for a matrix ``[m, n]``. Of complex parameters
-    ``g**2`` is ``|g|**2``; give it the conjugates of JAX's gradients, as any rule of Optax.
+    This is the official PyTorch rule (lomo-optim): the arithmetic of Adafactor without momentum, with each layer as a
+    tensor of its own. The state holds ``m + n + 1`` float32 numbers for a matrix ``[m, n]``. For complex parameters
+    ``g**2`` means ``|g|**2``; pass the conjugates of JAX's gradients, as to any Optax rule.
 
     Args:
       learning_rate: the step relative to the root mean square of a tensor's weights; a float, at least 0, or a schedule
         of the step count, which starts at 0. Fine-tuning takes 5e-4 to 2e-3.
       decay_rate: the moments' decay at step ``t = 1, 2, ...`` is ``1 - t**-decay_rate``; above 0.
-      b2: where given, the constant decay that the paper prints, in place of ``decay_rate``, from 0 to less than 1.
+      b2: if given, the constant decay that the paper prints, in place of ``decay_rate``; from 0 to less than 1.
       clipping_threshold: the largest root mean square of a tensor's update before the learning rate; above 0.
       eps: added to the squared gradient; above 0.
-      min_param_rms: the least root mean square that a tensor is taken to have, so that zeros can move; at least 0.
-      weight_decay: decoupled, multiplied with the learning rate and the root mean square as the update is; at least 0.
+      min_param_rms: a lower bound on the root mean square of a tensor, so that zeros can move; at least 0.
+      weight_decay: decoupled; multiplied, like the update, by the learning rate and the root mean square; at least 0.
       weight_decay_mask: as in ``optax.add_decayed_weights``: a tree of bools, a prefix of it, or a callable.
-      layer_axes: of each parameter the axis along which layers are stacked for a scan, or None; a tree, a prefix of
-        one, or a callable that makes it from the parameters. Each layer is then a tensor of its own. Not needed under
-        ``fuse``, which finds the stacks by itself.
-      matrix_axes: of each parameter, of a stack those of one layer, the ``MatrixAxes(rows, columns)`` over which it is
-        factored as a matrix, or None for the last two axes: a tree, a prefix of one, or a function of path and shape,
-        such as ``"layers/attn/query/kernel"`` and ``(512, 8, 64)``. Several axes are as one, without a reshape; those
-        left over are batch axes of the factors. Optax's ``MuonDimensionNumbers`` are taken, too. The default is
-        :func:`attention_axes`, which knows the kernels of Flax's, MaxText's, tunix's and Gemma's attention by name and
-        shape; None takes the last two axes of all.
+      layer_axes: for each parameter, the axis along which layers are stacked for a scan, or None; a tree, a prefix of
+        one, or a callable that makes it from the parameters. Each layer then counts as a tensor of its own. Not needed
+        under ``fuse``, which finds the stacks by itself.
+      matrix_axes: for each parameter, the ``MatrixAxes(rows, columns)`` over which it is factored as a matrix (in a
+        stack, the axes of one layer), or None for the last two axes: a tree, a prefix of one, or a function of path
+        and shape, such as ``"layers/attn/query/kernel"`` and ``(512, 8, 64)``. Several axes act as one, without a
+        reshape; the remaining axes are batch axes of the factors. Optax's ``MuonDimensionNumbers`` are accepted, too.
+        The default is :func:`attention_axes`, which knows the attention kernels of Flax, MaxText, tunix and Gemma by
+        name and shape; None takes the last two axes of every parameter.
 
-    Under ``optax.inject_hyperparams``, give ``hyperparam_dtype=jnp.float32`` where parameters are narrower: its default
-    is their dtype, and a ``b2`` of 0.999 is 1 in bfloat16.
+    Under ``optax.inject_hyperparams``, pass ``hyperparam_dtype=jnp.float32`` if parameters are narrower: it defaults to
+    their dtype, and a ``b2`` of 0.999 is 1 in bfloat16.
 
     Returns:
       A transformation whose updates have the gradients' dtypes and whose moments are float32.
 
     Raises:
-      ValueError: for an argument out of its range; in ``init`` and ``update``, for what is not of floats; in
-        ``update``, where ``params`` is missing, or the state was made with other ``matrix_axes``.
+      ValueError: an argument is out of its range; in ``init`` and ``update``, leaves are not floats; in ``update``,
+        ``params`` is missing, or the state was made with other ``matrix_axes``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -254,7 +257,7 @@ def adalomo(
 
 
 def _init_moment(p: Any, axes: Axes) -> Moment:
-    """Zeros with the shapes, and on an explicit mesh the shardings, that `accumulate` gives."""
+    """Zeros with the shapes that `accumulate` gives, and with its shardings on an explicit mesh."""
     statistics = partial(row_and_col_means, axes=axes) if is_factored(p.shape) else lambda s: s
     return jax.tree.map(
         lambda x: jnp.zeros_like(x), jax.eval_shape(lambda p: statistics(jnp.zeros_like(p, jnp.float32)), p)
@@ -262,7 +265,7 @@ def _init_moment(p: Any, axes: Axes) -> Moment:
 
 
 def _check_factors(path: Any, shape: tuple[int, ...], axes: Axes, parts: Sequence[Any]) -> None:
-    """Refuses the state of other axes."""
+    """Refuses a state that was made with other axes."""
     for name, x, due in zip(("v_row", "v_col"), parts, factor_shapes(shape, axes)):
         if jnp.shape(x) != due:
             raise ValueError(
@@ -273,11 +276,11 @@ def _check_factors(path: Any, shape: tuple[int, ...], axes: Axes, parts: Sequenc
 
 
 def _with_moment(parts: Sequence[Any], moment: Moment) -> tuple[Any, Any, Any]:
-    """``v_row``, ``v_col`` and ``v`` with these after a step; what is not used is the same array as before."""
+    """``v_row``, ``v_col`` and ``v`` after a step, with this moment; unused entries keep their old array."""
     row, col, v = parts
     return (moment.row, moment.col, v) if isinstance(moment, FactoredMoment) else (row, col, moment)
 
 
 def _state_of(count: jax.Array, treedef: Any, parts: Sequence[tuple[Any, Any, Any]]) -> ScaleByAdalomoState:
-    """Three trees of arrays, as Optax's factored state is: Flax's NNX keeps one array for each parameter."""
+    """Three trees of arrays, as in Optax's factored state: Flax's NNX keeps one array for each parameter."""
     return ScaleByAdalomoState(count, *(treedef.unflatten([part[k] for part in parts]) for k in range(3)))

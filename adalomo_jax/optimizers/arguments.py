@@ -1,4 +1,4 @@
-"""What the rules are given, checked where it is given: one line with the name, what must hold, and the value."""
+"""Checks of the rules' arguments, made as they are passed. Errors are one line: the name, what must hold, the value."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 
 def check_number(name: str, value: Any, holds: Callable[[float], bool], invariant: str, way_out: str = "") -> None:
-    """Refuses what is not one finite real number of which ``holds``; what is traced has no value yet, and passes."""
+    """Refuses anything but one finite real number that ``holds`` accepts. A traced value, not yet known, passes."""
     if isinstance(value, Tracer):
         return
     number = _as_number(value)
@@ -21,23 +21,23 @@ def check_number(name: str, value: Any, holds: Callable[[float], bool], invarian
 
 
 def check_above_zero(name: str, value: Any, way_out: str = "") -> None:
-    """Refuses what is not a finite number above 0."""
+    """Refuses anything but a finite number above 0."""
     check_number(name, value, lambda x: x > 0, "above 0 and finite", way_out)
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Refuses what is not a finite number of at least 0."""
+    """Refuses anything but a finite number of at least 0."""
     check_number(name, value, lambda x: x >= 0, "at least 0 and finite")
 
 
 def check_learning_rate(value: optax.ScalarOrSchedule) -> None:
-    """Refuses what is neither a schedule nor a finite number of at least 0."""
+    """Refuses anything but a schedule or a finite number of at least 0."""
     if not callable(value):
         check_number("learning_rate", value, lambda x: x >= 0, "a schedule, or at least 0 and finite")
 
 
 def checked_mask(name: str, mask: Any) -> Any:
-    """A mask as Optax takes it, which refuses to be a tree of anything but bools: Optax goes by their truth."""
+    """A mask as Optax takes it. Refuses a tree of anything but bools, because Optax would use any value's truth."""
     if mask is None:
         return None
     if callable(mask):
@@ -46,7 +46,7 @@ def checked_mask(name: str, mask: Any) -> Any:
 
 
 def check_floats(name: str, tree: Any) -> None:
-    """Refuses a tree with leaves that are not of floats, real or complex."""
+    """Refuses a tree with leaves that are not floats, real or complex."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             leaf = f"{name}{jax.tree_util.keystr(path)}"
@@ -54,13 +54,13 @@ def check_floats(name: str, tree: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Refuses what is not one typed PRNG key."""
+    """Refuses anything but one typed PRNG key."""
     if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
         raise ValueError(f"key must be one typed PRNG key, as jax.random.key(0) is, got {_shown(key)}.")
 
 
 def check_transformation(tx: Any) -> None:
-    """Refuses what is not an Optax gradient transformation."""
+    """Refuses anything but an Optax gradient transformation."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         raise ValueError(f"tx must be an optax.GradientTransformation, such as adalomo(1e-3), got {_shown(tx)}.")
 
@@ -74,7 +74,7 @@ def _check_bools(name: str, mask: Any) -> Any:
 
 
 def _as_number(value: Any) -> float | None:
-    """None of what is no real number: a bool is none, and of an array only a scalar is one."""
+    """The value as a float, or None if it is no real number: bools are none, and of arrays only scalars are."""
     is_array = isinstance(value, (np.generic, np.ndarray, jax.Array))
     if is_array and (value.ndim or not _is_real(value.dtype)):
         return None
@@ -88,5 +88,5 @@ def _is_real(dtype: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """In one line."""
+    """A value, on one line."""
     return f"an array of shape {value.shape}" if getattr(value, "shape", ()) else " ".join(repr(value).split())

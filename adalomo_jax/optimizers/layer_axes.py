@@ -1,4 +1,4 @@
-"""Which axis of each parameter its layers are stacked along."""
+"""The axis of each parameter along which its layers are stacked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import numpy as np
 import optax
 
 LayerAxes = Any | Callable[[optax.Params], Any] | None
-"""A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or what makes it."""
+"""A tree (or a prefix of one) of the axis along which each leaf's layers are stacked, or None; or a callable for it."""
 
 Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class LayerKey:
-    """The last entry of the path of one layer, where a stack's place has several; it looks like the stack's own."""
+    """The last entry of a layer's path if a stack's place has several layers; it looks like the stack's own entry."""
 
     stack: Any
     layer: int
@@ -29,7 +29,7 @@ class LayerKey:
 
 
 def axes_of_leaves(params: optax.Params, layer_axes: LayerAxes) -> list[int | None]:
-    """The layer axis of each leaf, found by the longest part of its path that ``layer_axes`` has."""
+    """The layer axis of each leaf: the entry of ``layer_axes`` for the longest prefix of the leaf's path."""
     by_path = entries_of(layer_axes(params) if callable(layer_axes) else layer_axes)
 
     def axis_of(path: Path, leaf: Any, axis: int | None) -> int | None:
@@ -44,7 +44,7 @@ def axes_of_leaves(params: optax.Params, layer_axes: LayerAxes) -> list[int | No
 
 
 def entries_of(axes: Any) -> dict[Path, int | None]:
-    """Of a tree of axes each by its path; refuses what is no axis."""
+    """The axes of a tree, each by its path. Refuses entries that are no axis."""
     by_path = dict(jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda axis: axis is None))
     for path, axis in by_path.items():
         if axis is not None and (isinstance(axis, bool) or not isinstance(axis, (int, np.integer))):
@@ -53,13 +53,13 @@ def entries_of(axes: Any) -> dict[Path, int | None]:
 
 
 def entries_of_leaves(option: str, params: optax.Params, by_path: dict[Path, Any], entry: str) -> list[Any]:
-    """Of each leaf the entry of the longest part of its path that an option has; refuses what has none.
+    """For each leaf, an option's entry for the longest prefix of the leaf's path. Refuses leaves without an entry.
 
     Args:
-      option: its name.
-      params: the leaves; those that are masked out need no entry.
+      option: the option's name.
+      params: the leaves; masked ones need no entry.
       by_path: the option's entries.
-      entry: what one is, for the error.
+      entry: what an entry is, for the error.
     """
     _check_paths(option, params, by_path)
 
@@ -73,7 +73,7 @@ def entries_of_leaves(option: str, params: optax.Params, by_path: dict[Path, Any
 
 
 def _check_paths(option: str, params: optax.Params, by_path: dict[Path, Any]) -> None:
-    """Refuses entries of no parameter. Of leaves that are masked out there is an empty node, there or further up."""
+    """Refuses entries that match no parameter. Masked leaves leave an empty node, in their place or further up."""
     is_empty = lambda x: not jax.tree.leaves(x)
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_empty)
     empty = {path for path, x in leaves if is_empty(x)}
@@ -81,4 +81,4 @@ def _check_paths(option: str, params: optax.Params, by_path: dict[Path, Any]) ->
     for path in by_path:
         if path not in known and not any(path[:n] in empty for n in range(len(path))):
             name = f"{option}{jax.tree_util.keystr(path)}"
-            raise ValueError(f"{name} is of no parameter; leave it out, or write it as the parameter's path is.")
+            raise ValueError(f"{name} matches no parameter; leave it out, or write it like the parameter's path.")

@@ -32,14 +32,14 @@ def lomo(
     Args:
       learning_rate: a float, at least 0, or a schedule of the step count, which starts at 0.
       clip_value: the largest magnitude of a gradient's entry, above 0; None clips nothing.
-      weight_decay: decoupled, multiplied with the learning rate.
+      weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: as in ``optax.add_decayed_weights``.
 
     Returns:
       A transformation whose updates have the gradients' dtypes.
 
     Raises:
-      ValueError: for an argument out of its range, and, in ``init`` and ``update``, for what is not of floats.
+      ValueError: an argument is out of its range; in ``init`` and ``update``, leaves are not floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +68,7 @@ def lomo(
 
 
 def _clip(most: float | jax.Array) -> optax.GradientTransformation:
-    """Bounds the magnitude of each entry: of a complex one, too, whose direction stays."""
+    """Bounds the magnitude of each entry; a complex entry keeps its direction."""
 
     def clip(g: jax.Array) -> jax.Array:
         return g * (most / jnp.maximum(jnp.abs(g), most)) if jnp.iscomplexobj(g) else jnp.clip(g, -most, most)

@@ -1,8 +1,8 @@
 """Which axes of each parameter are the rows and the columns of its matrix.
 
-Many libraries keep the matrices of attention with an axis for the heads: ``[D, N, H]`` is ``[D, N * H]``. Over its last
-two axes it would be factored for each entry of D by itself, which is another rule, and a state of ``1/N + 1/H`` of its
-entries.
+Many libraries keep the matrices of attention with an axis for the heads: ``[D, N, H]`` is ``[D, N * H]``. Factoring it
+over its last two axes would factor each entry of D by itself. That is another rule, with a state of ``1/N + 1/H`` of
+the tensor's entries.
 """
 
 import re
@@ -18,7 +18,7 @@ from adalomo_jax.optimizers.sums import LAST_TWO, Axes
 
 
 class MatrixAxes(NamedTuple):
-    """Which axes of a tensor are the rows of a matrix, and which its columns; all others are batch axes."""
+    """The axes of a tensor that are the rows of a matrix, and those that are its columns; the rest are batch axes."""
 
     rows: int | Sequence[int] = -2
     """One axis, or several."""
@@ -48,34 +48,35 @@ ATTENTION_KERNELS = {
     "qkv_einsum/w": "3NDH",
     "attn_vec_einsum/w": "NHD",
 }
-"""By the end of a parameter's path its last axes: the width D of the model, N heads, the width H of one.
+"""Maps the end of a parameter's path to its last axes: the width D of the model, N heads, the width H of a head.
 
-Others are batch axes, such as that of keys and values in one array; so are those before, such as that of a stack.
+Other letters are batch axes, such as the axis of keys and values in one array. So are axes before these, such as the
+layer axis of a stack.
 """
 
 _NAMED_BY_OTHERS_TOO = {"out/kernel"}
-"""Taken for attention's only as the whole model, or within what is named so."""
+"""Count as attention's only if they are the whole model, or within a module that is named attention."""
 
 _ATTENTION = re.compile("attn|attention|mha|multi_?head", re.IGNORECASE)
 
 _HEADS_OVER_WIDTH = 4
-"""How many times as wide as the model all heads together may be: Gemma's are up to 2, the matrices of a stack many."""
+"""The largest ratio of all heads' width to the model's: Gemma's is up to 2, that of a stack of matrices far larger."""
 
 
 def attention_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
-    """The axes of a kernel of attention with an axis for heads, as Flax, MaxText, tunix and Gemma keep it.
+    """The axes of an attention kernel that has an axis for heads, as Flax, MaxText, tunix and Gemma keep it.
 
-    Known by the end of its path (``ATTENTION_KERNELS``) and by its shape: all heads together are at most four times as
-    wide as the model, and one of several heads is narrower. So a stack of matrices ``[L, D, F]`` or a convolution with
-    such a name is not taken for one. ``out/kernel`` must be within something named attention (``attn``, ``mha``,
-    ``MultiHead...``), or of a model that is nothing else.
+    It is known by the end of its path (``ATTENTION_KERNELS``) and by its shape: all heads together are at most four
+    times as wide as the model, and one of several heads is narrower than the model. So a stack of matrices
+    ``[L, D, F]`` or a convolution with such a name does not count as one. ``out/kernel`` must be within a module named
+    attention (``attn``, ``mha``, ``MultiHead...``), or in a model that is nothing else.
 
     Args:
-      path: such as ``"layers/attn/query/kernel"``; of an ``nnx.State`` with ``/value`` behind it.
-      shape: of the parameter; of a stack, of one layer.
+      path: such as ``"layers/attn/query/kernel"``; in an ``nnx.State``, it ends in ``/value``.
+      shape: the parameter's shape; in a stack, the shape of one layer.
 
     Returns:
-      The axes, or None of anything else.
+      The axes, or None for any other parameter.
 
     Example:
       >>> from adalomo_jax.optimizers import attention_axes
@@ -98,13 +99,13 @@ def attention_axes(path: str, shape: tuple[int, ...]) -> MatrixAxes | None:
 
 
 def check_matrix_axes(matrix_axes: MatrixAxesOption) -> None:
-    """Refuses what is no tree of axes, no function and not "attention"."""
+    """Refuses anything but a tree of axes, a function or "attention"."""
     if not (callable(matrix_axes) or _is_named(matrix_axes)):
         _entries_of(matrix_axes)
 
 
 def matrix_axes_of_leaves(params: optax.Params, matrix_axes: MatrixAxesOption) -> list[Axes]:
-    """Of each leaf the axes as tuples; the last two where nothing is said, which of a vector nobody asks for."""
+    """The axes of each leaf as tuples; the last two if the option gives none (for a vector, nobody reads them)."""
     leaves = [(path, tuple(leaf.shape)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     if callable(matrix_axes) or _is_named(matrix_axes):
         axes_of = matrix_axes if callable(matrix_axes) else attention_axes
@@ -123,7 +124,7 @@ def leaf_name(path: Path) -> str:
 
 
 def factor_shapes(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of ``v_row`` and of ``v_col``: all axes but the columns, and all but the rows."""
+    """The shapes of ``v_row`` and ``v_col``: all axes except the columns, and all except the rows."""
     shape_but = lambda side: tuple(n for k, n in enumerate(shape) if not {k, k - len(shape)} & {*side})
     rows, columns = axes
     return shape_but(columns), shape_but(rows)
@@ -134,7 +135,7 @@ def _is_named(matrix_axes: Any) -> bool:
 
 
 def _is_axes(x: Any) -> bool:
-    """Optax's dimension numbers of Muon say the same."""
+    """Whether this is a ``MatrixAxes``, or Optax's dimension numbers for Muon, which say the same."""
     return isinstance(x, MatrixAxes) or getattr(x, "_fields", None) == ("reduction_axis", "output_axis")
 
 
@@ -160,16 +161,16 @@ def _check_is_axes(name: str, axes: Any) -> None:
 
 
 def _as_tuples(axes: Any, name: str, shape: tuple[int, ...]) -> Axes:
-    """Checked, as non-negative tuples."""
+    """The axes, checked, as tuples of non-negative numbers."""
     if len(shape) < 2:
-        raise ValueError(f"matrix_axes of {name!r} must be None, for a shape {shape} is no matrix's, got {axes}.")
+        raise ValueError(f"matrix_axes of {name!r} must be None: its shape {shape} is no matrix's, got {axes}.")
     sides = [(side,) if isinstance(side, (int, np.integer)) else side for side in axes]
     is_axis = lambda k: isinstance(k, (int, np.integer)) and not isinstance(k, bool) and -len(shape) <= k < len(shape)
     are_axes = all(isinstance(side, Sequence) and side and all(map(is_axis, side)) for side in sides)
     rows, columns = (tuple(int(k) % len(shape) for k in side) if are_axes else () for side in sides)
     if not are_axes or len({*rows, *columns}) < len(rows) + len(columns):
         raise ValueError(
-            f"matrix_axes of {name!r} must be axes of its shape {shape}, of rows and of columns at least one and none "
-            f"twice, got {axes}. None is the last two."
+            f"matrix_axes of {name!r} must be axes of its shape {shape}, at least one for rows, one for columns and "
+            f"none twice, got {axes}. None is the last two."
         )
     return rows, columns

@@ -7,14 +7,15 @@
     u = g / sqrt(v)
     u = u / max(1, RMS(u) / threshold)          grouped update normalization
 
-Rows, and columns, may lie on several axes: ``m`` and ``n`` are the products of these, and means are taken over all of
-them at once, so nothing is transposed or reshaped. All other axes are batch axes of ``r`` and ``c``; RMS is over the
-whole tensor. Of complex ``g`` and theta squares are those of magnitudes.
+Rows and columns may each span several axes: ``m`` and ``n`` are the products of these axes' sizes, and means are taken
+over all of them at once, so nothing is transposed or reshaped. All other axes are batch axes of ``r`` and ``c``; RMS is
+over the whole tensor. If ``g`` and theta are complex, squares are those of the magnitudes.
 
-What a step must move: RMS(u) depends on all of ``r`` and ``c``, so on every entry of ``g``, and the write depends on
-RMS(u). So ``g`` is read three times at least: for sums, for RMS(u), for the write. The write reads and writes theta,
-and depends on RMS(theta), which is a read more. In float32 these six are 24 bytes a weight, where no cache holds the
-matrix. No more are needed: ``r`` takes one read of ``g``, and then one is enough for both ``c`` and RMS(u), because
+A step's memory traffic: RMS(u) depends on all of ``r`` and ``c``, so on every entry of ``g``, and the write depends on
+RMS(u). So a step reads ``g`` at least three times: for sums, for RMS(u) and for the write. The write reads and writes
+theta, and depends on RMS(theta), which takes one more read. In float32 these six accesses are 24 bytes a weight, if no
+cache holds the matrix. No more are needed: ``r`` takes one read of ``g``, and one more is enough for both ``c`` and
+RMS(u), because
 
     sum_ij u_ij**2 = mean(r) sum_j (sum_i g_ij**2 / r_i) / c_j
 
@@ -35,24 +36,24 @@ class FactoredMoment(NamedTuple):
     """The second moment of a tensor ``[..., m, n]`` as the means of its rows and of its columns, float32."""
 
     row: jax.Array
-    """``[..., m]``, all axes but the columns: the moving average of ``mean(g**2, axis=columns)``."""
+    """``[..., m]``, all axes except the columns: the moving average of ``mean(g**2, axis=columns)``."""
     col: jax.Array
-    """``[..., n]``, all axes but the rows: the moving average of ``mean(g**2, axis=rows)``."""
+    """``[..., n]``, all axes except the rows: the moving average of ``mean(g**2, axis=rows)``."""
 
 
 Moment = FactoredMoment | jax.Array
-"""Of one tensor: factored, or, of a tensor with fewer than two axes, the moving average of ``g**2`` itself."""
+"""The second moment of one tensor: factored or, with fewer than two axes, the moving average of ``g**2`` itself."""
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has rows and columns to take means over; there is no smallest size but empty."""
+    """Whether a tensor has rows and columns to take means over; any size counts, except empty."""
     return len(shape) >= 2 and math.prod(shape) > 0
 
 
 def new_share_at(t: jax.typing.ArrayLike, decay_rate: float | jax.Array) -> jax.Array:
     """``1 - beta_t = t**-decay_rate`` of the ``t``-th step, ``t = 1, 2, ...``: the first step keeps nothing old.
 
-    The share of the new, not beta itself: in float32, 1 - (1 - 0.005) has lost five digits.
+    It is the share of the new value, not beta itself, because in float32 1 - (1 - 0.005) has lost five digits.
     """
     return jnp.asarray(t, jnp.float32) ** -jnp.asarray(decay_rate, jnp.float32)
 
@@ -76,11 +77,11 @@ def accumulate(old: jax.Array, new: jax.Array, new_share: jax.Array) -> jax.Arra
 def inverse_root(moment: FactoredMoment, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
     """``1 / sqrt(v)`` as a factor for each row and one for each column: ``sqrt(mean(r) / r)`` and ``1 / sqrt(c)``.
 
-    Both have the rank of the tensor, with axes of size 1.
+    Both have the rank of the tensor; axes that they lack have size 1.
     """
     rows, columns = axes
     r, c = jnp.expand_dims(moment.row, columns), jnp.expand_dims(moment.col, rows)
-    # Not rsqrt(r / mean(r)): of a row without gradients the quotient may underflow, and its root be infinite.
+    # Not rsqrt(r / mean(r)): for a row without gradients the quotient may underflow, which makes the result infinite.
     return lax.rsqrt(r) * jnp.sqrt(jnp.mean(r, axis=rows, keepdims=True)), lax.rsqrt(c)
 
 
@@ -108,11 +109,11 @@ def normalized_update(
 ) -> tuple[jax.Array, Moment]:
     """``u`` and the moment after a step with the gradient ``g``, float32 or complex64: the equations above.
 
-    It equals ``clip_rms(precondition(g, v), threshold)`` with the new moment ``v``, of which a factored one is moved by
-    the means of the rows and columns of ``g**2 + eps``, and another one by ``g**2 + eps`` itself. ``new_share`` is
+    It equals ``clip_rms(precondition(g, v), threshold)`` with the new moment ``v``. A factored moment accumulates the
+    means of the rows and columns of ``g**2 + eps``; any other accumulates ``g**2 + eps`` itself. ``new_share`` is
     ``1 - beta``.
     """
-    # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by it.
+    # A float16 hyperparameter of 1e-30 is 0, and a zero gradient would be divided by 0.
     eps = jnp.maximum(eps, jnp.finfo(jnp.float32).tiny)
     if not isinstance(moment, FactoredMoment):
         v = accumulate(moment, squared(g) + eps, new_share)
@@ -129,7 +130,7 @@ def normalized_update(
 
 
 def _rms_of_update(v: FactoredMoment, sums_by_row: jax.Array, m: int, axes: Axes) -> jax.Array:
-    """``RMS(g / sqrt(v))`` without a read of ``g``, by the sums over ``i`` of ``g_ij**2 / r_i``."""
+    """``RMS(g / sqrt(v))`` without a read of ``g``, from the sums over ``i`` of ``g_ij**2 / r_i``."""
     rows, columns = axes
     mean_r = jnp.mean(jnp.expand_dims(v.row, columns), axis=rows, keepdims=True)
     per_column = jnp.expand_dims(sums_by_row, rows) / m
@@ -137,5 +138,5 @@ def _rms_of_update(v: FactoredMoment, sums_by_row: jax.Array, m: int, axes: Axes
 
 
 def clip_rms(u: jax.Array, threshold: float | jax.Array) -> jax.Array:
-    """``u``, scaled down to ``RMS(u) = threshold`` where it is above: the grouped update normalization."""
+    """``u``, scaled down to ``RMS(u) = threshold`` if it is above: the grouped update normalization."""
     return u / jnp.maximum(1.0, rms(u) / threshold)

@@ -1,6 +1,6 @@
-"""Optax's own rules as the commands offer them: their state is float32, whatever the weights are.
+"""Optax's own rules as the commands offer them, with a float32 state, whatever the weights' type.
 
-Optax keeps it in the weights' type, in which bfloat16's 8 bits round most of a slow moving average away.
+Optax keeps the state in the weights' type. In bfloat16, its 8 bits round most of a slow moving average away.
 """
 
 import optax
@@ -14,5 +14,5 @@ def adamw(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0) -> o
 
 
 def adafactor(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """``optax.adafactor`` in float32. The decay is a share of the weights a step, not times the learning rate."""
+    """``optax.adafactor`` in float32. The decay is a share of the weights per step, without the learning rate."""
     return in_float32(optax.adafactor(learning_rate, weight_decay_rate=weight_decay or None), needs_params=True)

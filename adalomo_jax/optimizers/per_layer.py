@@ -1,9 +1,9 @@
-"""Optax transformations on stacked layers: each layer of a stack is a tensor of its own.
+"""Optax transformations on stacked layers: each layer of a stack counts as a tensor of its own.
 
-A leaf of shape ``[layers, ...]`` that a scan runs over is many tensors. :class:`PerLayer` applies a transformation that
-treats leaves separately to some of them at a time, so that a program may update the layers one by one or all at once.
-The state is that of the transformation itself, but for a leading layer axis on what it keeps for a stacked leaf: a step
-count or an injected hyperparameter stays the scalar that it was.
+A leaf of shape ``[layers, ...]`` that a scan runs over is many tensors. :class:`PerLayer` takes a transformation that
+treats leaves separately and applies it to some tensors at a time, so a program can update the layers one by one or all
+at once. The state is the transformation's own, except that its entries for a stacked leaf have a leading layer axis. A
+step count or an injected hyperparameter stays a scalar.
 """
 
 import re
@@ -26,35 +26,35 @@ _in_a_stack = ContextVar("in_a_stack", default=False)
 
 
 class Group(NamedTuple):
-    """Leaves that are updated together: all whole, or all stacks of the same number of layers."""
+    """Leaves that are updated together: either all whole, or all stacks of the same number of layers."""
 
     leaves: tuple[int, ...]
     """Positions in the flattened parameters."""
     layers: int | None
-    """The length of the leaves' layer axis; None where they are updated whole."""
+    """The length of the leaves' layer axis; None if they are updated whole."""
 
 
 @dataclass(frozen=True)
 class PerLayer:
-    """A transformation, applied to groups of the leaves of one tree; the leaves outside of a group are masked out.
+    """A transformation, applied to groups of the leaves of one tree. Leaves outside the group are masked out.
 
-    Stacks have their layer axis in front, here and in the state.
+    Stacks have their layer axis first, here and in the state.
     """
 
     tx: optax.GradientTransformationExtraArgs
     treedef: Any
-    """Of the parameters."""
+    """The tree structure of the parameters."""
     tensors: tuple[jax.ShapeDtypeStruct, ...]
-    """Of each leaf the shape and dtype of one tensor: of a stack, those of one layer."""
+    """The shape and dtype of one tensor of each leaf: for a stack, those of one layer."""
     groups: tuple[Group, ...]
-    """Each leaf is in one, or is not trained: ``tx`` never sees it, and keeps nothing for it."""
+    """A leaf that is in no group is not trained: ``tx`` never sees it, and keeps nothing for it."""
 
     def init(self, leaves: Sequence[Any], axes: Sequence[int | None] | None = None) -> optax.OptState:
-        """``tx.init`` of each tensor, those of a stack stacked.
+        """``tx.init`` of each tensor; the states of a stack's layers are stacked.
 
         Args:
           leaves: the parameters.
-          axes: of each stack the axis of its layers in ``leaves``; the first where they are not given.
+          axes: the layer axis of each stack in ``leaves``; the first axis by default.
         """
         if self._first_group is None:
             return self.tx.init(self.treedef.unflatten(leaves))
@@ -67,11 +67,11 @@ class PerLayer:
         """``tx.update`` of one tensor of each of the group's leaves.
 
         Args:
-          group: whose leaves are updated.
-          grads: of each leaf the gradient: of a stack, one layer's.
-          own: the state that is kept for these tensors, as `own` gives it, of a stack one layer of it.
-          shared: the state that is kept for no leaf, as `shared` gives it.
-          leaves: of each leaf the parameter: of a stack, one layer of it. None where ``tx`` needs no parameters.
+          group: the group to update.
+          grads: the gradient of each leaf; for a stack, that of one layer.
+          own: the state that ``tx`` keeps for these tensors, as `own` gives it; for a stack, that of one layer.
+          shared: the state that ``tx`` keeps for no leaf, as `shared` gives it.
+          leaves: the parameter of each leaf; for a stack, one layer of it. None if ``tx`` needs no parameters.
 
         Returns:
           The updates, and the new own and shared state.
@@ -87,12 +87,12 @@ class PerLayer:
         return jax.tree.leaves(updates), new_own, [after[path] for path in self.shared_paths]
 
     def own(self, state: optax.OptState, group: Group) -> list[Any]:
-        """The leaves of the state that are kept for the group's leaves; of a stack with a leading layer axis."""
+        """The leaves of the state that ``tx`` keeps for the group's leaves; for a stack, with a leading layer axis."""
         by_path = dict(jax.tree_util.tree_leaves_with_path(state))
         return [by_path[path] for path in self._own_paths(group)]
 
     def init_own(self, group: Group, tensors: Sequence[Any]) -> list[Any]:
-        """What ``tx.init`` keeps for one tensor of each of the group's leaves; of a stack, for one layer."""
+        """The state that ``tx.init`` makes for one tensor of each of the group's leaves; for a stack, for one layer."""
         with asking_for(group):
             by_path = dict(jax.tree_util.tree_leaves_with_path(self.tx.init(self.tree_of(group.leaves, tensors))))
         return [by_path[path] for path in self._own_paths(group)]
@@ -103,7 +103,7 @@ class PerLayer:
         return [by_path[path] for path in self.shared_paths]
 
     def next_shared(self, state: optax.OptState, **extra_args) -> list[Any]:
-        """The shared state after a step. It depends on no gradient, so it is asked for with zeros."""
+        """The shared state after a step. It depends on no gradient, so ``tx`` is called with zeros."""
         group = self._first_group
         if group is None:
             return self.shared(state)
@@ -114,7 +114,7 @@ class PerLayer:
         return self.update(group, zeros, own, self.shared(state), zeros, **extra_args)[2]
 
     def assemble(self, shared: Sequence[Any], owns: Sequence[Sequence[Any]]) -> optax.OptState:
-        """The state of these parts: the shared one, and one for each of `groups`."""
+        """The state made of these parts: the shared one, and one for each of `groups`."""
         by_path = dict(zip(self.shared_paths, shared))
         for group, own in zip(self.groups, owns, strict=True):
             by_path |= zip(self._own_paths(group), own)
@@ -124,7 +124,7 @@ class PerLayer:
     def update_all(
         self, grads: Sequence[Any], state: optax.OptState, leaves: Sequence[Any] | None, **extra_args
     ) -> tuple[list[Any], optax.OptState]:
-        """``tx.update`` of every tensor at once, that is mapped over the layers of each stack."""
+        """``tx.update`` of every tensor at once, mapped over the layers of each stack."""
         shared, owns = self.shared(state), []
         updates: list[Any] = [None] * len(grads)
         for group in self.groups:
@@ -138,12 +138,12 @@ class PerLayer:
         return updates, self.assemble(self.next_shared(state, **extra_args), owns)
 
     def tree_of(self, positions: Sequence[int], leaves: Sequence[Any]) -> Any:
-        """A tree like the parameters with these leaves, and ``optax.MaskedNode()`` in the place of the others."""
+        """A tree like the parameters, with these leaves and ``optax.MaskedNode()`` in place of the others."""
         chosen = dict(zip(positions, leaves, strict=True))
         return self.treedef.unflatten([chosen.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)])
 
     def _init_group(self, group: Group, leaves: Sequence[Any], axes: Sequence[int | None]) -> list[Any]:
-        """The own state."""
+        """The own state of a group."""
         of_group = [leaves[i] for i in group.leaves]
 
         init = partial(self.init_own, group)
@@ -155,7 +155,7 @@ class PerLayer:
         return [jnp.broadcast_to(x, (group.layers, *jnp.shape(x))) for x in own]
 
     def _init_shared(self) -> list[Any]:
-        """The shared state. It depends on no tensor, but Optax may go by the dtypes of them all."""
+        """The shared state. It depends on no tensor, but Optax may choose its dtype by those of all tensors."""
 
         def init() -> list[Any]:
             tensors = [jnp.zeros(self.tensors[i].shape, self.tensors[i].dtype) for i in self._trained]
@@ -173,7 +173,7 @@ class PerLayer:
 
     @property
     def _first_group(self) -> Group | None:
-        """The group of the first leaf in any: Optax goes by that leaf's dtype for what belongs to none."""
+        """The group of the first leaf that is in a group: Optax takes that leaf's dtype for state of no parameter."""
         return min(self.groups, key=lambda group: min(group.leaves), default=None)
 
     @cached_property
@@ -187,12 +187,13 @@ class PerLayer:
             return self._abstract_init(self.tree_of([], []))[0]
         except Exception as error:
             raise ValueError(
-                "What tx keeps for no leaf is what tx.init makes of a tree of optax.MaskedNode()s, but it raises "
-                f"{error!r}. A tx that looks at all parameters at once, such as a line search, cannot be given some."
+                "tx.init must accept a tree of optax.MaskedNode()s, which gives the state that belongs to no leaf, but "
+                f"it raises {error!r}. A tx that looks at all parameters at once, such as a line search, cannot be "
+                "given some."
             ) from error
 
     def _layout_of(self, group: Group) -> tuple[list[Any], Any]:
-        """Of the state that `tx` keeps for the leaves of a group, or for some of them."""
+        """The paths and structure of the state that `tx` keeps for a group's leaves, or for some of them."""
         if group not in self._layouts:
             tensors = [self.tensors[i] for i in group.leaves]
             self._layouts[group] = self._abstract_init(self.tree_of(group.leaves, tensors))
@@ -203,19 +204,19 @@ class PerLayer:
         return {}
 
     def owners(self, group: Group) -> list[int | None]:
-        """Of each leaf of a group's own state the parameter that it is kept for; None where it is for several."""
+        """For each leaf of a group's own state, the parameter that it belongs to; None if it belongs to several."""
         return self.owners_of(self._own_paths(group))
 
     def owners_of(self, paths: Sequence[Any]) -> list[int | None]:
-        """Of leaves of the state, by their paths, the parameter that each is kept for; None where it is for several."""
+        """For leaves of the state, by path, the parameter that each belongs to; None if it belongs to several."""
         return [self._owners[path] for path in paths]
 
     @cached_property
     def _owners(self) -> dict[Any, int | None]:
-        """Of each leaf of the state.
+        """The owner of each leaf of the state.
 
-        ``tx`` is asked what it keeps for half of the parameters and for the other half, split by each bit of their
-        positions: the answers spell the position. What is kept for several is there in both halves of some split.
+        For each bit of the parameters' positions, ``tx`` is asked for its state for one half of the parameters and for
+        the other. The answers spell the position. A leaf that belongs to several is in both halves of some split.
         """
         owners: dict[Any, int | None] = dict.fromkeys(self._state_layout[0], 0)
         for bit in range(len(self.tensors).bit_length()):
@@ -238,12 +239,12 @@ class PerLayer:
 
 
 class ExtraArgumentMissing(ValueError):
-    """``tx.update`` demands a keyword argument that it was not given."""
+    """``tx.update`` requires a keyword argument that it was not given."""
 
 
 @contextmanager
 def asking_for(group: Group | None) -> Iterator[None]:
-    """Calls of ``tx`` for the leaves of a group; None where only shapes are asked for."""
+    """Calls of ``tx`` for the leaves of a group; None if only shapes are asked for."""
     token = _in_a_stack.set(group is not None and group.layers is not None)
     try:
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer, whatever users forbid
@@ -262,8 +263,8 @@ def asking_for(group: Group | None) -> Iterator[None]:
         if "MaskedNode" not in str(error):
             raise
         raise ValueError(
-            "tx is given some leaves at a time, and optax.MaskedNode() in the place of the others, which a mask or "
-            f"label function in tx took for a leaf ({error}). Write it with jax.tree.map or "
+            "tx is given some leaves at a time, and optax.MaskedNode() in place of the others, but a mask or label "
+            f"function in tx took one of these for a leaf ({error}). Write it with jax.tree.map or "
             "jax.tree_util.tree_map_with_path, or give a tree instead of a function."
         ) from error
     finally:
@@ -273,21 +274,20 @@ def asking_for(group: Group | None) -> Iterator[None]:
 def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.GradientTransformationExtraArgs:
     """``tx``, applied to each layer of each stacked leaf as to a tensor of its own.
 
-    Equals ``tx`` on the unstacked layers, with one state for all: what ``tx`` keeps for a stacked leaf has a leading
-    layer axis, what it keeps for no leaf (a step count) is kept once. ``tx`` must treat leaves separately.
+    Equals ``tx`` on the unstacked layers, with one state for all: state of a stacked leaf has a leading layer axis, and
+    state that belongs to no leaf (a step count) is kept once. ``tx`` must treat leaves separately.
 
     Args:
       tx: any transformation that treats leaves separately, such as ``optax.adafactor(1e-3)``.
-      layer_axes: of each leaf the axis along which layers are stacked, or None where it is one tensor: a tree, a prefix
-        of one, or a callable that makes it from the parameters. None leaves ``tx`` as it is.
+      layer_axes: for each leaf, the axis along which layers are stacked, or None if it is one tensor: a tree, a prefix
+        of one, or a callable that makes it from the parameters. None for the whole option leaves ``tx`` as it is.
 
     Returns:
       A transformation.
 
     Raises:
-      ValueError: where ``tx`` is no transformation or an axis no integer; in ``init`` and ``update``, where an axis is
-        missing, is not one of the leaf's or is of no leaf, or where ``tx`` has ``layer_axes`` of its own for the same
-        leaf.
+      ValueError: ``tx`` is no transformation, or an axis is no integer; in ``init`` and ``update``, an axis is missing,
+        is not an axis of its leaf or belongs to no leaf, or ``tx`` has ``layer_axes`` of its own for the same leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -303,7 +303,7 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
     if layer_axes is None:
         return inner
     if not callable(layer_axes):
-        entries_of(layer_axes)  # refuses here what it would refuse later
+        entries_of(layer_axes)  # refuses bad entries now, not in init
 
     def lift(params: optax.Params) -> tuple[PerLayer, list[int | None], list[Any]]:
         axes = axes_of_leaves(params, layer_axes)
@@ -316,7 +316,7 @@ def per_layer(tx: optax.GradientTransformation, layer_axes: LayerAxes) -> optax.
         stacks = [_layers_first(leaf, axis) for leaf, axis in zip(leaves, axes)]
         layers = [None if axis is None else stack.shape[0] for stack, axis in zip(stacks, axes)]
         tensors = [jax.ShapeDtypeStruct(s.shape if n is None else s.shape[1:], s.dtype) for s, n in zip(stacks, layers)]
-        # One vmap runs over stacks of one length, and on an explicit mesh of one sharding of the layer axis.
+        # One vmap runs over stacks of the same length and, on an explicit mesh, the same sharding of the layer axis.
         kinds = [(n, None if n is None else _layer_sharding(stack)) for n, stack in zip(layers, stacks)]
         groups = [Group(tuple(i for i, k in enumerate(kinds) if k == kind), kind[0]) for kind in dict.fromkeys(kinds)]
         return PerLayer(inner, treedef, tuple(tensors), tuple(groups)), axes, stacks

@@ -1,4 +1,4 @@
-"""Optimizers whose arithmetic is float32, or complex64, whatever the parameters are."""
+"""Optimizers that compute in float32, or complex64, whatever the parameters' dtypes."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ def in_float32(
     """``tx``, given float32 gradients and parameters; the updates come back in the gradients' dtypes.
 
     So the state of ``tx`` is float32, and ``learning_rate``, the decay rates and the update itself are rounded to a
-    narrow dtype once, at the end. Float64 gradients and parameters are computed with in float32 too, and complex ones
-    in complex64. What is not of floats raises a ValueError, and so does, with ``needs_params``, a call of ``update``
-    without parameters.
+    narrow dtype once, at the end. Float64 gradients and parameters become float32 too, and complex ones complex64.
+    Leaves that are not floats raise a ValueError. With ``needs_params``, so does a call of ``update`` without
+    parameters.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -39,7 +39,7 @@ def in_float32(
 
 
 def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype that holds these, as JAX promotes by default: a user may forbid that to happen unsaid."""
+    """The dtype to which JAX promotes these by default; it works even if a user has forbidden implicit promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 

@@ -1,4 +1,4 @@
-"""Writing updates to weights, with stochastic rounding where they are narrower than float32.
+"""Writing updates to weights, with stochastic rounding if the weights are narrower than float32.
 
 Most of AdaLomo's steps are smaller than half a unit in the last place of a bfloat16 weight: rounded to nearest, they
 vanish. Rounded up or down at random, in proportion to the distances, they are right on average. The random bits are a
@@ -32,18 +32,18 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     """Rounds float32 ``x`` to one of its two neighbours in ``dtype``, so that the mean over keys is ``x``.
 
     The mean is exact for bfloat16 and for float16 in its normal range (from 2**-14); among float16's subnormals it is
-    within 2**-16 of their spacing. Values of ``dtype`` stay as they are; what is not finite stays so.
+    within 2**-16 of their spacing. Values that ``dtype`` can represent stay as they are, as do infinities and NaNs.
 
     Args:
       x: float32, any shape.
       dtype: bfloat16 or float16.
-      key: a typed PRNG key; 16 random bits are made of it for each entry.
+      key: a typed PRNG key; each entry takes 16 random bits from it.
 
     Returns:
       An array like ``x`` of ``dtype``.
 
     Raises:
-      ValueError: for another dtype, an ``x`` that is not float32, or what is not one typed key.
+      ValueError: ``dtype`` is another one, ``x`` is not float32, or ``key`` is not one typed key.
 
     Source: Gupta et al. (2015), https://arxiv.org/abs/1502.02551, section 3.
 
@@ -62,7 +62,7 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     random = hashed_bits(key, x.shape) >> 16
     dropped = _FLOAT32_MANTISSA - jnp.finfo(dtype).nmant
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    # Adding to the bits adds to the magnitude; the carry out of the dropped bits has the probability of what they hold.
+    # Adding to the bits adds to the magnitude; the probability of a carry is the value of the dropped bits, as a share.
     rounded = (bits + (random >> (16 - dropped))) & jnp.uint32(2**32 - 2**dropped)
     y = lax.bitcast_convert_type(rounded, jnp.float32)
     if jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp:
@@ -91,22 +91,22 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def apply_update(p: jax.Array, u: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """``p + u`` in ``p``'s dtype: to nearest, or stochastically where a key is given and the dtype is narrow."""
+    """``p + u`` in ``p``'s dtype: to nearest, or stochastically if a key is given and the dtype is narrow."""
     if key is None or not rounds_stochastically(jnp.result_type(p)):
         return jnp.asarray(optax.apply_updates(p, u))
     if rounds_stochastically(u.dtype):
-        # XLA may leave out the rounding of u to its dtype in one program and not in another; their weights must agree.
+        # XLA may skip rounding u to its dtype in one program and not in another, but their weights must agree.
         u = _to_nearest(u.astype(jnp.float32), u.dtype)
     return stochastic_round(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, key)
 
 
 def _to_nearest(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Float32 ``x`` at the nearest value of a narrow dtype, in float32; XLA does not leave it out."""
+    """Float32 ``x``, rounded to the nearest value of a narrow dtype, still in float32. XLA does not skip this."""
     info = jnp.finfo(dtype)
     y = lax.reduce_precision(x, info.nexp, info.nmant)
     if info.minexp == jnp.finfo(jnp.float32).minexp:
         return y
-    # It makes zeros of float16's subnormals, which steps of a small learning rate are.
+    # reduce_precision turns float16's subnormals into zeros, and steps of a small learning rate are subnormal.
     spacing = info.smallest_subnormal.astype(jnp.float32)
     subnormal = lax.round(x / spacing, lax.RoundingMethod.TO_NEAREST_EVEN) * spacing
     return jnp.where(jnp.abs(x) < info.smallest_normal.astype(jnp.float32), subnormal, y)
@@ -124,8 +124,8 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
       A tree like ``params``, with the same dtypes.
 
     Raises:
-      ValueError: with a key, where it is not one typed key, where ``updates`` is not like ``params``, or where weights
-        are floats of 8 bits.
+      ValueError: a key is given, and it is not one typed key, ``updates`` is not like ``params``, or weights are floats
+        of 8 bits.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -147,7 +147,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates, *, key: jax.Arra
 
 
 def _check_like(params: optax.Params, updates: optax.Updates) -> None:
-    """Refuses updates that do not fit the parameters one for one, and weights that nothing is rounded to at random."""
+    """Refuses updates that do not match the parameters one for one, and weights too narrow for stochastic rounding."""
     if jax.tree.structure(params) != jax.tree.structure(updates):
         found, due = (" ".join(str(jax.tree.structure(tree)).split()) for tree in (updates, params))
         raise ValueError(f"updates must be a tree like params, got {found} for {due}.")

@@ -1,8 +1,8 @@
-"""Sums of squares over the rows of a matrix, two in one pass: how each compiler reads ``g`` once for both.
+"""Two sums of squares over the rows of a matrix in one pass, in a form from which each compiler reads ``g`` once.
 
-`moments` needs ``sum_i g_ij**2`` and ``sum_i (g_ij / sqrt(r_i))**2`` of each column. Written as two sums, the compilers
-for CPUs and GPUs read ``g`` twice, so each backend has a form of its own, which reads it once. All forms
-have the same numbers, up to the order in which they add.
+`moments` needs ``sum_i g_ij**2`` and ``sum_i (g_ij / sqrt(r_i))**2`` for each column. If these are written as two sums,
+the compilers for CPUs and GPUs read ``g`` twice. So each backend has a form of its own that reads it once. All forms
+give the same numbers, up to the order of the additions.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Axes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Of a tensor the axes that are the rows of a matrix, and those that are its columns; all others are batch axes."""
+"""The axes of a tensor that are the rows of a matrix, and those that are its columns; the rest are batch axes."""
 
 LAST_TWO: Axes = ((-2,), (-1,))
 
@@ -34,18 +34,18 @@ def sums_over_rows(g: jax.Array, row_factor: jax.Array, axes: Axes) -> tuple[jax
 
 @cache
 def _over(axes: Axes, sums: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function each time: JAX traces one that it knows once for each shape."""
+    """Returns the same function object each time, so that JAX traces it only once for each shape."""
     return partial(sums, axes=axes)
 
 
 def sums_as_two(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for XLA's compiler for TPUs, which makes one pass of the two."""
+    """The sums over rows for XLA's TPU compiler, which computes both in one pass."""
     rows, columns = axes
     return jnp.sum(squared(g), rows), jnp.sum(squared(g * jnp.expand_dims(row_factor, columns)), rows)
 
 
 def sums_as_pair(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for the compiler for GPUs, which makes two passes of two sums within a training step."""
+    """The sums over rows for the GPU compiler, which computes two separate sums in two passes in a training step."""
     rows, columns = axes
     zero = jnp.zeros([], jnp.float32)
     terms = squared(g), squared(g * jnp.expand_dims(row_factor, columns))
@@ -53,14 +53,14 @@ def sums_as_pair(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> 
 
 
 def _add_pairs(old: tuple[Any, Any], new: tuple[Any, Any]) -> tuple[Any, Any]:
-    """One function for all sums, by which `lax.reduce` is known to be the same in two programs."""
+    """One function for all sums: by it, JAX knows that a `lax.reduce` is the same in two programs."""
     return old[0] + new[0], old[1] + new[1]
 
 
 def sums_as_one(g: jax.Array, row_factor: jax.Array, axes: Axes = LAST_TWO) -> tuple[jax.Array, jax.Array]:
-    """The sums over rows for the compiler for CPUs, which would make two passes, and write ``g**2`` for them first."""
+    """The sums over rows for the CPU compiler, which would write ``g**2`` first and then make two passes over it."""
     rows, columns = axes
-    # Which of the two sums it is, is an axis before the last one.
+    # A new axis before the last one selects between the two sums.
     of_both = lambda x: jnp.expand_dims(x, -2)
     factors = jnp.where(jnp.array([[False], [True]]), of_both(jnp.expand_dims(row_factor, columns)), 1.0)
     last = g.ndim - 1

@@ -1,4 +1,4 @@
-"""Checkpoints as others publish them: what reads and writes them."""
+"""Reading and writing of checkpoints in the formats that others publish."""
 
 from adalomo_jax.pretrained.chat import ChatText as ChatText
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf as tokenizer_of_gguf

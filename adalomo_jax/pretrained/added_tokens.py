@@ -1,4 +1,4 @@
-"""Tokens that the files beside ``tokenizer.json`` add, and those that they name special, as transformers takes them."""
+"""Tokens that the files beside ``tokenizer.json`` add or name special, read as transformers reads them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FLAGS = ("lstrip", "rstrip", "single_word")
 
 
 def _text(value: Any) -> str:
-    """Half a surrogate pair is no text: JSON can have it, and no tokenizer."""
+    """A token's text. Half a surrogate pair is refused: JSON can hold one, tokenizers cannot."""
     if not isinstance(value, str) or not value or value.encode(errors="replace").decode() != value:
         raise ValueError("be a token's text, or an object with one as its content")
     return value
 
 
 class AddedToken(Fields):
-    """A token that is found in a text before it is cut."""
+    """A token that the tokenizer finds in a text before it cuts the text."""
 
     content: Annotated[str, BeforeValidator(_text)]
     special: bool = False
@@ -38,10 +38,10 @@ class AddedToken(Fields):
     single_word: bool = False
     normalized: bool | None = None
     changes: bool = False
-    """Whether it changes how a token that is there is found: given by an object, not by a text."""
+    """Whether it changes how an existing token is found: if an object gives it, not a text."""
 
     def of_library(self, special: bool = False) -> tokenizers.AddedToken:
-        """As the library ``tokenizers`` has it; ``special`` where another file names it so."""
+        """This token in the library ``tokenizers``; ``special`` if another file names it so."""
         import tokenizers
 
         normalized = not self.special if self.normalized is None else self.normalized
@@ -61,7 +61,7 @@ def _special(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """Special tokens without a role; transformers 4 has the extra ones by names, 5 in a list."""
+    """Special tokens without a role; transformers 4 gives the extra ones names, 5 puts them in a list."""
     if value is None:
         return ()
     values = list(value.values()) if isinstance(value, Mapping) else value
@@ -89,8 +89,8 @@ class SpecialTokens(Fields):
     added_tokens_decoder: dict[str, AddedToken] | None = None
 
     def named(self, described: Container[str]) -> tuple[AddedToken, ...]:
-        """Each once, in the order in which transformers adds them; one with a role does not change what is described
-        elsewhere."""
+        """Each token once, in the order in which transformers adds them; one with a role changes no token that
+        ``described`` has."""
         with_role = [token for role in ROLES if (token := getattr(self, role)) is not None]
         first: dict[str, AddedToken] = {}
         for token in with_role:
@@ -102,9 +102,9 @@ class SpecialTokens(Fields):
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """Those of ``tokenizer_config.json``; of ``special_tokens_map.json``, too, if that has no ``added_tokens_decoder``.
+    """Read ``tokenizer_config.json``; if it has no ``added_tokens_decoder``, ``special_tokens_map.json`` as well.
 
-    The map is older, and what it says is taken before what the configuration says.
+    The map is the older file and takes precedence over the configuration.
     """
     path = folder / MAP
     tokens = check(SpecialTokens, read_json_if_there(folder / CONFIG), str(folder / CONFIG))
@@ -118,12 +118,12 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
 
 
 def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, special: SpecialTokens) -> None:
-    """Have the tokenizer find the tokens that files of the folder add, and those special ones that it has.
+    """Have the tokenizer find the tokens that files of the folder add, and the special ones that it has.
 
     A special token that no vocabulary has is left out: no model has a row for it.
 
     Raises:
-        ValueError: a file that cannot be, or a token whose number is another one with those of ``tokenizer.json``.
+        ValueError: a file is invalid, or a token gets another number after those of ``tokenizer.json``.
     """
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     decoder = special.added_tokens_decoder
@@ -141,13 +141,13 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, special: SpecialTo
     for number, token in tokens.items():
         if (got := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(
-                f"{folder}: the token {shown(token.content)} must be {number}, as added_tokens_decoder or {ADDED} has "
-                f"it, and with the tokens of tokenizer.json it is {got}"
+                f"{folder}: the token {shown(token.content)} must be {number}, as in added_tokens_decoder or {ADDED}, "
+                f"but with the tokens of tokenizer.json it is {got}"
             )
 
 
 def _by_number(folder: Path, decoder: Mapping[str, AddedToken], special: set[str]) -> dict[int, AddedToken]:
-    """By their numbers, the tokens that files beside ``tokenizer.json`` add."""
+    """The tokens that files beside ``tokenizer.json`` add, by their numbers."""
     tokens: dict[int, AddedToken] = {}
     for number, token in decoder.items():
         if not (number.isascii() and number.isdecimal() and int(number[:20]) < 2**32):

@@ -22,19 +22,19 @@ class Pretrained(NamedTuple):
     config: DecoderConfig
     tokenizer: ByteTokenizer | TextTokenizer
     checkpoint: Checkpoint | None
-    """Its weights; None of a preset, whose weights are drawn at random."""
+    """Its weights; None for a preset, whose weights are drawn at random."""
 
 
 _BYTES = {"tokens": "bytes: token i is the byte i of UTF-8 text"}
-"""What is added to the ``config.json`` of a model that reads bytes."""
+"""The entry that `export_rest` adds to the ``config.json`` of a model that reads bytes."""
 
 
 def find_model(name: str) -> Pretrained:
-    """A preset, which reads bytes; or what `open_checkpoint` takes, with its own tokenizer.
+    """A preset, which reads bytes; or a checkpoint that `open_checkpoint` finds, with its own tokenizer.
 
     Raises:
-        ValueError: neither, a checkpoint that is broken or lacks tensors, a file beside it that cannot be copied
-            (`check_kept_files`), or a tokenizer of more tokens than the model has.
+        ValueError: it is neither; the checkpoint is broken or lacks tensors; a file beside it cannot be copied
+            (`check_kept_files`); or its tokenizer has more tokens than the model.
     """
     if name in PRESETS:
         return Pretrained(name, PRESETS[name], ByteTokenizer(), None)
@@ -46,14 +46,14 @@ def find_model(name: str) -> Pretrained:
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, more than the {checkpoint.config.vocab_size} "
-            "of its embedding: they are of different models"
+            "of its embedding: they belong to different models"
         )
     label = name if name in PACKAGED else checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
     return Pretrained(label, checkpoint.config, tokenizer, checkpoint)
 
 
 def export_rest(folder: Path, model: Pretrained, dtype: str) -> None:
-    """Write what belongs to the weights in a folder: sizes, tokenizer, chat template; see `export_params`."""
+    """Write the rest of a folder with weights: sizes, tokenizer, chat template; see `export_params`."""
     checkpoint = model.checkpoint
     like: dict[str, Any] | None = None
     if checkpoint is None:
@@ -69,7 +69,7 @@ def export_rest(folder: Path, model: Pretrained, dtype: str) -> None:
 
 
 def find_tokenizer(folder: Path) -> ByteTokenizer | TextTokenizer:
-    """The tokenizer of a folder in Hugging Face's format; of bytes where `export_rest` wrote it of a preset.
+    """The tokenizer of a folder in Hugging Face's format; that of bytes if `export_rest` wrote it for a preset.
 
     Raises:
         ValueError: it has no ``config.json``, or no tokenizer that can be read.

@@ -1,4 +1,4 @@
-"""Conversations as text, by the template that a checkpoint brings."""
+"""Renders conversations as text, by a checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 
 
 class ChatText(NamedTuple):
-    """A conversation as text. It has the special tokens already: encode it with ``add_special=False``."""
+    """A conversation as text. It already has the special tokens: encode it with ``add_special=False``."""
 
     text: str
     learned: tuple[tuple[int, int], ...]
     """The characters, from and to, that the assistant says (with its end-of-turn token)."""
     unwritten: tuple[str, ...] = ()
-    """What the conversation has and the template does not write: ``tools``, ``tool_calls``."""
+    """The fields that the conversation has and the template does not write: ``tools``, ``tool_calls``."""
 
 
 def chat_text(
@@ -30,29 +30,30 @@ def chat_text(
     bos_token: str | None = None,
     eos_token: str | None = None,
 ) -> ChatText:
-    r"""What ``apply_chat_template`` of Hugging Face's transformers renders, and what of it the assistant says.
+    r"""Render the text of ``apply_chat_template`` of Hugging Face's transformers, and find what the assistant says.
 
-    Where the template marks it by ``{% generation %}``, the marked text is learned as it is. Elsewhere it is what an
-    assistant's message adds to the messages before it and the generation prompt: what a model has to write there. It
-    includes the end-of-turn token; white space after that one is not learned if the token is ``eos_token``, at which
-    generation ends. A message with ``weight: 0`` or ``train: false`` is not learned; templates do not see these fields.
+    If the template marks this by ``{% generation %}``, the marked text is learned as it is. Otherwise the learned text
+    is what an assistant's message adds to the messages before it and the generation prompt: what a model has to write
+    there. It includes the end-of-turn token. If that token is ``eos_token``, at which generation ends, white space
+    after it is not learned. A message with ``weight: 0`` or ``train: false`` is not learned; templates do not see these
+    fields.
 
-    Templates are not told the date (``strftime_now`` is not defined, and they write one of their own): a run that is
-    continued on another day has to see the same text.
+    Templates cannot ask for the date (``strftime_now`` is not defined, and they write one of their own), because a run
+    that continues on another day must see the same text.
 
     Args:
         template: the Jinja template. It runs in a sandbox, within bounds; see `templates.render`.
-        messages: each with a ``role`` and mostly a ``content``; what else the template reads is passed on. A content
-            may be a list of parts, which are joined: ``{"type": "text", "text": ...}``. Those of an iterator are
-            not kept while the template runs.
-        tools: what the assistant may call, for the template.
+        messages: each with a ``role`` and usually a ``content``; other fields are passed on to the template. A content
+            may be a list of parts, which are joined: ``{"type": "text", "text": ...}``. If this is an iterator, the
+            messages are not kept while the template runs.
+        tools: the tools that the assistant may call, for the template.
         bos_token: the token that starts a text, for the template.
-        eos_token: the token that ends one, for the template.
+        eos_token: the token that ends a text, for the template.
 
     Raises:
-        ValueError: no messages, one without a role or content, or with parts other than text; a template that is none,
-            that refuses the messages or takes too much, or one that writes messages differently when others follow, so
-            that it cannot be told who says what.
+        ValueError: there are no messages, one has no role or content, or parts other than text; or the template is
+            invalid, refuses the messages, takes too much, or writes messages differently when others follow, so that
+            it is unclear who says what.
 
     >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     >>> template += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -82,7 +83,7 @@ def chat_prompt(
     bos_token: str | None = None,
     eos_token: str | None = None,
 ) -> str:
-    """The messages and the start of the assistant's answer to them: what a model is to continue.
+    """The messages and the start of the assistant's answer to them: the text that a model continues.
 
     Args and errors are those of ``chat_text``. The template may write today's date.
     """
@@ -92,7 +93,7 @@ def chat_prompt(
 
 
 def handed_over(messages: list[Any]) -> Iterator[Any]:
-    """The messages, each taken out of the list: who is given them has them alone, and long ones can go."""
+    """Take the messages out of the list one by one: only the receiver holds them then, and long ones can be freed."""
     while messages:
         yield messages.pop(0)
 
@@ -101,7 +102,7 @@ def text_of(content: Any) -> str:
     """A message's content as text: a list of parts is joined.
 
     Raises:
-        ValueError: neither, or a part that is no text.
+        ValueError: the content is neither text nor such a list, or a part is not text.
 
     >>> text_of([{"type": "text", "text": "To be"}, {"type": "text", "text": ", or not"}])
     'To be, or not'
@@ -122,7 +123,7 @@ def text_of(content: Any) -> str:
 
 
 def _given(tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos_token: str | None) -> dict[str, Any]:
-    """What a template sees besides messages."""
+    """The variables that a template sees besides messages."""
     given: dict[str, Any] = {"tools": None if tools is None else list(tools), "documents": None}
     return given | {
         name: text for name, text in (("bos_token", bos_token), ("eos_token", eos_token)) if text is not None
@@ -130,13 +131,13 @@ def _given(tools: Sequence[Mapping[str, Any]] | None, bos_token: str | None, eos
 
 
 def _unwritten(template: str, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, ...]:
-    """A template that does not name a field cannot write it."""
+    """The fields that the template cannot write, because it does not name them."""
     has = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
     return tuple(field for field, is_there in has.items() if is_there and not re.search(rf"\b{field}\b", template))
 
 
 def _as_seen(messages: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, bool]]:
-    """The messages as a template sees them, and which are the assistant's: whether each of these is learned."""
+    """The messages as a template sees them, and for each of the assistant's whether it is learned."""
     seen, said = [], {}
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -158,7 +159,7 @@ def _as_seen(messages: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]
 
 
 def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
-    """Whether what it says is learned: ``weight`` is OpenAI's field, ``train`` that of other formats."""
+    """Whether a message is learned: ``weight`` is OpenAI's field, ``train`` that of other formats."""
     for field in ("weight", "train"):
         value = message.get(field)
         if value is not None and (not isinstance(value, int | float) or value not in (0, 1)):
@@ -169,7 +170,7 @@ def _is_learned(i: int, message: Mapping[str, Any]) -> bool:
 
 
 def _added(i: int, prompt: str | int, through: str | int, full: str, eos_token: str | None) -> tuple[int, int]:
-    """The characters that message ``i`` adds to those before it and the prompt for an answer; see `Rendered.others`."""
+    """The characters that message ``i`` adds to the ones before it and the generation prompt; see `Rendered.others`."""
     if isinstance(prompt, str) or isinstance(through, str) or prompt > through:
         raise ValueError(
             f"what the assistant says in message {i} cannot be told apart: the chat template writes messages "
@@ -183,7 +184,7 @@ def _added(i: int, prompt: str | int, through: str | int, full: str, eos_token: 
 
 
 def _learned_of(marked: tuple[tuple[int, int], ...] | None, is_learned: Sequence[bool]) -> tuple[tuple[int, int], ...]:
-    """What the template marks, of the messages that are learned."""
+    """The marked characters of the messages that are learned."""
     if marked is None:
         raise ValueError("the chat template leaves a {% generation %} block before its end; what is learned is unclear")
     if all(is_learned):
@@ -191,6 +192,6 @@ def _learned_of(marked: tuple[tuple[int, int], ...] | None, is_learned: Sequence
     if len(marked) != len(is_learned):
         raise ValueError(
             f"some of the assistant's messages are not to be learned (weight or train), and the chat template marks "
-            f"{len(marked)} blocks of {len(is_learned)} messages: which are theirs cannot be told"
+            f"{len(marked)} blocks of {len(is_learned)} messages: it is unclear which blocks are theirs"
         )
     return tuple(span for span, learned in zip(marked, is_learned) if learned)

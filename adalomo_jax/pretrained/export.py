@@ -1,4 +1,4 @@
-"""Weights in Hugging Face's naming and layout, as a folder that transformers loads."""
+"""Writes weights in Hugging Face's naming and layout, as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adalomo_jax.pretrained.names import Tensor, tensors_of
 from adalomo_jax.pretrained.source import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of a file of weights."""
+"""The most bytes in a file of weights."""
 
 KEPT_FILES = (
     "tokenizer.json",
@@ -33,9 +33,9 @@ KEPT_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""What a folder holds besides weights and sizes; copied as it is."""
+"""Files that a folder holds besides weights and sizes; they are copied unchanged."""
 MOST_COPIED = 10**9
-"""Most bytes of such a file: the largest that are known have some 0.04e9."""
+"""The most bytes in such a file: the largest known ones have about 0.04e9."""
 
 
 def export_params(
@@ -49,15 +49,15 @@ def export_params(
 ) -> None:
     """Write ``model.safetensors``, or several files and their index, as `load_params` reads them.
 
-    In memory are the tensors of one file. A file is there whole or not at all, and the index last.
+    Memory holds the tensors of one file. A file is written whole or not at all; the index is written last.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         params: nested dictionary of a ``Decoder``'s parameters.
         config: its sizes.
-        fetch: an array, whole, in this process's memory; all processes call it.
+        fetch: returns an array, whole, in this process's memory; all processes call it.
         writes: whether this process writes.
-        shard_bytes: most bytes of a file, of more than one tensor.
+        shard_bytes: the most bytes in a file of more than one tensor.
     """
     files = list(_files(params, config, shard_bytes))
     names = (
@@ -74,14 +74,14 @@ def export_params(
 
 
 def export_config(folder: Path, config: DecoderConfig, dtype: str, like: dict[str, Any] | None = None) -> None:
-    """Write ``config.json``: that of the checkpoint that was trained, with the type of the weights; else a new one."""
+    """Write ``config.json``: ``like``, the trained checkpoint's, or a new one; with the type of the weights."""
     contents = to_hugging_face(config, dtype) if like is None else like
     key = "dtype" if "dtype" in contents else "torch_dtype"
     write_json(folder / "config.json", contents | {key: dtype})
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and what else belongs to a checkpoint.
+    """Copy the tokenizer and the other files that belong to a checkpoint.
 
     Raises:
         ValueError: see `check_kept_files`.
@@ -91,10 +91,10 @@ def copy_files(source: Path, folder: Path) -> None:
 
 
 def check_kept_files(folder: Path) -> list[Path]:
-    """Those of `KEPT_FILES` that a folder has.
+    """The files of `KEPT_FILES` that a folder has.
 
     Raises:
-        ValueError: one is no regular file of the folder (`own_file`), or has more than `MOST_COPIED` bytes.
+        ValueError: one is not a regular file of the folder (`own_file`), or has more than `MOST_COPIED` bytes.
     """
     files = [own_file(folder, name) for name in KEPT_FILES if os.path.lexists(folder / name)]
     for file in files:
@@ -129,5 +129,5 @@ def _part(params: Any, tensor: Tensor) -> jax.Array:
 
 
 def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """Safetensors writes a view's memory as it lies."""
+    """The value in memory order: safetensors writes a view's memory as it is."""
     return np.ascontiguousarray(value.T if tensor.is_transposed else value)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files that are a model's own."""
+"""Writing of files whole or not at all, and checks that a file is a model's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from adalomo_jax.models.fields import plain
 
 _HASH = re.compile("[0-9a-f]{40}([0-9a-f]{24})?")
-"""The name of a file in the ``blobs`` of Hugging Face's cache: the hash of what it holds."""
+"""The name of a file in the ``blobs`` of Hugging Face's cache: the hash of its contents."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,14 +27,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """The regular file of that name in a model's folder: what is read of the model, or copied from it.
+    """The regular file of that name in a model's folder, to be read or copied.
 
-    A link is followed to a file in the folder, and to a blob of Hugging Face's cache (``models--*/blobs/<hash>``), of
-    which its snapshots are made. A folder from elsewhere might link to what its maker wants opened, or copied and
-    published.
+    A link may lead to a file in the folder, or to a blob of Hugging Face's cache (``models--*/blobs/<hash>``), since
+    snapshots consist of such links. A folder from elsewhere might link to a file that its maker wants opened, or copied
+    and published.
 
     Raises:
-        ValueError: there is none, it is no regular file, or a link to another place.
+        ValueError: the file does not exist, is not a regular file, or is a link to another place.
     """
     path = folder / name
     shown = f"{folder}{os.sep}{plain(name)}"

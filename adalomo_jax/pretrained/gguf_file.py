@@ -23,13 +23,13 @@ from adalomo_jax.pretrained.gguf_header import TensorPlace, read_header
 from adalomo_jax.pretrained.names import check_layers, tensors_of
 
 ARCHITECTURES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
-"""The families by llama.cpp's names of them."""
+"""The families by llama.cpp's names."""
 _BLOCK_BYTES = 2**24
-"""Of the values that are dequantized at once."""
+"""How many bytes of values are dequantized at once."""
 _ROPE = "rope_freqs.weight"
 _MOST_FACTOR = 1e6
 _LLAMA_3 = (1.0, 4.0, 8192)
-"""The factors of low and high frequencies, and the positions, of all of Llama 3's scalings so far."""
+"""The factors of low and high frequencies, and the positions; all of Llama 3's scalings so far have these."""
 
 
 class _Place(NamedTuple):
@@ -37,11 +37,11 @@ class _Place(NamedTuple):
 
     at: TensorPlace
     heads: int | None
-    """Of what llama.cpp has its rotary pairs side by side: the number of heads."""
+    """The number of heads, if llama.cpp stores the tensor's rotary pairs side by side; otherwise None."""
 
 
 class _Sizes(Fields):
-    """What is read of the metadata, below the name of the architecture; the ranges are those of a ``config.json``."""
+    """The metadata that is read, below the name of the architecture; the ranges are those of a ``config.json``."""
 
     embedding_length: Width
     feed_forward_length: Width
@@ -52,7 +52,7 @@ class _Sizes(Fields):
     key_length: HeadDim | None = Field(None, alias="attention.key_length")
     rms_eps: Epsilon = Field(1e-5, alias="attention.layer_norm_rms_epsilon")
     window: int = Field(0, alias="attention.sliding_window", ge=0, le=2**31 - 1)
-    """0 is none, as llama.cpp has it."""
+    """0 means no window, as in llama.cpp."""
     rope_dim: HeadDim | None = Field(None, alias="rope.dimension_count")
     rope_base: Theta = Field(10000.0, alias="rope.freq_base")
     scaling: str = Field("none", alias="rope.scaling.type")
@@ -61,11 +61,11 @@ class _Sizes(Fields):
 
 
 class GGUFSource:
-    """The tensors of a GGUF file; see `TensorSource`. Values are dequantized by the ``gguf`` package, to float32.
+    """The tensors of a GGUF file; see `TensorSource`. The ``gguf`` package dequantizes values to float32.
 
     Raises:
-        ValueError: no GGUF file, another architecture, sizes out of their ranges, or a scaling of rotary positions that
-            there is no name for; one line.
+        ValueError: it is not a GGUF file, has another architecture or sizes out of their ranges, or scales rotary
+            positions in an unknown way; the message is one line.
     """
 
     def __init__(self, path: Path):
@@ -86,7 +86,7 @@ class GGUFSource:
         for theirs, place in tensors.items():
             if len(place.shape) == 1 and gguf.GGML_QUANT_SIZES[place.type][0] > 1:
                 kind = place.type.name
-                raise ValueError(f"{plain(theirs)} in {path} must be of numbers alone, for it is a vector: got {kind}")
+                raise ValueError(f"{plain(theirs)} in {path} must not be quantized, because it is a vector: got {kind}")
             if theirs != _ROPE:
                 name = names.get(theirs, theirs)
                 if name in self._places:
@@ -97,7 +97,7 @@ class GGUFSource:
 
     @property
     def dtype(self) -> str:
-        """Quantized values are products of float16 numbers and small integers."""
+        """The type that holds every value. Quantized values are products of float16 numbers and small integers."""
         types = {place.at.type.name for place in self._places.values() if len(place.at.shape) > 1}
         return {"BF16": "bfloat16", "F16": "float16"}.get(min(types), "float32") if len(types) == 1 else "float32"
 
@@ -114,7 +114,7 @@ class GGUFSource:
 
 
 def _rows(path: Path, place: TensorPlace, rows: slice) -> np.ndarray:
-    """Dequantized in blocks: what is in memory besides the result is one of them."""
+    """Rows of a tensor, dequantized in blocks: memory holds the result and one block."""
     first, end, _ = rows.indices(place.shape[0])
     width = math.prod(place.shape[1:])
     values_in_block, block_bytes = gguf.GGML_QUANT_SIZES[place.type]
@@ -136,7 +136,7 @@ def _rows(path: Path, place: TensorPlace, rows: slice) -> np.ndarray:
 
 def _values(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, path: Path) -> np.ndarray:
     try:
-        with np.errstate(all="ignore"):  # what is not finite is found by its reader
+        with np.errstate(all="ignore"):  # the reader of the values checks that they are finite
             return dequantize(blocks, kind)
     except NotImplementedError:
         raise ValueError(f"{path} has a tensor of type {kind.name}, which the gguf package cannot read") from None
@@ -174,10 +174,10 @@ def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> De
 
 
 def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: DecoderConfig, path: Path) -> RopeScaling | None:
-    """Llama 3's is in a tensor of divisors, and its parameters are found by computing them again."""
+    """The scaling. Llama 3's is a tensor of divisors; its parameters are those that give the same divisors."""
     if sizes.scaling == "linear":
         if sizes.factor is None:
-            raise ValueError(f"{path}: rope.scaling.factor is missing, which rope.scaling.type linear takes")
+            raise ValueError(f"{path}: rope.scaling.factor is missing, which rope.scaling.type linear needs")
         return RopeScaling("linear", sizes.factor)
     if sizes.scaling != "none":
         kind = shown(sizes.scaling)
@@ -195,9 +195,9 @@ def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: DecoderConfig,
 
 
 def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
-    """Hugging Face's names of a model's tensors by llama.cpp's."""
+    """Hugging Face's names of a model's tensors, by llama.cpp's names."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, 1)  # of all layers it takes a millisecond a layer
+    names = gguf.get_tensor_name_map(kind, 1)  # a map of all layers takes a millisecond per layer
     found = {}
     for tensor in tensors_of(config):
         module, part = tensor.name.rsplit(".", 1)
@@ -208,7 +208,7 @@ def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, s
 
 
 def _paired_heads(name: str, config: DecoderConfig) -> int | None:
-    """Of queries and keys of a Llama, whose coordinates llama.cpp turns in pairs that are side by side."""
+    """The heads of a Llama's queries or keys, whose coordinates llama.cpp rotates in pairs that are side by side."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2]) if "." in name else None
 

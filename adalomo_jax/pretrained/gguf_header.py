@@ -1,9 +1,9 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie.
+"""Reads the header of a GGUF file: its metadata, and where its tensors lie.
 
-Read here and not by ``gguf.GGUFReader``, which trusts the numbers in the file: it walks past the end of a file that
-claims an array of 2**60 numbers, wraps offsets around, and takes 700 bytes for each item of an array. Here each claim
-is compared with the bytes that are left before anything is read or allocated for it. The constants of the format, and
-what tensors hold, are the ``gguf`` package's.
+``gguf.GGUFReader`` is not used, because it trusts the numbers in the file. It walks past the end of a file that claims
+an array of 2**60 numbers, wraps offsets around, and takes 700 bytes for each item of an array. This module compares
+each claim with the bytes that are left before it reads or allocates anything for it. The ``gguf`` package provides the
+constants of the format, and reads the contents of tensors.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -40,26 +40,26 @@ _SCALARS = {
 _ALIGNMENT = "general.alignment"
 _MOST_FIELDS, _MOST_TENSORS = 10_000, 200_000
 _MOST_ITEMS = 10_000_000
-"""Of all arrays: tokens, their scores and types, and merges are some 1,300,000 in the largest vocabularies."""
+"""The most items of all arrays. The largest vocabularies have about 1,300,000: tokens, scores, types and merges."""
 _MOST_NESTED = 4
-"""Arrays within each other."""
+"""Arrays nested in each other."""
 _MOST_AXES = 4
 _LEAST_FIELD, _LEAST_TENSOR = 13, 32
-"""Bytes of the smallest ones: a name without letters and a value of a byte; a name, an axis, a type and an offset."""
+"""Bytes of the smallest ones: an empty name and a value of one byte; a name, an axis, a type and an offset."""
 
 
 class TensorPlace(NamedTuple):
-    """Where a tensor lies in the file, whole."""
+    """Where a whole tensor lies in the file."""
 
     offset: int
     """In bytes, from the file's start."""
     shape: tuple[int, ...]
-    """As NumPy has it: the axis along which values lie side by side is the last."""
+    """In NumPy's order: the last axis is the one along which values lie side by side."""
     type: GGMLQuantizationType
 
 
 class Header(NamedTuple):
-    """What `read_header` finds."""
+    """The result of `read_header`."""
 
     fields: dict[str, Any]
     """Values by name: numbers, strings, booleans, and lists of them."""
@@ -67,10 +67,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, is_wanted: Callable[[str], bool]) -> Header:
-    """All tensors of a GGUF file, and those fields of its metadata whose names are wanted.
+    """All tensors of a GGUF file, and the fields of its metadata whose names are wanted.
 
     Raises:
-        ValueError: it is no such file, or claims what it does not hold; one line.
+        ValueError: it is not a GGUF file, or claims more than it holds; the message is one line.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -80,15 +80,15 @@ def read_header(path: Path, is_wanted: Callable[[str], bool]) -> Header:
 
 
 class _Cursor:
-    """Bytes one after the other."""
+    """Reads bytes one after the other."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.size, self.at, self.items = data, len(data), 0, 0
 
     def expect(self, count: int, least: int, what: str) -> None:
-        """See that so many of at least so many bytes each can come next."""
+        """Check that ``count`` items of at least ``least`` bytes each can come next."""
         if count * least > self.size - self.at:
-            raise ValueError(f"it claims {count} {what}, and {self.size - self.at} bytes are left")
+            raise ValueError(f"it claims {count} {what}, but {self.size - self.at} bytes are left")
 
     def take(self, nbytes: int, what: str = "bytes") -> bytes:
         self.expect(nbytes, 1, what)
@@ -96,7 +96,7 @@ class _Cursor:
         return self.data[self.at - nbytes : self.at]
 
     def number(self, kind: str) -> int:
-        """An unsigned integer: of 4 bytes, ``I``, or 8, ``Q``."""
+        """An unsigned integer of 4 bytes (``I``) or 8 (``Q``)."""
         (found,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
         return found
 
@@ -126,12 +126,12 @@ def _header(cursor: _Cursor, is_wanted: Callable[[str], bool]) -> Header:
 
 
 def _fields(cursor: _Cursor, count: int, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """Those that are wanted, and the alignment; of the others the name alone."""
+    """The wanted fields and the alignment; of the other fields, only the names."""
     found: dict[str, Any] = {}
     for _ in range(count):
         name = cursor.string().decode()
         if name in found:
-            raise ValueError(f"the field {plain(name)} is there twice")
+            raise ValueError(f"the field {plain(name)} occurs twice")
         kind = GGUFValueType(cursor.number("I"))
         if name == _ALIGNMENT and kind != GGUFValueType.UINT32:
             raise ValueError(f"{_ALIGNMENT} must be of the type UINT32, got {kind.name}")
@@ -147,7 +147,7 @@ def _value(cursor: _Cursor, kind: GGUFValueType, wanted: bool, depth: int = 0) -
     if kind != GGUFValueType.ARRAY:
         return _numbers(cursor, kind, 1, wanted)[0]
     if depth == _MOST_NESTED:
-        raise ValueError(f"arrays may be at most {_MOST_NESTED} deep in each other")
+        raise ValueError(f"arrays may be nested at most {_MOST_NESTED} deep")
     kind, count = GGUFValueType(cursor.number("I")), cursor.number("Q")
     is_scalar = kind in _SCALARS
     cursor.expect(count, np.dtype(_SCALARS[kind]).itemsize if is_scalar else 8, "items of an array")
@@ -178,12 +178,12 @@ def _alignment(fields: dict[str, Any]) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorPlace]:
-    """Where they lie, each within the file and apart from the others."""
+    """Where the tensors lie, each within the file and apart from the others."""
     claimed: dict[str, tuple[TensorPlace, int]] = {}
     for _ in range(count):
         name = cursor.string().decode()
         if name in claimed:
-            raise ValueError(f"the tensor {plain(name)} is there twice")
+            raise ValueError(f"the tensor {plain(name)} occurs twice")
         try:
             claimed[name] = _tensor(cursor, alignment)
         except ValueError as error:
@@ -193,17 +193,17 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorPla
     for name, (place, nbytes) in sorted(claimed.items(), key=lambda item: item[1][0].offset):
         if start + place.offset + nbytes > cursor.size:
             raise ValueError(
-                f"the tensor {plain(name)} must lie in the file of {cursor.size} bytes, and is claimed to be {nbytes} "
-                f"at {start + place.offset}"
+                f"the tensor {plain(name)} must lie in the file of {cursor.size} bytes, but the header claims {nbytes} "
+                f"bytes at {start + place.offset}"
             )
         if place.offset < end:
-            raise ValueError(f"the tensor {plain(name)} lies over another one")
+            raise ValueError(f"the tensor {plain(name)} overlaps another one")
         end = place.offset + nbytes
     return {name: place._replace(offset=start + place.offset) for name, (place, _) in claimed.items()}
 
 
 def _tensor(cursor: _Cursor, alignment: int) -> tuple[TensorPlace, int]:
-    """The next one, with its offset as it is claimed, and its bytes."""
+    """The next tensor, with the offset that the header claims, and its size in bytes."""
     if not 1 <= (axes := cursor.number("I")) <= _MOST_AXES:
         raise ValueError(f"it must have 1 to {_MOST_AXES} axes, got {axes}")
     shape = tuple(reversed([cursor.number("Q") for _ in range(axes)]))

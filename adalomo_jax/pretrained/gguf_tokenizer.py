@@ -20,7 +20,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 """Types of tokens (``gguf.TokenType``)."""
 
 _MERGES_A_TOKEN = 16
-"""On average: there are 2 in the vocabularies that are known, and n / 2 in one made of all runs of a letter up to n."""
+"""On average: known vocabularies have 2, and one made of all runs of a letter up to n has n / 2."""
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _LLAMA3_SPLIT = (
@@ -31,18 +31,18 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 class _Splits(NamedTuple):
-    """How text is cut before its bytes are merged: one way of ``tokenizer.ggml.pre``."""
+    """How text is cut before its bytes are merged: one value of ``tokenizer.ggml.pre``."""
 
     patterns: tuple[str, ...] = ()
-    """Regular expressions that cut one after the other; without any, it is ``ByteLevel``'s own, that of GPT-2."""
+    """Regular expressions that cut one after the other; without any, ``ByteLevel`` uses its own, GPT-2's."""
     digits: bool = False
-    """Each digit stands alone."""
+    """Whether each digit is a piece of its own."""
     nfc: bool = False
-    """Characters are composed first."""
+    """Whether characters are composed first."""
     whole_words: bool = False
-    """A piece that is a token needs no merges."""
+    """Whether a piece that is a token needs no merges."""
     bos: bool = False
-    """Texts start with BOS where the file does not say."""
+    """Whether texts start with BOS if the file does not say."""
 
 
 _Token = Annotated[str, Field(max_length=1024)]
@@ -50,12 +50,12 @@ _Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class _TokenizerFields(Fields):
-    """What is read of the metadata, without ``tokenizer.`` and ``ggml.``."""
+    """The metadata that is read, by names without ``tokenizer.`` and ``ggml.``."""
 
     model: str | None = None
     pre: str | None = None
     tokens: list[_Token] = Field(min_length=1, max_length=500_000)
-    """The longest that are known are 128 spaces or so; all ways to cut a token are tried where there are no merges."""
+    """The longest known ones are about 128 spaces. If there are no merges, all ways to cut a token are tried."""
     merges: list[Annotated[str, Field(max_length=2049)]] | None = Field(None, max_length=2_000_000)
     scores: list[float] | None = None
     token_type: list[int] | None = None
@@ -71,7 +71,7 @@ class _TokenizerFields(Fields):
 
 
 _STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""What ends a text, a turn or a message, as llama.cpp reads it."""
+"""The tokens that end a text, a turn or a message in llama.cpp."""
 _LLAMA3 = _Splits((_LLAMA3_SPLIT,), whole_words=True, bos=True)
 _PRE = {
     "default": _Splits((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
@@ -82,17 +82,17 @@ _PRE = {
     "qwen2": _Splits((_QWEN2_SPLIT,), nfc=True),
     "smollm": _Splits(digits=True),
 }
-"""From the ``tokenizer.json`` of GPT-2, Llama 3, Qwen2 and SmolLM2; ``default`` as llama.cpp has it."""
+"""From the ``tokenizer.json`` of GPT-2, Llama 3, Qwen2 and SmolLM2; ``default`` from llama.cpp."""
 
 
 def tokenizer_of_gguf(path: Path) -> TextTokenizer:
-    """The tokenizer in the metadata of a GGUF file: that of the checkpoint it was made from.
+    """The tokenizer in the metadata of a GGUF file, which is that of the checkpoint the file was made from.
 
     ``tokenizer.ggml.model`` is ``gpt2`` (byte-level BPE, cut as ``tokenizer.ggml.pre`` says) or ``llama`` (BPE of
-    SentencePiece, with bytes for characters that it does not know). No tensor is read.
+    SentencePiece, with bytes for unknown characters). No tensor is read.
 
     Raises:
-        ValueError: the file cannot be read, or has no tokenizer, or one of another kind.
+        ValueError: the file cannot be read, has no tokenizer, or has one of another kind.
     """
     fields = _read_fields(path)
     try:
@@ -104,7 +104,7 @@ def tokenizer_of_gguf(path: Path) -> TextTokenizer:
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
-    """Those of `_TokenizerFields` that are there."""
+    """The fields of `_TokenizerFields` that the file has."""
     fields, tensors = read_header(path, lambda name: name.startswith("tokenizer."))
     contents = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in fields.items()}
     checked = check(_TokenizerFields, contents, f"{path}, tokenizer").model_dump(exclude_unset=True)
@@ -139,7 +139,7 @@ def _build(fields: Mapping[str, Any]) -> TextTokenizer:
 
 
 def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """GPT-2's kind: merges of bytes, each of which is written as a character."""
+    """GPT-2's kind: it merges bytes, each written as a character."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     splits = _splits(fields)
@@ -162,7 +162,7 @@ def _splits(fields: Mapping[str, Any]) -> _Splits:
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Llama 2's kind: spaces are written as ``▁``, one is put before the text, and unknown characters are bytes."""
+    """Llama 2's kind: spaces become ``▁``, the text starts with one, and unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     merges = [_pair(merge) for merge in fields["merges"]] if "merges" in fields else _merges_of_scores(fields)
@@ -181,7 +181,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _merges_of_scores(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """All ways to join two tokens into a third, the best third first, as transformers' converter has them."""
+    """All ways to join two tokens into a third, the best third first, as in transformers' converter."""
     if len(fields["scores"]) != len(fields["tokens"]):
         raise ValueError(f"{len(fields['tokens'])} tokens need as many scores, got {len(fields['scores'])}")
     pieces = zip(fields["tokens"], fields["scores"], fields["token_type"])
@@ -195,7 +195,7 @@ def _merges_of_scores(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     most = _MERGES_A_TOKEN * len(scores)
     found = list(itertools.islice(cuts, most + 1))
     if len(found) > most:
-        raise ValueError(f"there must be at most {_MERGES_A_TOKEN} ways a token to join two of them, and are more")
+        raise ValueError(f"there must be at most {_MERGES_A_TOKEN} ways a token to join two of them, got more")
     found.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in found]
 
@@ -205,7 +205,7 @@ def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise ValueError(f"each token must be there once, got {shown(twice)} twice")
+        raise ValueError(f"each token must occur once, got {shown(twice)} twice")
     return vocabulary
 
 
@@ -215,7 +215,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
-    """Tokens that are found in a text before it is cut: special ones, and those that users defined."""
+    """Have the tokenizer find special and user-defined tokens in a text before it cuts the text."""
     from tokenizers import AddedToken
 
     special = (_CONTROL, _UNKNOWN)
@@ -228,7 +228,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> N
 
 
 def _set_post_processor(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, Any]) -> None:
-    """BOS before a text and EOS after it, where the file says so."""
+    """Put BOS before a text and EOS after it, if the file says so."""
     by_default = fields["model"] == "llama" or _splits(fields).bos
     before = _named(fields, "bos") if fields.get("add_bos_token", by_default) else []
     after = _named(fields, "eos") if fields.get("add_eos_token", False) else []
@@ -237,7 +237,7 @@ def _set_post_processor(tokenizer: tokenizers.Tokenizer, fields: Mapping[str, An
 
 
 def _named(fields: Mapping[str, Any], name: str) -> list[tuple[str, int]]:
-    """A special token and its id, as a template takes it."""
+    """A special token and its id, in a template's form."""
     if (token := fields.get(f"{name}_token_id")) is None:
         raise ValueError(f"tokenizer.ggml.add_{name}_token is set, but there is no tokenizer.ggml.{name}_token_id")
     return [(fields["tokens"][token], token)]

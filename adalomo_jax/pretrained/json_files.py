@@ -1,4 +1,4 @@
-"""JSON files of people's models, read within bounds, and written."""
+"""Reads the JSON files of others' models, within bounds, and writes JSON files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from adalomo_jax.models.fields import plain
 from adalomo_jax.pretrained.files import write_whole
 
 MOST_BYTES = 1 << 26
-"""No file that describes a model is larger: an index of 100,000 tensors has a sixth of it."""
+"""No file that describes a model is larger: an index of 100,000 tensors has a sixth of this."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file.
 
     Raises:
-        ValueError: it is missing or unreadable, no regular file, too large, or holds no JSON object.
+        ValueError: the file is missing, unreadable, not a regular file, too large, or holds no JSON object.
     """
     try:
         if path.exists() and not path.is_file():
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path} cannot be read: it is JSON with too many brackets inside each other") from None
-    except ValueError as error:  # no JSON, or an integer of thousands of digits
+    except ValueError as error:  # not JSON, or an integer of thousands of digits
         raise ValueError(f"{path} cannot be read: {plain(error, 200)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
@@ -40,14 +40,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
+    """The object in a file; an empty one if there is no file."""
     return read_json(path) if path.exists() else {}
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
     """Write an object, whole or not at all.
 
-    In ASCII, as transformers has it: halves of surrogate pairs, which JSON may hold and UTF-8 not, are written as well.
+    It writes ASCII, as transformers does, so halves of surrogate pairs, which JSON may hold and UTF-8 not, work too.
     """
     text = json.dumps(contents, indent=2) + "\n"
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

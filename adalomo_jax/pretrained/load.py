@@ -1,4 +1,4 @@
-"""Weights from files into a Llama's parameters, tensor by tensor."""
+"""Loads weights from files into a Llama's parameters, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from adalomo_jax.pretrained.names import Tensor, check_layers, param_shapes, ten
 from adalomo_jax.pretrained.source import TensorSource
 
 _NAMED = 5
-"""How many tensors of a kind an error names, at most."""
+"""The most tensors of one kind that an error names."""
 _CHARACTERS = 90
-"""Of all these names together, but that one is named always."""
+"""The most characters of these names together; one name is always given."""
 _BUFFERS = ("rotary_emb.inv_freq",)
-"""What older checkpoints hold, though it follows from the sizes."""
+"""Tensors that older checkpoints hold although they follow from the sizes."""
 
 
 def check_tensors(config: DecoderConfig, source: TensorSource) -> None:
-    """See that the files hold the tensors of such a model.
+    """Check that the files hold the tensors of a model of these sizes.
 
     Raises:
         ValueError: some are missing, unexpected or have another shape; the message names all kinds.
@@ -50,17 +50,17 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of a `Decoder`, as a nested dictionary of arrays.
 
-    One tensor at a time is read and written into its stack, in place. In memory are the parameters and that tensor; on
-    a mesh each process reads the parts that its devices keep.
+    It reads one tensor at a time and writes it into its stack, in place. Memory holds the parameters and that tensor;
+    on a mesh, each process reads the parts that its devices keep.
 
     Args:
         config: the sizes.
-        source: where the tensors are.
-        dtype: of the parameters.
-        shardings: a tree like the parameters of their ``NamedSharding``s; None puts them on one device.
+        source: reads the tensors.
+        dtype: the type of the parameters.
+        shardings: a tree like the parameters, of ``NamedSharding``s; None puts the parameters on one device.
 
     Raises:
-        ValueError: see `check_tensors`; or a tensor has values that are not finite numbers, in ``dtype``.
+        ValueError: see `check_tensors`; or a tensor has values that are not finite in ``dtype``.
     """
     check_tensors(config, source)
     by_path = dict(_leaves(shardings)) if shardings is not None else {}
@@ -75,7 +75,7 @@ def load_params(
 
 
 def _load_leaf(source: TensorSource, tensors: list[Tensor], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-    """A parameter, of one tensor or of one a layer. Whether its values are finite is seen where they are written."""
+    """A parameter, from one tensor or from one per layer. The write also checks whether the values are finite."""
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
     is_finite = lambda x: jnp.isfinite(x.astype(shape.dtype)).all()
@@ -91,7 +91,7 @@ def _load_leaf(source: TensorSource, tensors: list[Tensor], shape: jax.ShapeDtyp
     for tensor in tensors:
         value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.layer)
         _check_finite(finite, tensor, shape)
-        # Waited for: the next tensor is not read while this one is still in memory.
+        # Wait, so that the next tensor is not read while this one is still in memory.
         value.block_until_ready()
     return value
 
@@ -105,13 +105,13 @@ def _check_finite(finite: jax.Array, tensor: Tensor, shape: jax.ShapeDtypeStruct
 
 
 def _read(source: TensorSource, tensor: Tensor, sharding: Any) -> jax.Array:
-    """A tensor, as its file has it, on the devices that keep it."""
+    """A tensor, in its file's layout, on the devices that keep it."""
     read = lambda index: source.read(tensor.name, index or ())
     return jax.make_array_from_callback(tensor.shape, _as_stored(sharding, tensor), read)
 
 
 def _as_stored(sharding: Any, tensor: Tensor) -> Any:
-    """Of a tensor as its file has it: without the layer axis, and matrices turned."""
+    """The sharding of a tensor in its file's layout: no layer axis, and transposed matrices."""
     if not _is_named(sharding):
         return sharding
     axes = [*sharding.spec, *[None] * 3][: len(tensor.shape) + (tensor.layer is not None)]

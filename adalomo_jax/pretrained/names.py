@@ -1,4 +1,4 @@
-"""The tensors of a Llama under Hugging Face's names, and the parameters that they are parts of."""
+"""The tensors of a Llama under Hugging Face's names, and the parameters that they belong to."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Tensor(NamedTuple):
     """A tensor of a checkpoint."""
 
     name: str
-    """Hugging Face's, such as ``model.layers.0.self_attn.q_proj.weight``."""
+    """Hugging Face's name, such as ``model.layers.0.self_attn.q_proj.weight``."""
     shape: tuple[int, ...]
-    """As the checkpoint has it: matrices are ``[out, in]``."""
+    """The shape in the checkpoint: matrices are ``[out, in]``."""
     path: tuple[str, ...]
-    """The parameter's, in the nested dictionary of a `Decoder`'s parameters."""
+    """The path of the parameter in the nested dictionary of a `Decoder`'s parameters."""
     layer: int | None
-    """Its place on the parameter's layer axis; None where there is none."""
+    """Its index on the parameter's layer axis; None if the parameter has none."""
     is_transposed: bool
-    """Whether the parameter has it as ``[in, out]``: Flax's kernels."""
+    """Whether the parameter stores it as ``[in, out]``, like Flax's kernels."""
 
 
 def tensors_of(config: DecoderConfig) -> list[Tensor]:
@@ -45,7 +45,7 @@ def tensors_of(config: DecoderConfig) -> list[Tensor]:
 
 
 def check_layers(layers: int, tensors: int) -> None:
-    """Of a file that claims many layers not even the names of their tensors are listed.
+    """Refuse a file that claims too many layers, before the names of their tensors are even listed.
 
     Raises:
         ValueError: there are more layers than tensors.

@@ -1,4 +1,4 @@
-"""Errors of the library ``tokenizers``, which is written in Rust, as ``ValueError`` of one line."""
+"""Turns errors of the library ``tokenizers``, which is written in Rust, into ``ValueError``s of one line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Panic(ValueError):
 
 @contextlib.contextmanager
 def as_value_errors(what: str, *, quiet: bool = True) -> Iterator[None]:
-    """Have what the library raises say ``what`` failed.
+    """Raise the library's errors as ``ValueError``s that start with ``what``.
 
-    It raises ``Exception`` itself, and where its own code fails a ``PanicException``, which is none; before that one,
-    Rust writes tens of lines to the standard error. They are left out; what others write there meanwhile comes after.
-    ``ValueError``, ``TypeError`` and all that is no error of the library's pass as they are.
+    The library raises ``Exception`` itself. If its own code fails, it raises a ``PanicException``, which is no
+    ``Exception``, after Rust has written tens of lines to standard error. Those lines are dropped; what other code
+    writes there meanwhile comes after. ``ValueError``, ``TypeError`` and errors of other code pass unchanged.
 
     Args:
-        what: of the message: what has been tried.
-        quiet: whether to keep Rust's lines back, which costs a tenth of a millisecond.
+        what: the start of the message: which attempt failed.
+        quiet: whether to hold back Rust's lines, which costs a tenth of a millisecond.
     """
     try:
         with _stderr_held() if quiet else contextlib.nullcontext():
@@ -41,17 +41,17 @@ def as_value_errors(what: str, *, quiet: bool = True) -> Iterator[None]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, cut, and without what a terminal obeys."""
+    """An error's text, cut, and without terminal control characters."""
     return printable(" ".join(str(error)[: 10 * _SHOWN].split()) or type(error).__name__, _SHOWN)
 
 
 def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # which the library does not export
+    return type(error).__name__ == "PanicException"  # the library does not export this class
 
 
 @contextlib.contextmanager
 def _stderr_held() -> Iterator[None]:
-    """What is written to the standard error by any code is written at the end, but for a panic not at all."""
+    """Hold back all code's writes to standard error until the end; after a panic, drop them."""
     with contextlib.ExitStack() as stack:
         try:
             held = stack.enter_context(tempfile.TemporaryFile())
@@ -59,7 +59,7 @@ def _stderr_held() -> Iterator[None]:
             stack.callback(os.close, stderr)
             sys.stderr.flush()
             os.dup2(held.fileno(), 2)
-        except (OSError, AttributeError, ValueError):  # there is no such stream, or no room for the file
+        except (OSError, AttributeError, ValueError):  # no such stream, or no room for the file
             yield
             return
         try:

@@ -1,4 +1,4 @@
-"""Tensors in files: those of a Hugging Face folder, read one at a time, or a part of one."""
+"""The tensors in a Hugging Face folder, read one at a time or in parts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 class TensorSource(Protocol):
-    """Tensors by Hugging Face's names, of which nothing is held in memory."""
+    """Tensors by Hugging Face's names; none is held in memory."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of all tensors."""
+        """The shapes of all tensors, by name."""
         ...
 
     @property
@@ -40,15 +40,15 @@ class TensorSource(Protocol):
 
 
 class SafetensorsSource:
-    """The weights in a folder: of ``model.safetensors``, or of the files that an index names, tensor by tensor.
+    """The weights in a folder: from ``model.safetensors``, or from the files that an index names, tensor by tensor.
 
-    Of a folder that has both, the single file is read and the index is not, as ``from_pretrained`` of transformers has
-    it (``modeling_utils._get_resolved_checkpoint_files``). Where the index is read, each tensor comes from the file
-    that it names, whatever the others hold, and nothing that it does not name is opened.
+    If a folder has both, the single file is read and the index is not, as in transformers' ``from_pretrained``
+    (``modeling_utils._get_resolved_checkpoint_files``). If the index is read, each tensor comes from the file that the
+    index names, whatever the other files hold. No file that the index does not name is opened.
 
     Raises:
-        ValueError: there is neither, a file is broken or no file of the folder (`own_file`), or lacks a tensor; or
-            values are no floating numbers.
+        ValueError: the folder has neither; a file is broken, is not the folder's own (`own_file`), or lacks a tensor;
+            or values are not floating-point numbers.
     """
 
     def __init__(self, folder: Path):
@@ -61,7 +61,7 @@ class SafetensorsSource:
                 for name in held if expected is None else expected:
                     if name not in held:
                         raise ValueError(
-                            f"{path} must hold the tensor {plain(name)}, which {INDEX} says is there: copy it again"
+                            f"{path} must hold the tensor {plain(name)}, which {INDEX} says it holds: copy it again"
                         )
                     part = file.get_slice(name)
                     shapes[name], self._file_of[name] = tuple(part.get_shape()), path
@@ -70,16 +70,16 @@ class SafetensorsSource:
 
     @property
     def dtype(self) -> str:
-        """The only one that there is, or float32."""
+        """The files' type if they have one only, and not float64; otherwise float32."""
         return min(self._types) if len(self._types) == 1 and "float64" not in self._types else "float32"
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor. The file is mapped for so long only, that its pages do not count as memory in use."""
+        """A part of a tensor. The file is mapped only during the read, so its pages do not count as memory in use."""
         path = self._file_of[name]
         try:
             with _open(path) as file:
                 return file.get_slice(name)[index] if index else file.get_tensor(name)
-        except SafetensorError as error:  # of another file than was opened first
+        except SafetensorError as error:  # the file is not the one that was opened first
             raise ValueError(f"{path} was changed while it was read ({plain(error)})") from None
 
 
@@ -98,7 +98,7 @@ class _Index(Fields):
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
-    """The files, with the names of the tensors that an index says they hold."""
+    """The files, each with the names of the tensors that the index says it holds."""
     if os.path.lexists(folder / SINGLE):
         return {own_file(folder, SINGLE): None}
     if not os.path.lexists(folder / INDEX):
@@ -110,7 +110,9 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     missing = [file for file in tensors if not os.path.lexists(folder / file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder} lacks {plain(missing[0])}{more}, which its {INDEX} names: download what is missing")
+        raise ValueError(
+            f"{folder} lacks {plain(missing[0])}{more}, which its {INDEX} names: download the missing files"
+        )
     return {own_file(folder, file): names for file, names in tensors.items()}
 
 

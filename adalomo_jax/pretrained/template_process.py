@@ -1,7 +1,7 @@
-"""The process in which chat templates run: a script of the standard library and Jinja alone; see `templates`.
+"""The process in which chat templates run: a script that needs only the standard library and Jinja; see `templates`.
 
-The lines that it reads are JSON: the bounds, then templates and the conversations that follow each. It answers each
-conversation by a line of JSON, which the texts follow as they are, and ends with its input.
+It reads lines of JSON: the bounds, then templates, each followed by its conversations. It answers each conversation by
+a line of JSON, followed by the raw texts, and ends with its input.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 OPEN, CLOSE = "\0<generation>\0", "\0</generation>\0"
-"""What the generation tag leaves around its body, until it is known where in the text that stands."""
+"""Marks that the generation tag leaves around its body, until the body's place in the text is known."""
 _SHOWN = 200
-"""Characters of a template's own error."""
+"""The most characters shown of a template's own error."""
 
 
 class TooMuch(Exception):
@@ -25,7 +25,7 @@ class TooMuch(Exception):
 
 
 def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, Any]:
-    """The texts that a line asks for, or why there are none; ``limit`` where that is a bound."""
+    """The texts that a line asks for, or why there are none; ``limit`` if a bound is broken."""
     try:
         texts, marked = _render(template, json.loads(line), len(line), limits)
         return {"texts": texts, "marked": marked}
@@ -35,16 +35,17 @@ def answer(template: str, line: bytes, limits: Mapping[str, Any]) -> dict[str, A
         return {"limit": f"it takes more than {limits['memory'] >> 20:,} MB of memory"}
     except RecursionError:
         return {"error": "it calls itself without end, or the messages have too many brackets inside each other"}
-    except Exception as error:  # a template is a program: it may fail as any
+    except Exception as error:  # a template is a program and may raise anything
         return {"error": _one_line(error)}
 
 
 def _render(
     template: str, request: Mapping[str, Any], size: int, limits: Mapping[str, Any]
 ) -> tuple[list[str | int], list[tuple[int, int]] | None]:
-    """The texts, and what the template marks in the first; None if a mark has no end.
+    """The texts, and the characters that the template marks in the first; None if a mark has no end.
 
-    A text that the first begins with is its length, or long conversations would be written very often.
+    If the first text begins with another, that one is given as its length. Otherwise long conversations would be
+    written many times.
     """
     messages, given = request["messages"], dict(request["given"])
     if request["dated"]:
@@ -68,7 +69,7 @@ def _render(
 
 
 def _without_marks(rendered: str) -> tuple[str, list[tuple[int, int]] | None]:
-    """A text without the marks of the generation tag, and the characters, from and to, that stood between them."""
+    """A text without the marks of the generation tag, and the characters, from and to, between them."""
     between, marks, at = [], 0, 0
     while (start := rendered.find(OPEN, at)) >= 0 and (at := rendered.find(CLOSE, start)) >= 0:
         begin = start - marks
@@ -107,7 +108,7 @@ def _compile(template: str) -> Any:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ):
-    """Jinja's own filter escapes for HTML."""
+    """The ``tojson`` filter without the HTML escapes of Jinja's own."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -116,19 +117,19 @@ def _raise(message: str) -> NoReturn:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, cut, and without what a terminal obeys."""
+    """An error's text, cut, and without terminal control characters."""
     text = " ".join(str(error)[: 10 * _SHOWN].split()) or type(error).__name__
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def main() -> None:
-    """Answer the lines of the standard input. The first one has the bounds, and where Jinja is."""
+    """Answer the lines of standard input. The first one has the bounds and the path of Jinja."""
     setup = json.loads(sys.stdin.buffer.readline())
     limits = setup["limits"]
     sys.path[:] = setup["path"]
     import jinja2.ext
-    import jinja2.sandbox  # noqa: F401  (all imports before the bounds, under which a template alone is to run)
+    import jinja2.sandbox  # noqa: F401  (all imports before the bounds, which are for templates alone)
 
     restart = _bounded(limits)
     template = ""
@@ -146,7 +147,7 @@ def main() -> None:
 
 
 def _as_lines(reply: Mapping[str, Any]) -> list[bytes]:
-    """A reply as a line of JSON, in which texts are their sizes, and the texts."""
+    """A reply as a line of JSON, which has the sizes of the texts in their place, and then the texts."""
     texts = [text if isinstance(text, int) else text.encode(errors="surrogatepass") for text in reply.get("texts", [])]
     sizes = [text if isinstance(text, int) else {"bytes": len(text)} for text in texts]
     line = json.dumps({**reply, "texts": sizes} if texts else dict(reply))
@@ -154,18 +155,18 @@ def _as_lines(reply: Mapping[str, Any]) -> list[bytes]:
 
 
 def _bounded(limits: Mapping[str, Any]) -> Any:
-    """Bound the process; a function that gives it its time anew."""
+    """Bound the process; returns a function that restarts its time."""
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's: it ends this input
-    # Whoever started this may have it ignored or held back.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends this input
+    # The parent process may have ignored or blocked this signal.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for name, limit in {"RLIMIT_AS": limits["memory"], "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}.items():
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # a lower limit is there already
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(getattr(resource, name), (limit, limit))
-    # Time of the processor: a machine that is busy or asleep makes no template slow. The signal ends the process.
+    # Processor time, so that a busy or sleeping machine makes no template slow. The signal ends the process.
     return lambda: signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
 
 

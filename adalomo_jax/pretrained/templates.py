@@ -1,9 +1,9 @@
-"""Chat templates as text, within bounds of time, memory and output.
+"""Renders chat templates within bounds of time, memory and output.
 
-A template is a program that somebody wrote. Jinja's sandbox keeps it from everything but its messages, yet not from
-``'x' * 8000000000`` or from loops in loops, and there are too many ways to such for a list of them: filters, methods of
-strings, powers, formats. So templates run in a process of their own, which the system bounds: whatever they do, they
-end, and the run has one line. A row costs some 0.2 ms more than it would in this process, and the process 0.1 s, once.
+A template is a program that somebody wrote. Jinja's sandbox keeps it from everything except its messages, but not from
+``'x' * 8000000000`` or loops in loops. Too many things can lead to these for a list of them: filters, methods of
+strings, powers, formats. So templates run in a process of their own, which the system bounds. Whatever they do, they
+end, and the run reports one line. A row costs about 0.2 ms more than in this process, and the start costs 0.1 s, once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 LIMITS = {"seconds": 10, "memory": 1 << 31, "output": 1_000_000, "growth": 10}
-"""Of one conversation: seconds of a processor; bytes of memory; characters of a text, and so many more for each
-character of the messages."""
+"""The limits for one conversation: seconds of processor time; bytes of memory; characters of a text, and how many more
+it may have for each character of the messages."""
 MOST_BYTES = 1 << 20
-"""Of a template. The largest that are published have a tenth of it."""
+"""The most bytes of a template. The largest published ones have a tenth of this."""
 _PIECE = 1 << 16
-"""Characters of a message that are made JSON at once."""
+"""How many characters of a message are turned into JSON at once."""
 _STRIKES = 3
-"""How often a template may break a bound before it is refused unseen: it may take its time with each of many rows."""
+"""How often a template may break a bound before it is not run again: it might take long for each of many rows."""
 
 
 class _Process:
-    """A process that renders; it is started when it is needed first, and again where a template has ended it."""
+    """A process that renders. It starts when it is first needed, and again after a template has ended it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -42,13 +42,13 @@ class _Process:
         self.template: str | None = None
 
     def ask(self, template: str, conversation: list[bytes]) -> dict[str, Any]:
-        """What the process answers to a conversation, which is JSON in pieces, or why it ended."""
+        """The process's answer to a conversation, which is JSON in pieces, or why the process ended."""
         with self.lock:
             try:
                 self._send(self._started(), template, conversation)
-                conversation.clear()  # a long one would be in memory beside its texts
+                conversation.clear()  # otherwise memory would hold a long one and its texts
                 reply = self._received()
-            except BaseException:  # its answer would be taken for that to the next conversation
+            except BaseException:  # its answer would be taken for the next conversation's
                 self.end()
                 raise
             if reply is not None:
@@ -59,7 +59,7 @@ class _Process:
 
     def _send(self, child: subprocess.Popen[bytes], template: str, conversation: list[bytes]) -> None:
         assert child.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and so does its output
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and so does its output
             if template != self.template:
                 child.stdin.write(json.dumps(template).encode() + b"\n")
                 self.template = template
@@ -68,7 +68,7 @@ class _Process:
             child.stdin.flush()
 
     def _received(self) -> dict[str, Any] | None:
-        """The reply, its texts read; None where the process ended within it."""
+        """The reply, with its texts; None if the process ended before the reply was complete."""
         assert self.child and self.child.stdout
         line = self.child.stdout.readline()
         if not line.endswith(b"\n"):
@@ -84,7 +84,7 @@ class _Process:
         return reply
 
     def end(self) -> None:
-        """Without a process, there is nothing to do."""
+        """End the process, if there is one."""
         child, self.child, self.template = self.child, None, None
         if child is None or self.owner != os.getpid():
             return
@@ -98,7 +98,7 @@ class _Process:
         child.stdout.close()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self.child is None or self.owner != os.getpid():  # a fork has the pipes of its parent
+        if self.child is None or self.owner != os.getpid():  # a fork shares its parent's pipes
             script = Path(__file__).with_name("template_process.py")
             self.child = subprocess.Popen(
                 [sys.executable, "-I", str(script)],
@@ -119,14 +119,14 @@ atexit.register(_process.end)
 
 
 class Rendered(NamedTuple):
-    """What a template writes."""
+    """The texts that a template writes."""
 
     text: str
-    """Of the first part."""
+    """The text of the first part."""
     marked: tuple[tuple[int, int], ...] | None
     """The characters of the text, from and to, that ``{% generation %}`` marks; None if a mark has no end."""
     others: tuple[str | int, ...]
-    """The texts of the other parts; one that the first text begins with is its length."""
+    """The texts of the other parts; if the first text begins with one, it is given as its length."""
 
 
 def render(
@@ -137,14 +137,14 @@ def render(
     given: Mapping[str, Any],
     dated: bool = False,
 ) -> Rendered:
-    """The texts that a template writes of a conversation and of its beginnings.
+    """Render a conversation, and its beginnings, by a template.
 
     Args:
         template: the Jinja template.
-        messages: JSON values. Those of an iterator are not kept while the template runs.
-        parts: for each text, of how many messages it is, and whether the start of an answer follows.
-        given: what else the template sees, JSON values.
-        dated: the template may ask for the date, by ``strftime_now``.
+        messages: JSON values. If this is an iterator, they are not kept while the template runs.
+        parts: for each text, how many messages it has, and whether the start of an answer follows.
+        given: the other variables that the template sees, JSON values.
+        dated: whether the template may ask for the date, by ``strftime_now``.
 
     Raises:
         ValueError: the template refuses the messages, or breaks a bound.
@@ -183,7 +183,7 @@ def render(
 
 
 def _request(messages: Iterable[Mapping[str, Any]], others: Mapping[str, Any]) -> Iterator[bytes]:
-    """JSON of the messages and the others, in pieces: a long content is at no time there as JSON and as bytes."""
+    """JSON of the messages and the others, in pieces: no long content is held as a JSON string and as bytes at once."""
     yield json.dumps(others).encode().removesuffix(b"}") + b', "messages": ['
     for i, message in enumerate(messages):
         yield b", {" if i else b"{"
@@ -200,12 +200,12 @@ def _request(messages: Iterable[Mapping[str, Any]], others: Mapping[str, Any]) -
 
 
 def _json(value: Any) -> bytes:
-    """Half a surrogate pair passes: what is wrong with a text is found where that is made."""
+    """A value as JSON. Half a surrogate pair passes; the code that makes the text finds such errors."""
     return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _why(status: int | None) -> str:
-    """Why a process ended within a row."""
+    """Why a process ended while it rendered a row."""
     import signal
 
     if status is not None and status == -getattr(signal, "SIGPROF", 0):

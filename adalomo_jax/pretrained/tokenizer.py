@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 WINDOW, OVERLAP = 2**17, 2**13
-"""Characters of a long text that are read at once, and how many of them a second time with the following ones."""
+"""How many characters of a long text are read at once, and how many of them are read again with the next ones."""
 
 
 class Encoded(NamedTuple):
@@ -29,16 +29,16 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     """int32 ``[n]``."""
     spans: np.ndarray
-    """int32 ``[n, 2]``, of parts int64: the characters of the text, from and to, that a token stands for. Tokens that
-    are parts of one character have the same span; one that stands for no text (BOS) has an empty one."""
+    """int32 ``[n, 2]``, or int64 for parts: the characters of the text, from and to, that a token stands for. Tokens
+    that are parts of one character have the same span; a token that stands for no text (BOS) has an empty one."""
 
 
 class Tokenizer(Protocol):
-    """What makes tokens of text, and text of tokens."""
+    """Turns text into tokens, and tokens into text."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are less than this."""
+        """Every token is less than this."""
         ...
 
     @property
@@ -48,15 +48,15 @@ class Tokenizer(Protocol):
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """The tokens at which generation ends: ``eos`` and what else ends a turn."""
+        """The tokens at which generation ends: ``eos`` and those that end a turn."""
         ...
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
-        """Each text as tokens; ``add_special`` adds those that start and end a text, as the tokenizer is told to."""
+        """Each text as tokens; ``add_special`` adds those that start and end a text, as the tokenizer is set to do."""
         ...
 
     def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
-        """The tokens of one text, of any length, in parts that take little memory each; errors are as in ``encode``."""
+        """The tokens of a text of any length, in parts that each take little memory; errors are as in ``encode``."""
         ...
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
     def chat(
         self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
-        """A conversation as text; ``ValueError`` where there is no template, or it refuses the messages."""
+        """A conversation as text; ``ValueError`` if there is no template, or it refuses the messages."""
         ...
 
 
@@ -82,7 +82,7 @@ class ByteTokenizer:
     stops: tuple[int, ...] = ()
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
-        """The bytes of each text; ``UnicodeEncodeError``, a ``ValueError``, for half a surrogate pair: it has none."""
+        """The bytes of each text; half a surrogate pair has none: ``UnicodeEncodeError``, which is a ``ValueError``."""
         return [_encode_bytes(text) for text in texts]
 
     def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
@@ -91,7 +91,7 @@ class ByteTokenizer:
             yield _moved(_encode_bytes(text[start : start + WINDOW]), start)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of the bytes; what is no UTF-8, or no byte where a model knows more tokens, becomes U+FFFD."""
+        """The text of the bytes; invalid UTF-8 becomes U+FFFD, and so do a model's tokens that are no bytes."""
         unknown = "\N{REPLACEMENT CHARACTER}".encode()
         known = (bytes([token]) if token < self.vocab_size else unknown for token in tokens)
         return b"".join(known).decode(errors="replace")
@@ -110,7 +110,7 @@ def _encode_bytes(text: str) -> Encoded:
 
 
 def _moved(encoded: Encoded, start: int) -> Encoded:
-    """Of a part of a text that begins at a character."""
+    """The tokens of a part of a text that begins at the character ``start``, with spans in the whole text."""
     return encoded._replace(spans=encoded.spans + np.int64(start))
 
 
@@ -122,12 +122,12 @@ class TextTokenizer:
     eos: int | None = None
     """The token that ends a document."""
     bos: int | None = None
-    """The token that starts one, for the chat template; whether it is added to a text is up to the tokenizer."""
+    """The token that starts a document, for the chat template; the tokenizer decides whether a text gets it."""
     chat_template: str | None = None
     stops: tuple[int, ...] = ()
-    """The tokens at which generation ends: ``eos``, which need not be named, and those that end a turn."""
+    """The tokens at which generation ends: those that end a turn, and ``eos``, which is added if it is not named."""
     tool_template: str | None = None
-    """The chat template of conversations with tools, where they have one of their own."""
+    """The chat template of conversations with tools, if they have one of their own."""
 
     def __post_init__(self) -> None:
         for name, token in (("bos", self.bos), ("eos", self.eos), *(("stops", token) for token in self.stops)):
@@ -141,20 +141,20 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token, added ones included: what an embedding must have at least."""
+        """One more than the largest token, added ones included: the least number of rows of an embedding."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
-        """Each text as tokens. Special tokens that a text spells out are taken as such.
+        """Each text as tokens. Special tokens that a text spells out count as special tokens.
 
         Args:
             texts: any number of texts.
-            add_special: as the tokenizer's post-processor does: Llama's add BOS. A text that spells out the token that
-                would be added before or after it gets no second one.
+            add_special: add tokens as the tokenizer's post-processor does: Llama's add BOS. A text that spells out the
+                token that would be added before or after it gets no second one.
 
         Raises:
             UnicodeEncodeError: a text with half a surrogate pair (a ``ValueError``).
-            ValueError: a text that the tokenizer cannot read, as one with characters that it has no token for.
+            ValueError: a text that the tokenizer cannot read, such as one with characters that have no token.
         """
         found = self._encode(texts, add_special)
         return [self._once(encoded) for encoded in found] if add_special else found
@@ -162,9 +162,9 @@ class TextTokenizer:
     def parts(self, text: str, *, add_special: bool = True) -> Iterator[Encoded]:
         """The tokens of a text, in parts.
 
-        The text is read in windows that overlap, and joined where both windows have the same tokens for thousands of
-        characters: how a text is cut depends on its nearest words alone in the tokenizers that are in use. Where they
-        do not agree, the rest of the text is read at once.
+        It reads the text in overlapping windows, and joins them where both have the same tokens for thousands of
+        characters: in the tokenizers in use, how a text is cut depends only on its nearest words. If two windows do
+        not agree, it reads the rest of the text at once.
         """
         once = self._once if add_special else lambda encoded: encoded
         start, begin = 0, 0
@@ -189,7 +189,7 @@ class TextTokenizer:
     def chat(
         self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
-        """A conversation by the chat template, as ``chat_text`` says.
+        """A conversation as text, by the chat template; see ``chat_text``.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
@@ -202,7 +202,7 @@ class TextTokenizer:
         return chat_prompt(self.template(), messages, **self._special_texts())
 
     def template(self, has_tools: bool = False) -> str:
-        """The chat template that writes a conversation, with tools or without; ``ValueError`` where there is none."""
+        """The chat template that writes a conversation, with tools or without; ``ValueError`` if there is none."""
         template = self.tool_template if has_tools and self.tool_template is not None else self.chat_template
         if template is None:
             raise ValueError("the checkpoint has no chat template; conversations need one that was tuned for them")
@@ -211,7 +211,7 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, as ``read_tokenizer`` and transformers read them.
 
-        Where generation ends at more tokens than ``eos``, ``generation_config.json`` names them.
+        If generation ends at other tokens than ``eos`` too, ``generation_config.json`` names them all.
         """
         write_whole(folder / "tokenizer.json", lambda path: self.tokenizer.save(str(path)))
         templates = {"default": self.chat_template, "tool_use": self.tool_template}
@@ -241,13 +241,13 @@ class TextTokenizer:
                 return [
                     Encoded(np.array(e.ids, np.int32), np.array(e.offsets, np.int32).reshape(-1, 2)) for e in encodings
                 ]
-        except TypeError:  # that is all the library says of half a surrogate pair
+        except TypeError:  # the library says no more about half a surrogate pair
             for text in texts:
                 text.encode()
             raise
 
     def _once(self, encoded: Encoded) -> Encoded:
-        """Without a token that was added beside one that the text spells out: before it BOS, after it EOS."""
+        """Drop a BOS that was added before a BOS that the text spells out, and an EOS that was added after an EOS."""
         tokens, spans = encoded
         is_added = lambda i: spans[i, 0] == spans[i, 1]
         first = len(tokens) > 1 and tokens[0] == tokens[1] == self.bos and is_added(0) and not is_added(1)
@@ -261,8 +261,8 @@ def _slice(encoded: Encoded, begin: int, end: int) -> Encoded:
 
 
 def _agree(left: Encoded, right: Encoded, begin: int, end: int) -> tuple[int, int] | None:
-    """Where two readings of a text can be joined: the first token of each of those that lie between two characters, if
-    they are the same tokens for the same characters."""
+    """Where two readings of a text can be joined: in each, the first token between the characters ``begin`` and
+    ``end``; None unless both have the same tokens there for the same characters."""
     within = [np.flatnonzero((one.spans[:, 0] >= begin) & (one.spans[:, 1] <= end)) for one in (left, right)]
     if not all(map(len, within)):
         return None
@@ -272,7 +272,7 @@ def _agree(left: Encoded, right: Encoded, begin: int, end: int) -> tuple[int, in
 
 
 def is_token(tokenizer: tokenizers.Tokenizer, token: Any) -> bool:
-    """Whether it is the number of a token, added ones included.
+    """Whether ``token`` is the number of a token, added ones included.
 
     >>> from tokenizers import Tokenizer, models
     >>> letters = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: which of its files says what."""
+"""The tokenizer of a Hugging Face folder, read from its files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _Config(Fields):
 
     tokenizer_class: str | None = None
     backend: str | None = None
-    """Written by transformers 5, which leaves the flags out: there ``tokenizer.json`` says it all."""
+    """Written by transformers 5, which leaves the flags out: ``tokenizer.json`` then says everything."""
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None
     add_prefix_space: bool | None = None
@@ -86,18 +86,18 @@ class _Ends(Fields):
 def read_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder.
 
-    It is ``tokenizer.json`` without the truncation and padding that it may carry, with the tokens that only
-    ``tokenizer_config.json`` (``added_tokens_decoder``) or ``added_tokens.json`` has; all that are named special
-    (``additional_special_tokens``, ``pad_token``, ...) are found in a text. BOS and EOS are put around a text
-    as the class that ``tokenizer_config.json`` names does it in transformers: Llama's, Gemma's, Cohere's and GPT-NeoX's
-    by ``add_bos_token`` and ``add_eos_token``, all others by ``tokenizer.json``.
+    It is ``tokenizer.json`` without any truncation and padding, with the tokens that only ``tokenizer_config.json``
+    (``added_tokens_decoder``) or ``added_tokens.json`` has. All tokens that are named special
+    (``additional_special_tokens``, ``pad_token``, ...) are found in a text. BOS and EOS are put around a text as
+    transformers' class of the name in ``tokenizer_config.json`` does: Llama's, Gemma's, Cohere's and GPT-NeoX's follow
+    ``add_bos_token`` and ``add_eos_token``, all others ``tokenizer.json``.
 
-    The special tokens are those of ``tokenizer_config.json`` and ``special_tokens_map.json``, and where they name none
-    those of ``generation_config.json`` or ``config.json``, of several the first. Generation ends at all of them. The
-    chat template is ``chat_template.jinja``, or else that of ``tokenizer_config.json``.
+    The special tokens are those of ``tokenizer_config.json`` and ``special_tokens_map.json``. If they do not name BOS
+    or EOS, it is the first one in ``generation_config.json`` or ``config.json``. Generation ends at every EOS token
+    that these files name. The chat template is ``chat_template.jinja``, or otherwise that of ``tokenizer_config.json``.
 
     Raises:
-        ValueError: there is no ``tokenizer.json``, a file cannot be read, or it says what cannot be.
+        ValueError: there is no ``tokenizer.json``, or a file cannot be read or is invalid.
     """
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     path = folder / "tokenizer_config.json"
@@ -133,7 +133,7 @@ def _special_token(
 
 
 def _set_prefix_space(tokenizer: tokenizers.Tokenizer, config: _Config) -> None:
-    """Transformers 4 sets it anew where a text is cut by bytes alone; Llama's class does not unless it is told to."""
+    """Set ``add_prefix_space`` of byte-level tokenizers, as transformers 4 does; Llama's class only does if told to."""
     from tokenizers import pre_tokenizers
 
     is_llama = (config.tokenizer_class or "").removesuffix("Fast") == "LlamaTokenizer"
@@ -149,7 +149,7 @@ def _known(tokenizer: tokenizers.Tokenizer, file: Path, name: str, token: int) -
 
 
 def _put_around(tokenizer: tokenizers.Tokenizer, path: Path, config: _Config, bos: int | None, eos: int | None) -> None:
-    """Make the post-processor anew where the class of the tokenizer does."""
+    """Replace the post-processor if the class of the tokenizer does."""
     by_default = _ADDS_BOS.get((config.tokenizer_class or "").removesuffix("Fast"))
     flags = {"add_bos_token": config.add_bos_token, "add_eos_token": config.add_eos_token}
     if by_default is None or (config.backend is not None and set(flags.values()) == {None}):

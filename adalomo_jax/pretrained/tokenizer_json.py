@@ -1,4 +1,4 @@
-"""The file ``tokenizer.json``: a tokenizer of the ``tokenizers`` library, and what of it is not taken."""
+"""The file ``tokenizer.json``: a tokenizer of the ``tokenizers`` library, and which parts are left out or refused."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     import tokenizers
 
 MOST_GROWTH = 64
-"""Characters that a character becomes, at most, by what a tokenizer puts in its place. Those in use make it one to
-four, and SentencePiece's table a single Arabic sign 33 bytes; some hundreds of bytes of JSON could make it 10**10."""
+"""The most characters that a tokenizer may put in the place of one. Tokenizers in use put one to four, and
+SentencePiece's table 33 bytes for a single Arabic sign; a few hundred bytes of JSON could make it 10**10."""
 MOST_ADDED = 64
-"""Tokens that stand around a text, at most. Those in use add up to four."""
+"""The most tokens that a tokenizer may put around a text. Tokenizers in use add up to four."""
 _TRIED = 300
-"""Tokens that are written as text to see whether that fails; bytes come first in most vocabularies."""
+"""How many tokens are decoded to see whether that fails; bytes come first in most vocabularies."""
 _PROBE = "The 12 cats' \t\n\0 café e\u0301 日本語 \u202eعربي \U0001f44d\U0001f3fd \ufffd \ufb01 ﷺ"
-"""What a tokenizer meets in text, to see whether its own code fails."""
+"""A text of varied characters, to see whether the tokenizer's own code fails."""
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer without the truncation and padding that it may carry.
+    """The tokenizer of the file, without any truncation and padding.
 
     Raises:
-        ValueError: there is no file, it cannot be read, it holds no tokenizer or none that always gives the same
-            tokens, or one that makes very much text of little.
+        ValueError: there is no file, it cannot be read, it holds no tokenizer, the tokenizer does not always give the
+            same tokens, or it makes very much text from little.
     """
     import tokenizers
 
     if not path.exists():
         raise ValueError(
-            f"{path.parent} has no tokenizer.json; transformers makes one of a tokenizer.model: "
+            f"{path.parent} has no tokenizer.json; transformers makes one from a tokenizer.model: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     content = read_json(path)
@@ -62,7 +62,7 @@ def _check(content: dict[str, Any]) -> None:
     if model.get("dropout"):
         raise ValueError(
             f"model.dropout must be null, got {shown(model['dropout'])}: it would read a text differently each time, "
-            "and no run could go on from its checkpoint; write null there"
+            "and no run could continue from its checkpoint; write null there"
         )
     for part in _parts(content.get("post_processor")):
         single = part.get("single")
@@ -96,7 +96,7 @@ def _parts(step: Any) -> Iterator[dict[str, Any]]:
 
 
 def _longest_mapped(part: dict[str, Any]) -> int:
-    """Bytes that a character becomes by SentencePiece's table: the size of a trie, the trie, and texts up to zeros."""
+    """The most bytes for a character in SentencePiece's table: a trie's size, the trie, texts that end with zeros."""
     if not isinstance(table := part.get("precompiled_charsmap"), str):
         return 1
     content = base64.b64decode(table)
@@ -105,14 +105,14 @@ def _longest_mapped(part: dict[str, Any]) -> int:
 
 
 def _keep_white_space(post_processor: Any) -> None:
-    """A token's span is to hold the space that the token has, or one of spaces alone would stand for no text."""
+    """Keep a token's spaces in its span. Otherwise a token of spaces alone would stand for no text."""
     for part in _parts(post_processor):
         if "trim_offsets" in part:
             part["trim_offsets"] = False
 
 
 def _probe(tokenizer: tokenizers.Tokenizer) -> None:
-    """Try what would fail later, in the middle of the text. A model may well not know all characters."""
+    """Fail now rather than later, in the middle of the text. A model need not know all characters."""
     if not tokenizer.get_vocab_size(with_added_tokens=True):
         raise ValueError("it has no tokens")
     with as_value_errors("it fails on a text of no characters"):
@@ -128,5 +128,5 @@ def _probe(tokenizer: tokenizers.Tokenizer) -> None:
             tokenizer.decode([*some, *range(min(_TRIED, tokenizer.get_vocab_size()))])
     except Panic:
         raise
-    except ValueError:  # a character that it has no token for, which the text to come may not have
+    except ValueError:  # a character without a token, which later texts may not have
         pass

@@ -1,4 +1,4 @@
-"""Batches of packed sequences: without end to train on, the same each time to evaluate on."""
+"""Batches of packed sequences: endless ones to train on, and the same ones each time to evaluate on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def training_batches(
 ) -> grain.IterDataset[Batch]:
     """Batches without end: all sequences once in an order drawn from the seed, then again in another order.
 
-    Its iterators yield this process's rows of the batches, ``[batch_size // processes, seq_len]``. Batch k of all
-    processes together has the same sequences however many there are. ``get_state`` and ``set_state`` of an iterator
-    continue it with the very next batch.
+    Its iterators yield this process's rows of the batches, ``[batch_size // processes, seq_len]``. Batch k has
+    the same sequences, over all processes together, however many there are. An iterator's ``get_state`` and
+    ``set_state`` continue it with the very next batch.
 
     Args:
         data: all of it, the same in each process.
@@ -29,25 +29,25 @@ def training_batches(
         processes: how many there are.
 
     Raises:
-        ValueError: a batch that cannot be divided, or a process that there is not.
+        ValueError: the batch cannot be divided, or there is no such process.
     """
     if batch_size < 1 or batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}")
     if not 0 <= process < processes:
         raise ValueError(f"process must be from 0 to one less than the {processes} processes, got {process}")
-    # Numbers of sequences pass through grain, and one operation takes a whole batch of them.
-    # Not repeat(): its length is more than len() can say where batches are of one sequence (grain 0.2.18).
+    # Only the numbers of sequences pass through grain. One operation then takes a whole batch of sequences.
+    # Not repeat(): if a batch is one sequence, its length is more than len() can say (grain 0.2.18).
     epochs = ENDLESS // data.train.sequences + 1
     numbers = grain.MapDataset.range(data.train.sequences).seed(seed).shuffle().repeat(epochs)
     rows = numbers[process::processes].batch(batch_size // processes).map(data.train.take)
-    # No threads read ahead: the sequences are in memory, and a batch of them is there in well under a millisecond.
+    # No threads read ahead: the sequences are in memory, and a batch of them is ready in well under a millisecond.
     return rows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def evaluation_batches(data: Data, *, batch_size: int, parts: int = 1) -> Batch:
     """``[batches, batch_size, seq_len]``: fixed sequences, evenly spaced, each once.
 
-    The batch size is a multiple of ``parts``. Of small texts the batches are fewer, or smaller.
+    The batch size is a multiple of ``parts``. Small texts give fewer or smaller batches.
     """
     available = data.evaluation.sequences
     batch_size = min(batch_size, available) // parts * parts

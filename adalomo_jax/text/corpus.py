@@ -26,7 +26,7 @@ from adalomo_jax.text.documents import (
 )
 
 EVALUATION_SPLITS = ("validation", "test")
-"""Of a data set with several splits, the one that is evaluated on; the first that there is."""
+"""The splits of a data set that may be evaluated on. The first that exists is used."""
 
 _LINES = (".jsonl", ".ndjson")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
@@ -37,7 +37,7 @@ _COMPRESSED = {
     ".bz2": b"BZh91AY&SY",
     ".xz": b"\xfd7zXZ\0",
 }
-"""Endings, and how such files begin."""
+"""File endings, and the bytes that such files begin with."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _OF_RUN = "the output of a run"
 _NO_PART = "a split that is neither trained nor evaluated on"
@@ -45,16 +45,16 @@ _DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",
 
 
 class Source(NamedTuple):
-    """What documents are read from: a file, or a split of a data set."""
+    """A source of documents: a file, or a split of a data set."""
 
     path: Path
     name: str
     """The start of its documents' names."""
     kind: Literal["text", "lines", "dataset", "unread"]
     in_folder: bool = False
-    """Found there, not named by the user: what is no text is passed over."""
+    """Found in a folder, not named by the user: if it is no text, it is passed over."""
     evaluation: bool = False
-    """Its data set says that this is what to evaluate on."""
+    """Its data set says to evaluate on it."""
     reason: str = ""
     """Why it is not read."""
 
@@ -64,7 +64,7 @@ class Corpus(NamedTuple):
 
     documents: list[Document]
     evaluation: list[Document]
-    """What data sets say is to be evaluated on. Where they say nothing, there is none: some documents must be kept."""
+    """Documents that data sets say to evaluate on. If they say nothing, it is empty: some documents must be kept."""
     broken: list[Broken]
     passed_over: list[PassedOver]
 
@@ -72,18 +72,18 @@ class Corpus(NamedTuple):
 def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None) -> Corpus:
     """All documents of the paths, each file once, in the order given, folders in the order of their names.
 
-    Links are followed. Folders that a run has written are passed over, and named: its rows and sizes are no text.
+    It follows links. It passes over folders that a run has written, and names them: rows and sizes are no text.
 
     Args:
         paths: text files, files of JSON lines (``.jsonl``, ``.ndjson``, ``.json``, in letters of any case), folders,
-            where ``.jsonl`` and ``.ndjson`` are lines and all other files text (hidden and empty ones are passed over,
-            and those that are compressed, UTF-16 or have zero bytes, which are named), and folders that ``datasets``
-            has saved. None for the sources of the standard library.
+            and folders that ``datasets`` has saved. None for the sources of the standard library. In a folder,
+            ``.jsonl`` and ``.ndjson`` are lines and all other files are text. Hidden and empty files are passed over.
+            Files that are compressed, UTF-16 or have zero bytes are passed over and named.
         tokenizer: its chat template is applied to conversations.
-        output: the folder that is being written, passed over whatever it holds.
+        output: the folder that is being written. It is passed over, whatever it holds.
 
     Raises:
-        InputError: a path that is missing, unreadable, empty, compressed or not text in UTF-8.
+        InputError: a path is missing, unreadable, empty, compressed or not text in UTF-8.
     """
     if paths is None:
         return Corpus(standard_library(), [], [], [])
@@ -117,7 +117,7 @@ def standard_library() -> list[Document]:
 
 
 def list_sources(path: Path, output: Path | None = None) -> list[Source]:
-    """What a path of ``--data`` stands for. Reads no documents; raises InputError for one that there is not."""
+    """The sources that a path of ``--data`` stands for. Reads no documents. Raises InputError if it does not exist."""
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long, links in a circle
@@ -139,7 +139,7 @@ def list_sources(path: Path, output: Path | None = None) -> list[Source]:
 
 
 def _found(file: Path, folder: Path) -> Source:
-    """A file of a folder. What would be taken for text against all expectations is refused."""
+    """A file of a folder as a source. Files that nobody would expect to be read as text are refused."""
     if file.name in _DATASETS or (file.name in _DATASET and _holds(file.parent, _DATASET)):
         raise InputError(f"--data {folder} holds a folder of datasets: give {file.parent} itself")
     suffixes = [suffix.lower() for suffix in ("", *file.suffixes)]
@@ -149,7 +149,7 @@ def _found(file: Path, folder: Path) -> Source:
 
 
 def _splits(path: Path) -> list[Source]:
-    """What is trained on, what is evaluated on, and the others, for the report of what was not read."""
+    """The splits to train on and to evaluate on, and the others, for the report of what was not read."""
     try:
         splits = json.loads(_read(path / _DATASETS[0]))["splits"]
         if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
@@ -167,7 +167,7 @@ def _splits(path: Path) -> list[Source]:
 
 
 def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> None:
-    """Refuses a path of which nothing was read."""
+    """Refuses a path from which nothing was read."""
     passed_over = [item for item in items if isinstance(item, PassedOver)]
     if len(passed_over) < len(items):
         return
@@ -185,7 +185,7 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken |
         yield from _text(source)
         return
     for number, place, read in _lines(source) if source.kind == "lines" else _rows(source):
-        try:  # the record is the document's alone: a long conversation goes once it is sent to its template
+        try:  # nothing else holds the record: a long conversation is freed once its template has it
             yield document_of(read(), f"{source.name}:{number}", tokenizer)
         except ValueError as error:
             yield Broken(place, str(error))
@@ -210,7 +210,7 @@ def _text(source: Source) -> Iterator[Document | Broken | PassedOver]:
 
 
 def _lines(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
-    """Of the lines that are not blank the number, the place, and what reads the record."""
+    """For each line that is not blank: its number, its place, and the function that reads the record."""
     number, is_first = 0, True
     try:
         with source.path.open("rb") as file:
@@ -233,7 +233,7 @@ def _lines(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str,
 
 
 def _rows(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
-    """As `_lines`, of the rows of a data set, counted from 1."""
+    """Like `_lines`, for the rows of a data set, counted from 1."""
     try:
         from datasets import load_from_disk
     except ImportError as error:
@@ -254,13 +254,13 @@ def _rows(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, 
 
 
 def _once(x: Any, read: Callable[[Any], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
-    """What reads ``x``, once: who does so has the record alone, and nothing else has ``x``."""
+    """A function that reads ``x``, once. Its caller alone has the record, and nothing else holds ``x``."""
     held = [x]
     return lambda: read(held.pop())
 
 
 def _encoded(content: bytes) -> str | None:
-    """In what, other than UTF-8, and the way out."""
+    """The encoding, if it is not UTF-8, and the way out."""
     if content.startswith(tuple(_COMPRESSED.values())):
         return "compressed: unpack it first"
     return "UTF-16: save it as UTF-8" if content.startswith(_UTF_16) else None
@@ -279,9 +279,9 @@ class _Entry(NamedTuple):
 
 
 def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
-    """What is below a folder, without hidden names: files in the order of their names, then those of its folders.
+    """The entries below a folder, without hidden names: files in the order of their names, then those of its folders.
 
-    Links are followed, each folder once.
+    It follows links, and enters each folder once.
     """
     real, seen = output and os.path.realpath(output), {os.path.realpath(root)}
     for folder, folders, names in os.walk(root, onerror=_raise_unreadable, followlinks=True):
@@ -302,7 +302,7 @@ def _walk(root: Path, output: Path | None = None) -> Iterator[_Entry]:
 
 
 def _read(path: Path) -> bytes:
-    """A file's bytes without the mark of UTF-8 that some editors put first."""
+    """A file's bytes without the byte order mark that some editors put first."""
     try:
         return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:

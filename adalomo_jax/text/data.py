@@ -1,4 +1,4 @@
-"""The data of a run: documents split into training and evaluation, and packed; and what became of them."""
+"""The data of a run: documents, split into training and evaluation and packed, and what became of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from adalomo_jax.text.packing import Packed, pack, tokenize
 from adalomo_jax.text.split import split_documents
 
 EVALUATION_SEQUENCES = 64
-"""Sequences that an evaluation reads at least, where the text has them."""
+"""An evaluation reads at least this many sequences, if the text has them."""
 EVALUATION_BATCHES = 8
-"""Batches that it reads at least, where the text has them."""
+"""It reads at least this many batches, if the text has them."""
 
 
 class DataReport(NamedTuple):
@@ -30,22 +30,22 @@ class DataReport(NamedTuple):
     """Records that were left out."""
     train_tokens: int
     learned_tokens: int
-    """Those of the training tokens that are predicted."""
+    """The training tokens that are predicted."""
     evaluation_tokens: int
     evaluation_sequences: int
     train_sequences: int
     padding: float
-    """Its share of the training sequences."""
+    """The share of padding in the training sequences."""
     in_both: int
-    """Documents to evaluate on whose text is to be trained on, too."""
+    """Documents to evaluate on whose text is also trained on."""
     short: int
-    """Tokens that were dropped because they were alone, of both parts."""
+    """Tokens of both parts that were dropped because they were alone."""
     unlearned: int
-    """Tokens that were dropped in pieces where nothing is to be learned, of both parts."""
+    """Tokens of both parts that were dropped in pieces with nothing to learn."""
     passed_over: tuple[PassedOver, ...]
     """Files and splits that were not read."""
     unwritten: tuple[tuple[str, int], ...] = ()
-    """What conversations have and the chat template does not write, and how many conversations."""
+    """Fields that the chat template does not write, and how many conversations have each."""
 
     def __str__(self) -> str:
         lines = [
@@ -71,7 +71,7 @@ class DataReport(NamedTuple):
         return "\n".join([*lines, *lines_of(self.passed_over)])
 
     def _read_of_them(self) -> str:
-        """How many sequences `evaluation_batches` takes, where those are not all but for a part of a batch."""
+        """How many sequences `evaluation_batches` takes, unless these are all except for a part of a batch."""
         if self.evaluation_sequences <= EVALUATION_SEQUENCES:
             return ""
         return (
@@ -103,14 +103,14 @@ def load_data(
         paths: as ``read_corpus`` takes them.
         tokenizer: of the model.
         seq_len: tokens of a sequence.
-        parts: over how many devices a batch is spread.
+        parts: how many devices a batch is spread over.
         skip_bad: leave out broken records; the report counts them and names the first.
         output: the run's own folder, which is passed over.
 
     Raises:
-        InputError: a path that cannot be used; broken records, of all files at once, unless they are skipped; too
-            little text for one sequence to train on, or for a sequence to evaluate on for each of the parts.
-        ValueError: a tokenizer with tokens that are not in its vocabulary.
+        InputError: a path cannot be used; there are broken records, listed for all files at once, unless they are
+            skipped; or the text is too short for one training sequence, or for one evaluation sequence per part.
+        ValueError: the tokenizer has tokens that are not in its vocabulary.
     """
     documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output)
     if broken and not skip_bad:
@@ -144,7 +144,7 @@ def _check_enough(train: Packed, evaluation: Packed, parts: int) -> None:
     for name, packed in {"training": train, "evaluation": evaluation}.items():
         if not packed.sequences:
             raise InputError(
-                f"the {name} text is fewer than one sequence: it has no two tokens of which one is to be predicted, "
+                f"the {name} text is less than one sequence: it has no two tokens of which one can be predicted, "
                 f"and {packed.short + packed.unlearned:,} tokens were dropped; give more text"
                 + (" or a longer --seq-len" if packed.unlearned else "")
             )

@@ -1,4 +1,4 @@
-"""Documents: texts and what of them is to be learned, made of the records that people write."""
+"""Documents: texts, and which parts of them are learned, made from the records that people write."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.printable import printable
 
 FIELDS = "text, prompt and completion, or messages"
-"""What a record has one of."""
+"""A record has one of these."""
 KINDS = ("text", "prompt", "completion", "messages")
 COLUMNS = (*KINDS, "tools")
-"""All that is read of a record."""
+"""The only fields of a record that are read."""
 NAMED = 3
 """How many of a kind a message names; it counts the rest."""
 _SHOWN = 300
-"""Characters of a name in a message."""
+"""Most characters of a name in a message."""
 
 
 class Document(NamedTuple):
     """A text that stands for itself: nothing in another one is predicted from it."""
 
     name: str
-    """Where it is from: not where the folder lies, so that it is the same on every machine."""
+    """The place that it is from, without the folder's own path, so that it is the same on every machine."""
     text: str
     learned: tuple[tuple[int, int], ...] | None = None
-    """The characters, from and to, that are predicted; None for all of them and the document's end."""
+    """The spans of characters that are predicted, each from and to; None for all of them and the document's end."""
     formatted: bool = False
-    """The text has its special tokens, by a chat template: a tokenizer adds none."""
+    """A chat template has written the text with its special tokens: a tokenizer adds none."""
     unwritten: tuple[str, ...] = ()
-    """What the record has and the chat template does not write: ``tools``, ``tool_calls``."""
+    """Fields of the record that the chat template does not write: ``tools``, ``tool_calls``."""
 
 
 class Broken(NamedTuple):
@@ -100,9 +100,9 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
 
 
 def _parsed(line: bytes) -> Any:
-    """Pydantic's parser makes no text of the whole line, which takes four bytes a character if one is an emoji.
+    """Parses a line by Pydantic, which makes no text of it: that takes four bytes a character if one is an emoji.
 
-    Python's own has the last word on what is no JSON, and on halves of surrogate pairs and the like, which it reads.
+    Python's own parser decides what is no JSON. It also reads halves of surrogate pairs and the like.
     """
     try:
         return pydantic_core.from_json(line, cache_strings="none")
@@ -111,19 +111,19 @@ def _parsed(line: bytes) -> Any:
 
 
 def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> Document:
-    """A record as a document: all of a ``text`` is learned, of the others the completion and what the assistant says.
+    """A record as a document. All of a ``text`` is learned, otherwise the completion or what the assistant says.
 
     Args:
         record: with ``text``, or ``prompt`` and ``completion`` (strings, joined as they are), or ``messages`` (a list
-            of objects with the strings ``role`` and ``content``; a content may be a list of parts of text). Beside
+            of objects with the strings ``role`` and ``content``; a content may be a list of parts of text). With
             messages, ``tools`` is a list of objects, or JSON of one. A message with ``weight: 0`` or ``train: false``
-            is not learned. Fields that are None count as absent, others do not matter.
-        name: the document's.
+            is not learned. Fields that are None count as absent. Others do not matter.
+        name: the document's name.
         tokenizer: its chat template is applied to messages.
 
     Raises:
-        ValueError: none or several of these, another type, an empty text or completion, half a surrogate pair, a
-            conversation in which the assistant says nothing or that the template refuses.
+        ValueError: the record has none or several of these, another type, an empty text or completion, half a
+            surrogate pair, or a conversation in which the assistant says nothing or which the template refuses.
 
     >>> document_of({"prompt": "1 + 1 = ", "completion": "2"}, "sums", tokenizer=None)
     Document(name='sums', text='1 + 1 = 2', learned=((8, 9),), formatted=False, unwritten=())
@@ -153,7 +153,7 @@ def _conversation(messages: Any, tools: Any, name: str, tokenizer: Tokenizer) ->
     calls_alone = [
         i for i, message in enumerate(messages, 1) if message.get("tool_calls") and is_blank(message["content"])
     ]
-    given = handed_over(messages)  # a long one is not in memory beside the text that the template writes
+    given = handed_over(messages)  # so a long one is not in memory beside the text that the template writes
     chat = tokenizer.chat(given, tools=tools) if tools else tokenizer.chat(given)
     if calls_alone and "tool_calls" in chat.unwritten:
         raise ValueError(f"message {calls_alone[0]} has tool_calls alone, which the chat template does not write")
@@ -161,7 +161,7 @@ def _conversation(messages: Any, tools: Any, name: str, tokenizer: Tokenizer) ->
 
 
 def _tools(tools: Any) -> list[Mapping[str, Any]] | None:
-    """What the assistant may call; tables hold lists of unlike objects as JSON."""
+    """The tools that the assistant may call. Tables hold lists of unlike objects as JSON."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
@@ -173,13 +173,13 @@ def _tools(tools: Any) -> list[Mapping[str, Any]] | None:
 
 
 def _messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation without fields that are None, their contents strings, checked."""
+    """The messages of a conversation, checked, without fields that are None and with contents as strings."""
     if not isinstance(messages, list):
         raise ValueError(f"messages must be a list, got {_kind(messages)}")
     checked = [_message(i, message) for i, message in enumerate(messages, 1)]
     said = [message for message in checked if message["role"] == "assistant"]
     if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in said):
-        raise ValueError("must have a message of the role assistant that is not empty, for there is nothing to learn")
+        raise ValueError("must have a message of the role assistant that is not empty, or there is nothing to learn")
     return checked
 
 
@@ -202,7 +202,7 @@ def _message(i: int, message: Any) -> dict[str, Any]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether it is empty or white space; unlike ``strip``, which copies it."""
+    """Whether a text is empty or white space. Unlike ``strip``, it makes no copy."""
     return not text or text.isspace()
 
 

@@ -12,7 +12,7 @@ from adalomo_jax.pretrained.tokenizer import Encoded, Tokenizer
 from adalomo_jax.text.documents import Document
 
 CHUNK = 2**18
-"""About how many characters are tokenized at once: a tokenizer's own objects take many times a token's bytes. A longer
+"""About how many characters are tokenized at once. A tokenizer's own objects take many times a token's bytes. A longer
 text is tokenized in parts."""
 
 
@@ -22,9 +22,9 @@ class Batch(NamedTuple):
     tokens_BT: Any
     """int32; 0 at padding."""
     segments_BT: Any
-    """int32: which piece of a document a token is of, counted from 1 in each sequence; 0 is padding, at the end."""
+    """int32: the piece of a document that a token is in, counted from 1 in each sequence; 0 is padding, at the end."""
     learned_BT: Any
-    """bool: whether the loss is over the prediction of this token. Never at padding or a segment's first token."""
+    """bool: whether the loss includes the prediction of this token. Never at padding or a segment's first token."""
 
 
 class Tokenized(NamedTuple):
@@ -47,16 +47,16 @@ class Packed(NamedTuple):
     short: int
     """Tokens that were dropped because they were alone: the last of a document that was cut."""
     unlearned: int
-    """Tokens that were dropped in pieces where nothing is to be learned."""
+    """Tokens that were dropped in pieces with nothing to learn."""
 
     @property
     def sequences(self) -> int:
-        """How many there are."""
+        """How many sequences there are."""
         return len(self.tokens_NT)
 
     @property
     def tokens(self) -> int:
-        """How many there are, without padding."""
+        """How many tokens there are, without padding."""
         return int(np.count_nonzero(self.segments_NT))
 
     @property
@@ -66,11 +66,11 @@ class Packed(NamedTuple):
 
     @property
     def padding(self) -> float:
-        """Its share of the sequences."""
+        """The share of padding in the sequences."""
         return 1 - self.tokens / max(1, self.tokens_NT.size)
 
     def take(self, indices: np.ndarray) -> Batch:
-        """The sequences of these numbers; the indices' shape is that of the batch before the last axis."""
+        """The sequences with these numbers. The indices have the batch's shape without its last axis."""
         return Batch(
             self.tokens_NT[indices].astype(np.int32),
             self.segments_NT[indices].astype(np.int32),
@@ -79,17 +79,17 @@ class Packed(NamedTuple):
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokenized:
-    """The documents' tokens. A token is learned whose characters overlap what is to be learned.
+    """The documents' tokens. A token is learned if its characters overlap the part to learn.
 
-    A document ends with ``tokenizer.eos``, learned, where there is one; one that a chat template has written ends as it
-    is.
+    A document ends with ``tokenizer.eos``, which is learned, if there is one. A document that a chat template has
+    written ends as it is.
 
     Raises:
-        ValueError: a token that the vocabulary does not have.
+        ValueError: a token is not in the vocabulary.
     """
-    vocab_size = tokenizer.vocab_size  # which some tokenizers count anew each time
+    vocab_size = tokenizer.vocab_size  # some tokenizers count it again each time
     dtype = np.min_scalar_type(vocab_size - 1)
-    tokens, learned, ends = bytearray(), bytearray(), []  # which grow in place: lists of arrays would be there twice
+    tokens, learned, ends = bytearray(), bytearray(), []  # they grow in place: lists of arrays would exist twice
     for document, parts in _encoded(documents, tokenizer):
         for all_tokens, all_learned in _ended(document, parts, tokenizer.eos):
             if all_tokens.size and not 0 <= all_tokens.min() <= all_tokens.max() < vocab_size:
@@ -104,10 +104,10 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokenized:
 
 
 def pack(tokenized: Tokenized, seq_len: int) -> Packed:
-    """Cut documents into pieces of at most ``seq_len`` tokens, and put these together into sequences of ``seq_len``.
+    """Cut documents into pieces of at most ``seq_len`` tokens, and pack these into sequences of ``seq_len``.
 
     A piece is a segment; its first token is not predicted. Pieces of one token, and those with nothing to predict, are
-    dropped and counted. Which pieces go together is up to ``best_fit``; the result depends on nothing else.
+    dropped and counted. ``best_fit`` decides which pieces go together; the result depends on nothing else.
     """
     starts, lengths = _pieces(tokenized, seq_len)
     learned = tokenized.learned.copy()
@@ -133,8 +133,8 @@ def pack(tokenized: Tokenized, seq_len: int) -> Packed:
 
 
 # grain's BestFitPackIterDataset (0.2.18) fills a fixed number of sequences in the order in which pieces come, and
-# starts anew as soon as one fits nowhere. Of the standard library's sources, 12.6 MB of bytes, with 1024 sequences at
-# a time it leaves 0.6% of padding at 2048 tokens, and takes 13 s at 256. Longest first, with all pieces at hand, it is
+# starts over as soon as one fits nowhere. On the standard library's sources, 12.6 MB of bytes, with 1024 sequences at
+# a time, it leaves 0.6% of padding at 2048 tokens, and takes 13 s at 256. Longest first, with all pieces at hand, it is
 # 0.3% and 0.06 s.
 def best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
     """Which pieces share a sequence: the longest first, each into the fullest sequence that has room for it.
@@ -144,7 +144,7 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
     """
     sequences: list[list[int]] = []
     rooms: list[int] = []  # the sizes of room that sequences have, ascending
-    having: dict[int, list[int]] = {}  # the sequences by size
+    having: dict[int, list[int]] = {}  # the sequences by the size of their room
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
         k = bisect.bisect_left(rooms, length)
@@ -178,7 +178,7 @@ def _encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """The documents in order, in lists of ``CHUNK`` characters that are formatted or not alike; longer ones alone."""
+    """The documents in order, in lists of ``CHUNK`` characters, all formatted or all not; longer ones alone."""
     chunk: list[Document] = []
     room = CHUNK
     for document in documents:
@@ -192,7 +192,7 @@ def _chunks(documents: Sequence[Document]) -> Iterator[list[Document]]:
 
 
 def _ended(document: Document, parts: Iterable[Encoded], eos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A document's tokens, in parts, with the one that ends it, and which of them are learned."""
+    """A document's tokens, in parts, with the token that ends it, and which of them are learned."""
     held = np.zeros(0, np.int32), np.zeros(0, bool)
     for tokens, spans in parts:
         if len(tokens):
@@ -207,7 +207,7 @@ def _ended(document: Document, parts: Iterable[Encoded], eos: int | None) -> Ite
 
 
 def _is_learned(document: Document, spans: np.ndarray) -> np.ndarray:
-    """Which tokens are learned, of those that stand for these characters."""
+    """Which of the tokens are learned, from the spans of characters that they stand for."""
     if document.learned is None or not len(spans):
         return np.ones(len(spans), bool)
     first, last = spans[:, 0].min(), spans[:, 1].max()

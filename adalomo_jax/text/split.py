@@ -1,4 +1,4 @@
-"""Documents to train on, and those that are kept for evaluation."""
+"""Splits documents into those to train on and those kept for evaluation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from adalomo_jax.text.documents import Document
 EVALUATION_SHARE = 0.1
 """Share of the characters that is kept for evaluation."""
 SHARE_FACTOR = 2
-"""Whole documents may come to this many times the share or to this part of it; else the tail of one is cut off. So
-training loses a fifth of the text at most, and a twentieth at least is there to evaluate on."""
+"""Whole documents may hold up to this many times the share, or down to this part of it. Otherwise the tail of one is
+cut off. So training loses at most a fifth of the text, and the evaluation has at least a twentieth."""
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
     """Training and evaluation documents: whole ones, chosen by a hash of their names until they hold the share.
 
-    A document with which they would hold more than twice the share is passed over. Where those that are left hold less
-    than half of it, as of a few large documents, the tail of the largest is kept instead, as long as the share. The
-    choice depends on names and sizes only: not on the order, the seed, nor on where the folder lies. Documents of which
-    only parts are learned are not cut: where there are no others, the smallest is kept.
+    A document that would bring them above twice the share is passed over. If the chosen ones hold less than half of the
+    share, as with a few large documents, the tail of the largest is kept instead, as long as the share. The choice
+    depends only on names and sizes, not on the order, the seed or the folder's place. Documents that are learned only
+    in part are not cut: if there are no others, the smallest is kept.
 
     Raises:
-        InputError: a single document of which only parts are learned.
+        InputError: the only document is learned only in part.
 
     >>> split_documents([Document("book.txt", "To be, or not to be."), Document("notes.txt", "?")])[1]
     [Document(name='book.txt', text='e.', learned=None, formatted=False, unwritten=())]
@@ -44,7 +44,7 @@ def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list
 
 
 def _fitting(documents: Sequence[Document], wanted: float) -> set[int]:
-    """The first documents, by their hashes, that hold what is wanted, without those that hold far too much."""
+    """The first documents, by their hashes, that hold the wanted size, without those that hold far too much."""
     chosen, size = set(), 0
     for i in sorted(range(len(documents)), key=lambda i: (_hash(documents[i]), i)):
         if size >= wanted:
@@ -62,7 +62,7 @@ def _parted(documents: Sequence[Document], chosen: set[int]) -> tuple[list[Docum
 
 
 def _cut(documents: Sequence[Document], i: int, length: int) -> tuple[list[Document], list[Document]]:
-    """All documents but the tail of one, and that tail."""
+    """All documents without the tail of one, and that tail."""
     at = len(documents[i].text) - length
     train = [*documents]
     train[i] = documents[i]._replace(text=documents[i].text[:at])

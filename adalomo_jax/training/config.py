@@ -112,7 +112,7 @@ class FinetuneConfig:
 def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
     """Raise InputError for the first option that cannot be used, before text is read, or anything compiled or written.
 
-    The model's sizes are those that the option names.
+    ``model`` has the sizes that the option names.
     """
     longest, rate, warmup = model.max_position_embeddings, config.learning_rate, config.warmup_steps
     parts = config.microbatches

@@ -18,7 +18,7 @@ from adalomo_jax.training.config import FinetuneConfig
 
 
 def connect(config: FinetuneConfig) -> None:
-    """Join the other processes of the run, where there are any. To be called before JAX has made an array."""
+    """Join the other processes of the run, if there are any. Call it before JAX has made an array."""
     if config.coordinator is None:
         return
     if config.coordinator == "auto":
@@ -28,7 +28,7 @@ def connect(config: FinetuneConfig) -> None:
 
 
 def mesh_of(config: FinetuneConfig) -> Mesh | None:
-    """The mesh that the options name, of all devices of all processes; None for one device."""
+    """The mesh that the options name, over all devices of all processes; None for one device."""
     sizes = mesh_sizes(config.mesh, "--mesh")
     if not sizes:
         return None
@@ -44,7 +44,7 @@ def is_first_process() -> bool:
 
 
 def wait_for_all(done: str) -> None:
-    """Until all processes are here; ``done`` says what they have done, in the error that one of them is missing."""
+    """Wait until all processes are here. ``done`` says what they have done, in the error if one of them is missing."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(done)
 
@@ -52,17 +52,17 @@ def wait_for_all(done: str) -> None:
 _DIGEST = 32
 """Bytes of a SHA-256."""
 _MOST_PARTS = 8
-"""What processes compare at once, at most: each part has a row of an array of one shape in all of them."""
+"""Most parts that processes compare at once. Each part is a row of an array of one shape in all processes."""
 
 
 def check_agreed(parts: Mapping[str, str] | None) -> None:
-    """Have all processes compare what they must have alike; of one, nothing.
+    """Have all processes compare what must be equal in them. A single process compares nothing.
 
     Args:
-        parts: by the words for each, the same ones in all processes; None of a process that has failed, and stops.
+        parts: texts by names, the same ones in all processes; None from a process that has failed, and stops.
 
     Raises:
-        InputError: they differ, or another process has failed: in each process the same line.
+        InputError: they differ, or another process has failed. Each process raises the same line.
     """
     if jax.process_count() == 1:
         return
@@ -86,7 +86,7 @@ def check_agreed(parts: Mapping[str, str] | None) -> None:
 
 @contextlib.contextmanager
 def told_to_all() -> Iterator[None]:
-    """Where this process fails inside, the others hear so from `check_agreed`, which they call next."""
+    """If this process fails inside, the others hear of it from `check_agreed`, which they call next."""
     try:
         yield
     except InputError:
@@ -100,12 +100,12 @@ class Rows(NamedTuple):
     rows: np.ndarray
     """Ascending."""
     part: int
-    """Which of the parts they are, that a batch is cut into."""
+    """Which of the batch's parts they are."""
     parts: int
 
 
 def rows_here(sharding: NamedSharding | None, batch_size: int) -> Rows:
-    """This process's rows of a batch; all where no mesh spreads it."""
+    """This process's rows of a batch; all rows if no mesh spreads it."""
     if sharding is None:
         return Rows(np.arange(batch_size), 0, 1)
     by_process: dict[int, set[int]] = {}
@@ -117,7 +117,7 @@ def rows_here(sharding: NamedSharding | None, batch_size: int) -> Rows:
 
 
 def spread_rows(batch: Any, sharding: NamedSharding | None, rows: np.ndarray, batch_size: int) -> Any:
-    """A batch of which each process has the rows that `rows_here` names, put where they belong."""
+    """A batch, put where its parts belong. Each process has the rows that `rows_here` names."""
     if sharding is None:
         return batch
 
@@ -140,7 +140,7 @@ def spread(tree: Any, sharding: NamedSharding | None) -> Any:
 
 
 def spread_batches(sharding: NamedSharding | None) -> NamedSharding | None:
-    """Of batches stacked along a new first axis."""
+    """The sharding of batches stacked along a new first axis."""
     return None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
 
 

@@ -27,7 +27,7 @@ class Trained(NamedTuple):
     tokens_per_second: float
     """Over the training steps since the start or the resumption; compilation and evaluation do not count."""
     stopped_at: int | None
-    """The step after which a signal has stopped it."""
+    """The step after which a signal has stopped the run."""
 
 
 Save = Callable[[int, Any, Any, Mapping[str, Any], float | None], None]
@@ -41,15 +41,15 @@ class Reports(NamedTuple):
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> Reports:
-        """Of a run with these options."""
+        """The reports of a run with these options."""
         return cls(config.steps, evaluation_interval(config))
 
     def evaluates(self, step: int) -> bool:
-        """Whether an evaluation comes after a step: it is the last one, or one of every so many."""
+        """Whether an evaluation comes after a step: the last one, or a multiple of ``evaluate_every``."""
         return step % self.evaluate_every == 0 or step == self.steps
 
     def logs(self, step: int) -> bool:
-        """Whether a step has a row: some 200 have, and those that are evaluated."""
+        """Whether a step has a row: some 200 steps have one, and all evaluated steps."""
         return step % max(1, self.steps // 200) == 0 or self.evaluates(step)
 
     def until(self, step: int) -> list[tuple[type[Row], int]]:
@@ -61,7 +61,7 @@ class Reports(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds of training, evaluations and checkpoints left out."""
+    """Seconds of training, without evaluations and checkpoints."""
 
     def __init__(self):
         self.total, self._mark = 0.0, time.perf_counter()
@@ -79,7 +79,7 @@ class Stopwatch:
 
 
 def step_row(step: int, metrics: dict[str, Any], learning_rate: float, tokens_per_second: float) -> StepRow:
-    """The row of a step, from what `fuse` has measured in it."""
+    """The row of a step, from the metrics that `fuse` has measured."""
     update_rms = {path: of_layers.tolist() for path, of_layers in metrics.get("update_rms", {}).items()}
     return StepRow(
         step, float(metrics["loss"]), float(metrics["grad_norm"]), learning_rate, tokens_per_second, update_rms
@@ -99,13 +99,13 @@ def train(
     """Run all steps; ``on_row`` gets some 200 step rows and the evaluations. Consumes ``program``'s arrays.
 
     Args:
-        program: with arrays as they are at the start.
+        program: has the arrays to start from.
         config: the options.
         data: what to train on.
         on_row: gets each row as soon as it is known.
-        start: the checkpoint that the arrays are of; None at the first step.
+        start: the checkpoint that the arrays come from; None at the first step.
         save: writes a checkpoint, as ``Saver.save``; None for no checkpoints.
-        is_asked_to_stop: called after each step; where it says so, a checkpoint is saved and the run is over.
+        is_asked_to_stop: called after each step. If it returns True, the run saves a checkpoint and ends.
     """
     params, state = program.params, program.state
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
@@ -125,7 +125,7 @@ def train(
         batch = spread_rows(next(batches), program.batch_sharding, here.rows, config.batch_size)
         result = program.step(params, state, batch)
         params, state = result.params, result.state
-        jax.block_until_ready(before and before.loss)  # one step waits for the device, so that a stop waits for one
+        jax.block_until_ready(before and before.loss)  # only one step is queued, so that a stop waits for one
         if start is None and step == 1:
             _check_first(float(result.loss), "the loss of the first step")
         at_end, eval_loss, evaluating = step == config.steps, None, reports.evaluates(step)
@@ -148,7 +148,7 @@ def train(
 
 
 def _check_first(loss: float, name: str) -> None:
-    """A model that starts so cannot be trained: each step would be left out."""
+    """A model that starts like this cannot be trained: each step would be skipped."""
     if not math.isfinite(loss):
         raise InputError(
             f"{name} is {loss}: the model's weights or sizes (rope_theta, rms_norm_eps) are broken, or its numbers too "

@@ -10,7 +10,7 @@ import jax
 
 
 def peak_bytes() -> int | None:
-    """The accelerator's peak, or on a CPU the largest resident set of the process; None where neither is known."""
+    """The accelerator's peak, or on a CPU the largest resident set of the process; None if neither is known."""
     statistics = jax.local_devices()[0].memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"]
@@ -27,10 +27,9 @@ def _peak_resident_bytes() -> int | None:
 
 
 def release_freed_memory() -> None:
-    """Hands what the process has freed back to the system, where its C library keeps it: GNU's does.
+    """Hands memory that the process has freed back to the system, if its C library keeps it, as GNU's does.
 
-    After XLA has compiled a step for a CPU, that is hundreds of megabytes, which the step's own memory would come on
-    top of.
+    After XLA has compiled a step for a CPU, that is hundreds of megabytes. The step's own memory would come on top.
     """
     with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

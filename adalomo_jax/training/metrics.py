@@ -20,7 +20,7 @@ MOST_NATS = 700.0
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``: how many equally likely tokens a model would be as unsure of."""
+    """``exp(loss)``: a model would be as unsure between this many equally likely tokens."""
     return math.exp(loss) if loss < MOST_NATS else math.inf
 
 
@@ -33,8 +33,8 @@ class StepRow(NamedTuple):
     learning_rate: float
     tokens_per_second: float
     update_rms: Mapping[str, float | Sequence[float]] = {}
-    """By the path of a parameter, the root mean square of what the step added to it; of a stack that of each layer.
-    Empty, and not in the file, where it was not measured."""
+    """The root mean square of what the step added to each parameter, by path; for a stack, that of each layer.
+    Empty, and not in the file, if it was not measured."""
 
 
 class EvaluationRow(NamedTuple):
@@ -46,7 +46,7 @@ class EvaluationRow(NamedTuple):
 
     @classmethod
     def of(cls, step: int, eval_loss: float) -> EvaluationRow:
-        """With the perplexity of a loss, ``exp(loss)``."""
+        """The row of a loss, with its perplexity, ``exp(loss)``."""
         return cls(step, eval_loss, perplexity(eval_loss))
 
 
@@ -79,7 +79,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file anew, in place of what is there."""
+    """Write the whole file, in place of an existing one."""
     text = "".join(to_json(row) + "\n" for row in rows)
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
@@ -106,7 +106,7 @@ def read_rows(path: Path) -> list[Row]:
 def layer_medians(row: StepRow) -> np.ndarray:
     """``[layers]``: the median over a layer's matrices of the root mean square of their updates.
 
-    Vectors, whose updates are of another size, do not count: norms and biases. Empty where nothing is stacked.
+    Norms and biases do not count: they are vectors, whose updates are of another size. Empty if nothing is stacked.
 
     >>> of_layers = {"layers/mlp/kernel": [1.0, 2.0], "layers/norm/weight": [9.0, 9.0], "layers/q/kernel": [3.0, 4.0]}
     >>> layer_medians(StepRow(1, 0.0, 0.0, 0.0, 0.0, of_layers | {"embed": 7.0})).tolist()

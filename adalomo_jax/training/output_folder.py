@@ -1,4 +1,4 @@
-"""The folder that a run writes: which one may be, how one run at a time has it, and how it is told from text."""
+"""The folder that a run writes: which folder it may be, how one run at a time owns it, and how it is told from text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def output_folder(config: FinetuneConfig) -> Path:
     """The folder of this run, checked but not created.
 
     Raises:
-        InputError: it cannot be a folder, or holds what is not this run's.
+        InputError: it cannot be a folder, or it holds files that are not this run's.
     """
     folder = config.output
     if folder is None:
@@ -31,7 +31,7 @@ def output_folder(config: FinetuneConfig) -> Path:
 
 
 def check_held(folder: Path, *, resume: bool) -> None:
-    """Raise InputError for a folder that holds a run where one begins, or other weights where one is to go on."""
+    """Raise InputError if the folder of a new run holds a run, or that of a resumed run holds other weights."""
     held = [name for name in RUN_FILES if (folder / name).exists()]
     if held and not resume:
         raise InputError(
@@ -46,10 +46,10 @@ def check_held(folder: Path, *, resume: bool) -> None:
 
 
 def local_path(path: Path, option: str) -> Path:
-    """The path with a leading ``~`` as the home folder, for one that is on this machine's disks.
+    """A path on this machine's disks, with a leading ``~`` as the home folder.
 
     Raises:
-        InputError: a storage bucket's address, or a name that is no text.
+        InputError: it is a storage bucket's address, or its name is no text.
 
     >>> local_path(Path("runs/a"), "--output")
     PosixPath('runs/a')
@@ -65,15 +65,15 @@ def local_path(path: Path, option: str) -> Path:
     except UnicodeEncodeError:
         name = str(path).encode(errors="backslashreplace").decode()
         raise InputError(f"{option} {name} has bytes in its name that are not UTF-8: name another one") from None
-    except RuntimeError as error:  # ~somebody, who is not there
+    except RuntimeError as error:  # ~somebody, who does not exist
         raise InputError(f"{option} {path}: {' '.join(str(error).split())}") from None
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError for an ``--output`` that cannot be a folder; it need not be there."""
+    """Raise InputError for an ``--output`` that cannot be a folder; it need not exist."""
     try:
         if os.path.lexists(folder) and not folder.exists():
-            raise InputError(f"--output {folder} is a link to what is not there")
+            raise InputError(f"--output {folder} is a broken link")
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output {folder} is a file, not a folder")
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -90,7 +90,7 @@ def check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs out of it; one that has stayed empty is removed again.
+    """Makes the folder, and keeps other runs out of it. If it stays empty, it is removed again.
 
     Raises:
         InputError: it cannot be made, or another run is writing there.
@@ -132,11 +132,11 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: who opened it before is told so above
+            path.unlink(missing_ok=True)  # while it is locked: a run that opened it before is told so above
 
 
 def check_picture(path: Path) -> None:
-    """Raise InputError for an ``--output`` that cannot be a file; one that is there is replaced."""
+    """Raise InputError for an ``--output`` that cannot be a file; an existing one is replaced."""
     if path.is_dir():
         raise InputError(f"--output {path} is a folder, not a file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):

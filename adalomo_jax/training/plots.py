@@ -16,7 +16,7 @@ from adalomo_jax.pretrained.files import write_whole
 from adalomo_jax.training.metrics import EvaluationRow, Row, StepRow, layer_medians
 
 _MOST = 1e100
-"""What is not smaller, as what is not finite, has no place in a picture: axes reach beyond it."""
+"""Larger values are not drawn, like values that are not finite: axes reach beyond it."""
 
 
 def plot_losses(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -45,8 +45,8 @@ def plot_runs(path: Path, runs: Mapping[str, Sequence[Row]]) -> None:
     """Write a PNG that compares runs, by their names: losses, learning rate and gradient norm by step.
 
     Args:
-        path: of the picture.
-        runs: the rows of each. One colour is one run in all panels.
+        path: the picture's path.
+        runs: the rows of each run. A run has one colour in all panels.
     """
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     panels = {
@@ -86,13 +86,13 @@ def plot_range(
 
 
 def _series(rows: Iterable[Row], kind: type[Row], name: str) -> np.ndarray:
-    """``[2, n]``: steps and values, without those that are not finite, which have no place in a picture."""
+    """``[2, n]``: steps and values, without values that are not finite, which cannot be drawn."""
     found = np.array([(row.step, getattr(row, name)) for row in rows if isinstance(row, kind)], float).reshape(-1, 2)
     return found[np.abs(found[:, 1]) < _MOST].T
 
 
 def _label(name: str) -> str:
-    """Of a run in a legend, which leaves out labels that begin with an underscore."""
+    """The label of a run in a legend, which leaves out labels that begin with an underscore."""
     return f" {name}" if name.startswith("_") else name
 
 
@@ -119,7 +119,7 @@ def _draw_updates(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _set_log(axes: Any) -> None:
-    """Where all values can be shown so; of steps that change nothing they are 0."""
+    """Use a logarithmic axis if any value is above 0. Steps that change nothing have 0."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.zeros(0)])
     if np.any(values > 0):
         axes.set_yscale("log", nonpositive="mask")

@@ -45,16 +45,16 @@ class Program(NamedTuple):
     step: Callable[[Any, Any, Batch], Any]
     """``step(params, state, batch)``, compiled; the result has params, state, loss and metrics."""
     evaluate: Callable[[Any, Batch], jax.Array]
-    """``evaluate(params, batches)``, of batches stacked on a new first axis: the mean loss in nats a token."""
+    """``evaluate(params, batches)``: the mean loss in nats a token of batches stacked on a new first axis."""
     batch_sharding: NamedSharding | None
-    """Of the batches that ``step`` takes; None on one device."""
+    """The sharding of the batches that ``step`` takes; None on one device."""
     learning_rate: Callable[[int], float]
-    """Of a step, from 1."""
+    """The learning rate of a step, from 1."""
     attention: Kind
     gradient_bytes: int
     """Most bytes of gradients that are alive at once on a device."""
     compiled_bytes: int | None
-    """Arguments, outputs and temporaries of the compiled step; None where the backend does not say."""
+    """Arguments, outputs and temporaries of the compiled step; None if the backend does not say."""
 
 
 class Training(NamedTuple):
@@ -67,7 +67,7 @@ class Training(NamedTuple):
     """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``."""
     step: FusedStep
     args: tuple[Batch, jax.ShapeDtypeStruct]
-    """What ``step`` takes besides parameters and state: a batch, and how many tokens it predicts."""
+    """The arguments of ``step`` after parameters and state: a batch, and how many tokens it predicts."""
     schedule: optax.Schedule
 
 
@@ -80,11 +80,11 @@ def make_training(
     offload: Offload | None = None,
     schedule: optax.Schedule | None = None,
 ) -> Training:
-    """The step that the options make, of a model of these sizes. Computes nothing.
+    """The training step of the options, for a model of these sizes. Computes nothing.
 
-    On a mesh the step takes parameters and batches that are sharded over it; the latter's sharding is given. The
-    platform is that of the devices to compile for. What is offloaded is for ``step.place`` to put into host memory.
-    A schedule takes the place of the options' own.
+    On a mesh the step takes parameters and batches that are sharded over it; the batches' sharding is given. The
+    platform is that of the devices to compile for. ``step.place`` puts what is offloaded into host memory.
+    A given schedule replaces the options' own.
     """
     attention = attention_of(config, model, platform)
 
@@ -101,7 +101,7 @@ def make_training(
         model: Decoder = nnx.merge(graphdef, params)
         return next_token_loss(model, batch.tokens_BT, batch.learned_BT, batch.segments_BT, count=count)
 
-    # The mean is over the tokens of the whole batch: parts of it, which have more or fewer of them, are summed.
+    # The mean is over the tokens of the whole batch. Its parts have more or fewer tokens, so they are summed.
     parts = config.microbatches if config.microbatches > 1 else None
     return Training(
         make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
@@ -132,7 +132,7 @@ def _abstract_args(config: FinetuneConfig, sharding: NamedSharding | None) -> tu
 
 
 def attention_of(config: FinetuneConfig, model: DecoderConfig, platform: str) -> Kind:
-    """The option, or what suits the platform."""
+    """The option, or the kind that suits the platform."""
     if config.attention != "auto":
         return config.attention
     return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype))
@@ -162,8 +162,8 @@ def build_program(
 ) -> Program:
     """The weights to start from, a fresh optimizer state, and the step, compiled once; on a mesh all spread over it.
 
-    Where ``restore`` is given, it turns the shapes of parameters and state, with their shardings, into the arrays to go
-    on from, and no others are made. See `make_training` for the schedule.
+    If ``restore`` is given, it turns the shapes of parameters and state, with their shardings, into the arrays to
+    continue from, and no other arrays are made. See `make_training` for the schedule.
     """
     platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
@@ -200,7 +200,7 @@ def build_program(
 def _first_params(config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None) -> Any:
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
-        # Where there is no memory for them, it is said here: what asks for the address of such an array waits for ever.
+        # If there is no memory for them, this raises. To ask for the address of such an array would wait for ever.
         return jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
     try:
         return load_params(model.config, model.checkpoint.source, config.dtype, shardings)

@@ -31,7 +31,7 @@ def make_range_schedule(config: FinetuneConfig, below: float, above: float, step
 
 
 def peak_learning_rate(config: FinetuneConfig) -> float:
-    """The option, or what suits the optimizer and whether the weights start random."""
+    """The option, or the rate that suits the optimizer and whether the weights start random."""
     if config.learning_rate is not None:
         return config.learning_rate
     rule = RULES[config.optimizer]
@@ -39,5 +39,5 @@ def peak_learning_rate(config: FinetuneConfig) -> float:
 
 
 def warmup_steps(config: FinetuneConfig) -> int:
-    """The option, or what suits the number of steps."""
+    """The option, or the number that suits the number of steps."""
     return min(10, config.steps // 10) if config.warmup_steps is None else config.warmup_steps

@@ -21,7 +21,7 @@ from adalomo_jax.training.metrics import EvaluationRow, Row, StepRow, perplexity
 from adalomo_jax.training.program import Program, tree_bytes
 
 _SPEED_SECONDS = 86_400.0
-"""Over which the time left is judged. Rich's half a minute may pass between two rows, and it would then show none."""
+"""The time left is estimated over this period. Rich's half a minute may pass between two rows: it would show none."""
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def progress_bar(console: Console, steps: int) -> Iterator[Callable[[Row], None]
 
 
 class Summary(NamedTuple):
-    """The figures of a run, as ``summary.json`` holds them. Bytes on a mesh are a device's."""
+    """The figures of a run, as ``summary.json`` holds them. On a mesh, bytes are those of one device."""
 
     model: str
     optimizer: str
@@ -52,21 +52,21 @@ class Summary(NamedTuple):
     attention: str
     steps: int
     skipped_steps: int
-    """In which something was not finite, and was not written."""
+    """Steps in which something was not finite, which were not written."""
     first_eval_loss: float
     """Nats a token, before training."""
     eval_loss: float
     """Nats a token, after the last step."""
     tokens_per_second: float
-    """Of training steps; compilation and evaluation do not count."""
+    """Over the training steps; compilation and evaluation do not count."""
     process_bytes: int | None
-    """Most that this process had in memory, the compiler's included."""
+    """The most memory of this process, the compiler's included."""
     compiled_bytes: int | None
     """Arguments, outputs and temporaries of the compiled step."""
     params_bytes: int
     state_bytes: int
     gradient_bytes: int
-    """Most that are alive at once."""
+    """The most gradients alive at once."""
 
 
 def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trained, rows: list[Row]) -> Summary:
@@ -118,7 +118,7 @@ def summary_table(summary: Summary) -> Table:
 
 @contextmanager
 def warned_of(what: str) -> Iterator[None]:
-    """Makes a warning of what goes wrong, where weights are there already, or are being trained."""
+    """Turns an error into a warning, when the weights exist already or are being trained."""
     try:
         yield
     except Exception as error:

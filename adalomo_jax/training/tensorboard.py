@@ -20,8 +20,8 @@ def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[R
 
     Args:
         folder: exists. It may hold event files of earlier parts of the run.
-        first_step: what they hold of this step and later ones TensorBoard is told to forget: a resumed run repeats it,
-            and one that begins again repeats all. None to forget nothing.
+        first_step: TensorBoard forgets what they hold of this step and later ones: a resumed run repeats it, and one
+            that begins again repeats all. None to forget nothing.
     """
     from tensorboardX import SummaryWriter
 
@@ -30,7 +30,7 @@ def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[R
         @cache
         def writer() -> SummaryWriter:
             """Made with the first row: a run that ends before it leaves no file."""
-            # An absolute path: the start of another one may be taken for a bucket's.
+            # An absolute path: the start of a relative one may be taken for a bucket's.
             made = SummaryWriter(str(folder.absolute()), purge_step=first_step, flush_secs=FLUSH_SECONDS)
             return stack.enter_context(made)
 
@@ -52,7 +52,7 @@ def event_file(folder: Path, first_step: int | None = 0) -> Iterator[Callable[[R
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """What TensorBoard shows of a row, by its tags. Of updates the median over each layer's matrices.
+    """The values of a row that TensorBoard shows, by tag. Updates are medians over each layer's matrices.
 
     >>> scalars(StepRow(3, 2.5, 1.0, 1e-3, 100.0))
     {'loss': 2.5, 'grad_norm': 1.0, 'learning_rate': 0.001, 'tokens_per_second': 100.0}

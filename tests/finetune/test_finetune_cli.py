@@ -232,7 +232,7 @@ def places(tmp_path, corpus, finished):
         ("--data {tmp}/empty.txt", "empty.txt is empty"),
         ("--data {tmp}/folder", "folder holds no text files"),
         ("--data {tmp}/binary.bin", "binary.bin is not text"),
-        ("--data {tmp}/short.txt", "fewer than one sequence"),
+        ("--data {tmp}/short.txt", "less than one sequence"),
         ("--seq-len 513", "--seq-len 513 is longer than the 512 positions of tiny"),
         ("--seq-len 1", "--seq-len must be at least 2"),
         ("--steps 0", "--steps must be from 1 to 2147483647, which are counted in 32 bits, got 0"),

@@ -192,8 +192,8 @@ def test_reasons_are_on_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "seq_len", "parts", "message"),
     [
-        ("abc", 8, 1, "the evaluation text is fewer than one sequence"),
-        ("a", 8, 1, "the training text is fewer than one sequence"),
+        ("abc", 8, 1, "the evaluation text is less than one sequence"),
+        ("a", 8, 1, "the training text is less than one sequence"),
         ("a" * 300, 8, 5, "the evaluation text makes 4 sequences, fewer than one for each of the 5 devices"),
     ],
 )

@@ -239,13 +239,13 @@ def test_metrics_that_are_not_of_the_run_are_refused(of_rows, killed, command, c
     path = killed / "metrics.jsonl"
     path.write_text("".join(of_rows(path.read_text().splitlines(keepends=True))))
     said = refused(capsys, [*command, "--output", str(killed), "--resume"])
-    assert f"{path} must go on with the " in said and "put the file of that run there again" in said
+    assert f"{path} must continue with the " in said and "put the file of that run back" in said
 
 
 def test_checkpoints_alone_say_what_to_copy_too(killed, command, capsys):
     (killed / "metrics.jsonl").unlink()
     said = refused(capsys, [*command, "--output", str(killed), "--resume"])
-    assert "has checkpoints and no metrics.jsonl, whose rows the run goes on with: copy it to there, too" in said
+    assert "has checkpoints and no metrics.jsonl, whose rows the run continues: copy it there, too" in said
 
 
 @pytest.mark.parametrize("at", range(3))

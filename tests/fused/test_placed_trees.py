@@ -36,7 +36,7 @@ CHANGED = {
     "of layers one more": (with_one_more, "is a stack of the shape (5, 16, 8), and in params there are places for its"),
     "the order": (
         lambda: PLACED | {"layers": PLACED["layers"][1:] + PLACED["layers"][:1]},
-        "params['layers'][0]['down'] is layer 1 of the stack params['layers'][0]['down'], where there is none",
+        "params['layers'][0]['down'] is layer 1 of the stack params['layers'][0]['down'], which is missing",
     ),
 }
 

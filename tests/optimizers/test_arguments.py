@@ -102,7 +102,7 @@ def test_layer_axes_are_integers_of_parameters_that_there_are(make: Any):
         refused(lambda axes=axes: make(axes), "layer_axes", "must be an integer or None, got ")
         refused(lambda axes=axes: make(lambda params: axes).init(params), "must be an integer or None, got ")
     for axes in ({"head": None, "layers": 0, "norm": 0}, {"head": None, "layers": {"w": 0}}):
-        refused(lambda axes=axes: make(axes).init(params), "is of no parameter; leave it out")
+        refused(lambda axes=axes: make(axes).init(params), "matches no parameter; leave it out")
     make({"head": None, "layers": np.int64(0)}).init(params)
     masked = optax.masked(make({"head": None, "layers": 0}), {"head": False, "layers": True})
     jax.eval_shape(lambda: masked.update(params, masked.init(params), params))

@@ -251,10 +251,10 @@ BAD_OF_LEAVES: list[tuple[Any, str]] = [
     ({"attn": MatrixAxes(False, 1), "norm": None}, r"'attn/o' must be axes .*rows=False"),
     (
         {"attn": None, "norm": MatrixAxes(0, 0)},
-        r"'norm' must be None, for a shape \(12,\) is no matrix's, got",
+        r"'norm' must be None: its shape \(12,\) is no matrix's, got",
     ),
     ({"attn": None}, r"matrix_axes has no entry for \['norm'\]; give it its MatrixAxes, or None"),
-    ({"attn": None, "norm": None, "x": None}, r"matrix_axes\['x'\] is of no parameter"),
+    ({"attn": None, "norm": None, "x": None}, r"matrix_axes\['x'\] matches no parameter"),
     (lambda path, shape: (0, 1), r"What matrix_axes returns of 'attn/o' \(3, 4, 12\) must be MatrixAxes.*got \(0, 1\)"),
     (lambda path, shape: MatrixAxes(0, 5), r"matrix_axes of 'attn/o' must be axes of its shape"),
 ]

@@ -19,13 +19,13 @@ class Signature:
     """What a state was made for. It is part of the state's structure, not of its arrays."""
 
     params: tuple[tuple[str, tuple[int, ...], str], ...]
-    """Of each parameter the path, shape and dtype."""
+    """The path, shape and dtype of each parameter."""
     args: tuple[str, ...]
-    """The paths in the other arguments of the loss."""
+    """The path of each leaf of the loss's other arguments."""
     shardings: tuple[Sharding, ...] = ()
-    """Of each parameter how it was spread."""
+    """How each parameter was spread."""
     args_shardings: tuple[Sharding, ...] = ()
-    """Of each leaf of the other arguments."""
+    """How each leaf of the other arguments was spread."""
 
 
 def signature_of(params: Any, args: Sequence[Any]) -> Signature:
@@ -40,7 +40,7 @@ def signature_of(params: Any, args: Sequence[Any]) -> Signature:
 
 
 def is_for(state: Signature, called: Signature) -> bool:
-    """Whether a state is for a call with such parameters and arguments."""
+    """Whether a state is for a call with these parameters and arguments."""
     return (state.params, state.args) == (called.params, called.args)
 
 
@@ -63,7 +63,7 @@ def check_signature(state: Signature, called: Signature) -> None:
 
 
 def _check_placed_alike(state: Signature, called: Signature) -> None:
-    """Refuses parameters with layers in stacks and a state for those without, and the other way round."""
+    """Refuses placed parameters with a state for parameters that are not placed, and the other way round."""
     if stack := _stack_in(state, called):
         raise ValueError(
             f"The state is for parameters of step.place, in which {stack}; these are not placed. Give the step "
@@ -71,13 +71,13 @@ def _check_placed_alike(state: Signature, called: Signature) -> None:
         )
     if stack := _stack_in(called, state):
         raise ValueError(
-            f"The parameters are of step.place, in which {stack}; the state is for such that are not placed. Give the "
-            "step step.place_state(state, params, *args), or step.unplace(params)."
+            f"The parameters are of step.place, in which {stack}; the state is for parameters that are not placed. "
+            "Give the step step.place_state(state, params, *args), or step.unplace(params)."
         )
 
 
 def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
-    """In words a stack that is in one and has its layers in the other, if they are alike in all else."""
+    """Says which stack is in `placed` while its layers are apart in `unplaced`, if the two are otherwise alike."""
     ours, theirs = ({path: rest for path, *rest in s.params} for s in (placed, unplaced))
     stacks = [path for path in ours if path in theirs and ours[path] != theirs[path]]
     are_layers = all([ours[path][0][1:], ours[path][1]] == theirs[path] for path in stacks)
@@ -87,9 +87,9 @@ def _stack_in(placed: Signature, unplaced: Signature) -> str | None:
 
 
 def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
-    """Refuses parameters, and a batch to slice, that are spread otherwise than in `init`; traced ones do not show it.
+    """Refuses parameters, and a batch to slice, that are spread differently than in `init`; traced ones do not show it.
 
-    The step spreads all that it makes as `init` saw it, so it would gather them on each device, or cut them again.
+    The step spreads its values as `init` saw them, so it would gather these arrays on each device, or cut them again.
     """
     for name, tree, shardings in (("params", params, state.shardings), ("args", args, state.args_shardings)):
         paths_and_leaves = leaves_with_paths(tree)
@@ -108,7 +108,7 @@ def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
 
 
 def _spread(sharding: Any) -> str:
-    """In one line."""
+    """Describes a sharding in one line."""
     if not isinstance(sharding, NamedSharding):
         return " ".join(str(sharding).split())
     return f"{sharding.spec} over {dict(sharding.mesh.shape)}"

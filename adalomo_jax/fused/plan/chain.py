@@ -1,7 +1,7 @@
 """Operations on a stack of layers that act on each layer alone: casts, transposes and the like before a scan.
 
-They are followed back from the scan, which runs over the first axis, to the parameters, whose layers may be on another.
-One layer keeps its layer axis, of size 1, so that most operations apply to it as they stand.
+`chain_to` follows them back from the scan, which runs over the first axis, to the parameters, whose layers may be on
+another. One layer keeps its layer axis, of size 1, so that most operations apply to it unchanged.
 """
 
 import math
@@ -17,22 +17,22 @@ ELEMENTWISE = frozenset(
     + "not one_minus_square or pow reduce_precision rem round rsqrt select_n".split()
     + "sign sin sinh sqrt square sub tan tanh".split()
 )
-"""Primitives that make each entry of the entries at its place, and of scalars."""
+"""Primitives that compute each entry from the entries at its position, and from scalars."""
 
 
 class Chain(NamedTuple):
-    """What lies between stacked parameters and the scan that runs over them."""
+    """The operations between stacked parameters and the scan that runs over them."""
 
     axes: dict[int, int]
-    """Of each parameter, by its number, the layer axis."""
+    """The layer axis of each parameter, by its number."""
     equations: tuple[Equation, ...]
-    """Those of the program, in its order."""
+    """The operations in the program, in its order."""
     of_one_layer: tuple[Equation, ...]
-    """The same, for one layer whose layer axis is kept."""
+    """The same operations on one layer, with its layer axis kept."""
 
 
 def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int]) -> Chain:
-    """The operations through which leaves lead, layer by layer, into the last ``num_xs`` inputs of a scan only."""
+    """The operations that lead leaves, layer by layer, into the last ``num_xs`` inputs of a scan and nowhere else."""
     xs, others = scan.inputs[len(scan.inputs) - num_xs :], scan.inputs[: len(scan.inputs) - num_xs]
     axes = layer_axes(program, scan, xs)
     equations = [e for e in program.equations if len(e.outputs) == 1 and e.outputs[0] in axes]
@@ -58,7 +58,7 @@ def chain_to(program: Program, scan: Equation, num_xs: int, leaves: Sequence[int
 
 
 def layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int, int]:
-    """The layer axis of each value that operations on single layers may lead from into ``xs``."""
+    """The layer axis of each value from which operations on single layers may lead into ``xs``."""
     axes, at_odds = dict.fromkeys(xs, 0), set()
     before = program.equations[: next(i for i, e in enumerate(program.equations) if e is scan)]
     for equation in reversed(before):
@@ -74,7 +74,7 @@ def layer_axes(program: Program, scan: Equation, xs: Sequence[int]) -> dict[int,
 
 
 def is_elementwise(equation: Equation) -> bool:
-    """Whether each entry of what it makes is made of the entries at its place, and of scalars."""
+    """Whether the equation computes each entry from the entries at its position, and from scalars."""
     return equation.name in ELEMENTWISE
 
 
@@ -84,13 +84,13 @@ def arrays_in(program: Program, equation: Equation) -> list[int]:
 
 
 def axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | None:
-    """The layer axis of an operation's inputs, given that of its output; None where it does not act on each layer."""
+    """The layer axis of an operation's inputs, given that of its output; None if it does not act on each layer."""
     operands, params = [program.avals[v] for v in equation.inputs], equation.params
     if not operands or any(not operands[i].ndim and v not in program.constants for i, v in enumerate(equation.inputs)):
         return None
     shape, shape_in = program.avals[equation.outputs[0]].shape, operands[0].shape
     if is_elementwise(equation):
-        # Of one rank, sizes of 1 are broadcast; not the layer axis.
+        # Operands of one rank may broadcast sizes of 1, but not on the layer axis.
         same = (not x.ndim or (x.ndim == len(shape) and x.shape[axis] == shape[axis]) for x in operands)
         return axis if all(same) else None
     if equation.name == "transpose":
@@ -110,7 +110,7 @@ def axis_of_inputs(program: Program, equation: Equation, axis: int) -> int | Non
 
 
 def of_one_layer(equation: Equation, axes: Mapping[int, int]) -> Equation:
-    """The operation on one layer whose layer axis is kept."""
+    """The operation on one layer, with its layer axis kept."""
     made = equation.outputs[0]
     one = lambda sizes: tuple(1 if a == axes[made] else n for a, n in enumerate(sizes))
     if equation.name == "reshape":

@@ -1,4 +1,4 @@
-"""Bad input, refused while tracing: with the invariant, the value, and the way out."""
+"""Checks that refuse bad input while tracing. Errors say the invariant, the value, and the way out."""
 
 import inspect
 import math
@@ -22,7 +22,7 @@ from adalomo_jax.jax_versions import varying_axes
 
 
 def check_args(args: Sequence[Any]) -> None:
-    """Refuses arguments of the loss that are no arrays."""
+    """Refuses arguments of the loss that are not arrays."""
     for path, x in leaves_with_paths(tuple(args)):
         if not (isinstance(x, jax.ShapeDtypeStruct) or _is_array(x)):
             raise ValueError(
@@ -32,7 +32,7 @@ def check_args(args: Sequence[Any]) -> None:
 
 
 def check_returned(result: Any) -> None:
-    """Refuses a loss, or what is returned beside it, that is no array."""
+    """Refuses a loss, or aux returned beside it, that is not an array."""
     for path, x in leaves_with_paths(result):
         if not _is_array(x):
             name = f"the leaf {jax.tree_util.keystr(path)} of it" if path else "it"
@@ -43,7 +43,7 @@ def check_returned(result: Any) -> None:
 
 
 def _is_array(x: Any) -> bool:
-    """Whether JAX takes it as an array."""
+    """Whether JAX accepts a value as an array."""
     try:
         jax.typeof(x)
     except TypeError:
@@ -52,13 +52,13 @@ def _is_array(x: Any) -> bool:
 
 
 def _argument(path: Any) -> str:
-    """The name of a leaf of the arguments, which are counted as `batch_argnums` does."""
+    """The name of a leaf of the arguments, counted as `batch_argnums` counts them."""
     position, *rest = path
     return f"argument {position.idx + 1} of loss_fn{jax.tree_util.keystr(tuple(rest))}"
 
 
 _RAW_KEYS = ((2,), (4,))
-"""The shapes of PRNG keys without a type: threefry's, and those of rbg."""
+"""The shapes of untyped PRNG keys: those of threefry and of rbg."""
 
 
 def check_batch(options: Options, args: Sequence[Any]) -> None:
@@ -68,14 +68,14 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
     absent = [position for position in options.argnums if position > len(args)]
     if absent:
         raise ValueError(
-            f"batch_argnums names argument {absent[0]} of loss_fn, counted from 0, the parameters, but it was called "
-            f"with {len(args)} after them."
+            f"batch_argnums names argument {absent[0]} of loss_fn, counting the parameters as 0, but it was "
+            f"called with {len(args)} after them."
         )
     positions = [position for position in range(len(args)) if options.is_batch(position)]
     if not any(jax.tree.leaves(args[position]) for position in positions):
         raise ValueError(
             f"microbatches={options.microbatches} slices the arguments {options.batch_argnums or 'after params'} of "
-            f"loss_fn, but it was called with {len(args)} after params, and no array among those to slice."
+            f"loss_fn, but it was called with {len(args)} after params, and those to slice hold no array."
         )
     sizes: dict[int, str] = {}
     for position in positions:
@@ -88,40 +88,40 @@ def check_batch(options: Options, args: Sequence[Any]) -> None:
                 )
             if not shape or shape[0] % options.microbatches:
                 raise ValueError(
-                    f"microbatches={options.microbatches} must divide the first axis of what is sliced, but {name} has "
-                    f"the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
+                    f"microbatches={options.microbatches} must divide the first axis of each sliced array, but {name} "
+                    f"has the shape {shape}. Name the arguments to slice with batch_argnums, or change the batch."
                 )
             sizes.setdefault(shape[0], f"{name} has the shape {shape}")
     if len(sizes) > 1:
         (_, first), (_, other), *_ = sizes.items()
         raise ValueError(
-            f"microbatches={options.microbatches} slices the first axis, which is one for all of a batch, but {first}, "
-            f"and {other}. Name the arguments to slice with batch_argnums, and pass what is no batch, such as a mask, "
-            "a table or running statistics, as an argument of its own."
+            f"microbatches={options.microbatches} slices the first axis, which must have one size in a batch, "
+            f"but {first}, and {other}. Name the arguments to slice with batch_argnums, and pass anything that is no "
+            "batch, such as a mask, a table or running statistics, as a separate argument."
         )
 
 
 def check_extra_args(extra_args: Mapping[str, Any]) -> None:
-    """Refuses extra arguments of ``tx.update`` that are no arrays."""
+    """Refuses extra arguments of ``tx.update`` that are not arrays."""
     for path, x in leaves_with_paths(dict(extra_args)):
         if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
             raise ValueError(
-                f"Arguments by name are given to tx.update, in each layer's update, and must be trees of arrays, but "
+                f"Arguments by name go to tx.update, in each layer's update, and must be trees of arrays, but "
                 f"{jax.tree_util.keystr(path)} is of the type {type(x).__name__}. Arguments of the loss are given by "
                 "position; a tx that calls a function of all parameters, as a line search does, cannot be fused."
             )
 
 
 def check_by_position(loss_fn: Callable[..., Any], args: Sequence[Any], extra_args: Mapping[str, Any]) -> None:
-    """Refuses an argument of the loss that is given by name: it would go to ``tx.update``, and the loss not see it."""
+    """Refuses an argument of the loss given by name: it would go to ``tx.update``, and the loss would not see it."""
     try:
         bound = inspect.signature(loss_fn).bind_partial(None, *args)
-    except (TypeError, ValueError):  # without a signature, or called wrongly, which the loss itself will say
+    except (TypeError, ValueError):  # no signature, or a wrong call, which the loss itself will report
         return
     free = bound.signature.parameters.keys() - bound.arguments.keys()
     for name in free & extra_args.keys():
         raise ValueError(
-            f"Arguments of the loss are given by position, but {name!r} was given by name: those go to tx.update."
+            f"Arguments of the loss are given by position, but {name!r} was given by name, and those go to tx.update."
         )
 
 
@@ -141,7 +141,7 @@ def check_loss(avals: Sequence[Any], result_treedef: Any, has_aux: bool) -> None
 
 
 def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool]) -> None:
-    """Refuses a loss that changes arrays in place, or that differs within a ``shard_map`` where parameters do not."""
+    """Refuses a loss that changes arrays in place, or a loss or trained parameters that differ within ``shard_map``."""
     if reads_references(program):
         raise ValueError(
             "The loss uses references (jax.new_ref), through which fuse does not see what depends on what: "
@@ -179,20 +179,20 @@ def check_strict(plan: Plan) -> None:
 
 
 def warn_of_whole(plan: Plan) -> None:
-    """Tells of layers of scans that are not updated one by one: the step is right, but takes more memory."""
+    """Warns of scanned layers that are not updated one by one: the step is correct, but takes more memory."""
     for leaf in plan.leaves:
         if leaf.misplaced:
             size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
             warnings.warn(
-                f"{leaf.path!r} is updated whole, though its layers are stacked: {leaf.reason}. Its gradient of "
-                f"{size:,} bytes exists at once. Let one scan alone run over it; what else reads it may take one layer "
+                f"{leaf.path!r} is updated whole, though its layers are stacked: {leaf.reason}. Its whole gradient "
+                f"of {size:,} bytes exists at once. Let one scan alone run over it; other readers can take one layer "
                 "at a time and add up, as a sum of squares does. fuse(..., strict=True) makes this an error.",
                 stacklevel=3,
             )
 
 
 def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
-    """Refuses parameters in another memory than ``offload`` says."""
+    """Refuses parameters that are not in the memory that ``offload`` asks for."""
     on_host = leaves_on_host(plan, options)
     for i, (leaf, x) in enumerate(zip(plan.leaves, leaves, strict=True)):
         if is_on_host(x) != (i in on_host):
@@ -208,13 +208,14 @@ def check_not_deleted(what: Any, name: str) -> None:
     for path, x in leaves_with_paths(what):
         if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it is no "
-                "more. Go on with the params and state that step returned, or keep a copy of those you need again."
+                f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it no "
+                "longer exists. Go on with the params and state that the step returned, or keep a copy of those you "
+                "need again."
             )
 
 
 def check_state(inner: Any, expected: Any) -> None:
-    """Refuses optimizer state that `init` did not make for such parameters."""
+    """Refuses optimizer state that `init` did not make for these parameters."""
     way_out = "Make it with step.init(params, *args) for the parameters and the loss that the step is called with."
     if jax.tree.structure(inner) != jax.tree.structure(expected):
         raise ValueError(f"The state is not that of these parameters and this tx. {way_out}")

@@ -11,7 +11,7 @@ from adalomo_jax.fused.plan.jaxpr import Equation, Program, Scan, scan_of
 
 
 def active_values(program: Program, inputs: Iterable[int]) -> set[int]:
-    """The differentiable values that depend on some inputs, where no ``stop_gradient`` lies between."""
+    """The differentiable values that depend on some inputs with no ``stop_gradient`` in between."""
     return _dependent(program, inputs, _ACTIVITY)
 
 
@@ -23,16 +23,16 @@ def active_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
 def batched_values(program: Program, inputs: Iterable[int], scans: Iterable[Equation] = ()) -> set[int]:
     """All values that differ between microbatches, given the inputs that do.
 
-    What an equation makes differs all together, or not at all; but for some scans, of which each output is told apart.
-    Two things are done for each microbatch all the same. Effects, which happen for each. And broadcasts in a narrow
-    dtype: pulled back they are sums, each rounded, of the cotangents of one microbatch, and not of the sum of all.
+    The outputs of an equation differ all together, or not at all, except for ``scans``: their outputs are told apart.
+    Two things are done for each microbatch in any case: effects, and broadcasts in a narrow dtype. Pulled back, such
+    broadcasts are sums, each rounded, of the cotangents of one microbatch, and not of the sum over all microbatches.
     """
     ids = {id(scan) for scan in scans}
     return _dependent(program, inputs, _BATCHING._replace(tells_apart=lambda equation: id(equation) in ids))
 
 
 def batched_in_scan(scan: Scan, operands: Sequence[bool]) -> set[int]:
-    """The values of a scan's body that differ, given the operands that do, once that has gone around the carry."""
+    """The values of a scan's body that differ, given the operands that do, once this has gone around the carry."""
     return _dependent_in_scan(scan, operands, _BATCHING)
 
 
@@ -47,9 +47,9 @@ class _Rule(NamedTuple):
     counts: Callable[[Any], bool]
     """Whether values of a type can be dependent."""
     tells_apart: Callable[[Equation], bool]
-    """Whether an equation is a scan of which each output is looked at by itself."""
+    """Whether an equation is a scan whose outputs are told apart."""
     passes: Callable[[Equation, bool], bool]
-    """Whether what an equation makes is dependent, given whether anything is that it reads."""
+    """Whether an equation's outputs are dependent, given whether any of its inputs is."""
 
 
 _ACTIVITY = _Rule(is_differentiable, lambda e: e.name == "scan", lambda e, reads: reads and e.name != "stop_gradient")
@@ -57,7 +57,7 @@ _BATCHING = _Rule(lambda aval: True, lambda e: False, lambda e, reads: reads or 
 
 
 def _repeats_narrow(equation: Equation) -> bool:
-    """Whether it repeats a value, other than a literal, that has fewer digits than a float32."""
+    """Whether the equation repeats a value, other than a literal, that has fewer digits than a float32."""
     if equation.name != "broadcast_in_dim" or equation.reads_literal(0):
         return False
     aval: Any = equation.source.outvars[0].aval

@@ -1,7 +1,7 @@
 """Where two layers of a list first differ, in words: why one stack cannot hold both.
 
-The words are of what the search for layers that repeat compares, in its order: equations by their signatures, then what
-each of them reads.
+The words describe what the search for repeating layers compares, in its order: equations by their signatures, then the
+values that each of them reads.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -24,7 +24,7 @@ from adalomo_jax.fused.plan.runs import FEWEST, Layers
 
 
 class Leaf(NamedTuple):
-    """A parameter, with what must be equal of those that one stack holds."""
+    """A parameter, with the properties that must be equal in all leaves of one stack."""
 
     path: str
     value: int
@@ -35,16 +35,16 @@ class Leaf(NamedTuple):
     rule: Hashable
     """What ``tx`` does with it."""
     spread: str
-    """Over devices."""
+    """How it is spread over devices."""
 
     @property
     def kind(self) -> Hashable:
-        """What must be equal beside the type."""
+        """The properties that must be equal besides the type."""
         return (self.trained, self.rule, self.spread)
 
 
 class Layer(NamedTuple):
-    """A layer of a list: from the equation that first uses one of its leaves to that which first uses the last."""
+    """A layer of a list: from the equation that first uses one of its leaves to the one that first uses the last."""
 
     name: str
     first: int
@@ -52,15 +52,15 @@ class Layer(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of two layers."""
+    """How two layers compare."""
 
     alike: bool
     difference: str | None = None
-    """None where it is not known."""
+    """None if it is not known."""
 
 
 def of_leaves(x: Leaf, y: Leaf) -> str | None:
-    """What keeps two leaves out of one stack by themselves; it is said of the first."""
+    """The difference that by itself keeps two leaves out of one stack, said of the first."""
     if x.type != y.type:
         return f"{x.path} is {x.type}, and {y.path} is {y.type}"
     if x.trained != y.trained:
@@ -81,7 +81,7 @@ class Differences:
     """In the order in which they are read."""
 
     def between(self, x: Layer, y: Layer) -> Comparison:
-        """Whether two layers are alike, if the one is a period after the other; and if not, what is said of the first.
+        """Whether two layers are alike, if one is a period after the other; if not, how the first differs.
 
         The period is the distance between the equations that first read one of their leaves.
         """
@@ -105,7 +105,7 @@ class Differences:
         return self._of_equations(before, period, is_later) if before >= 0 else Comparison(False)
 
     def beside(self, start: int, period: int, *, is_later: bool) -> Comparison:
-        """Of a layer beside a run, said of that: of two windows from here on it is the later or the earlier one."""
+        """Says how a layer beside a run differs: the later or the earlier one of the two windows from `start` on."""
         codes = self.layers.codes
         if start < 0 or start + 2 * period > len(codes):
             return Comparison(False)
@@ -124,7 +124,7 @@ class Differences:
         return found
 
     def _within(self, start: int, period: int, is_later: bool) -> Comparison:
-        """Of layers whose equations are alike: by what these read."""
+        """Compares layers whose equations are alike, by what these read."""
         for k, v, w, role in self.layers.first_two(start, period):
             if role is None:
                 return Comparison(False, self._of_inputs(k, period, (v, w), start, is_later))
@@ -150,7 +150,7 @@ class Differences:
         return Comparison(False, f"{here} computes {what} {how} than {there}")
 
     def _places(self, k: int, period: int, is_later: bool, start: int | None) -> tuple[str, str]:
-        """Where the equation is, and where the one that it is compared with; of layers that begin there, if known."""
+        """Where the equation is, and where the one compared with it is; in layers that begin at `start`, if known."""
         first = self._place(k, start, period)
         second = self._place(k + period, None if start is None else start + period, period)
         return (second, first) if is_later else (first, second)
@@ -170,9 +170,9 @@ _Within = tuple[Program, Equation]
 
 
 def _told_apart(signatures: Signatures, one: _Within, other: _Within) -> tuple[str, str] | None:
-    """What an equation computes, and how otherwise, or what another does in its place; None if they are not told apart.
+    """What an equation computes, and how it differs, or what the other computes; None if they are not told apart.
 
-    Of those that run others, the first of these that differ.
+    If the equations run others, this describes the first of those that differ.
     """
     (p, x), (q, y) = one, other
     within, within_other = _run_by(*one), _run_by(*other)
@@ -189,7 +189,7 @@ def _told_apart(signatures: Signatures, one: _Within, other: _Within) -> tuple[s
 
 
 def _operations_apart(signatures: Signatures, one: _Within, other: _Within) -> tuple[str, str] | None:
-    """Of equations of the same name that run no others."""
+    """Tells apart equations of the same name that run no others."""
     (p, x), (q, y) = one, other
     of_types = [" and ".join(program.avals[v].str_short() for v in e.inputs) for program, e in (one, other)]
     if of_types[0] != of_types[1]:
@@ -205,7 +205,7 @@ def _operations_apart(signatures: Signatures, one: _Within, other: _Within) -> t
 
 
 def _run_by(program: Program, equation: Equation) -> list[_Within] | None:
-    """What a checkpoint, or a function with a derivative of its own, runs; None of what runs nothing."""
+    """The equations that a checkpoint, or a function with its own derivative, runs; None if it runs nothing."""
     called = called_as_it_is(equation)
     if called is None:
         return None
@@ -214,7 +214,7 @@ def _run_by(program: Program, equation: Equation) -> list[_Within] | None:
 
 
 def _names(equations: Sequence[_Within]) -> list[str]:
-    """What is computed, in order."""
+    """The names of the operations, in order."""
     inner = ((e, _run_by(program, e)) for program, e in equations)
     return [name for e, within in inner for name in (_names(within) if within else [_name(e)])]
 

@@ -1,4 +1,4 @@
-"""Signatures: equations that do the same have the same one, whatever they are applied to."""
+"""Signatures: equations that do the same have the same signature, whatever they are applied to."""
 
 from collections.abc import Hashable
 from functools import partial
@@ -12,8 +12,8 @@ from adalomo_jax.fused.plan.terms import Terms
 class Signatures(Terms):
     """The signatures of equations, which are numbers.
 
-    Equal are those of the same primitive, with the same parameters, for inputs of the same types. Of a function with a
-    derivative of its own the derivative counts, too, by what it computes: each call of it may bring another.
+    They are equal for the same primitive, with the same parameters, and inputs of the same types. If a function has its
+    own derivative, what the derivative computes counts, too: each call of the function may bring another.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class Signatures(Terms):
         return self._number((equation.source.primitive, operation, types, equation.context), ())
 
     def constant(self, program: Program, v: int) -> int:
-        """Of a constant: equal where its numbers are."""
+        """The signature of a constant: equal if its numbers are."""
         return self._constant(program.constants[v], program.avals[v].dtype)
 
     def _results(self, equation: Equation, operands: list[int], depth: int) -> list[int]:
@@ -47,13 +47,13 @@ class Signatures(Terms):
             return self._identity(equation)
         try:
             pullback = pullback_of(equation)
-        except Exception:  # not to be traced by itself, as within a shard_map whose axis it names: like no other
+        except Exception:  # cannot be traced by itself, as within a shard_map whose axis it names: equal to no other
             return self._identity(equation)
         variables = self._variables("argument", len(pullback.inputs), depth)
         return (self._hashable(called, depth), *self.outputs(pullback, variables, depth + 1))
 
     def _hashable(self, param: Any, depth: int) -> Hashable:
-        """Functions are equal if the same lines made them, of the same things: a policy of ``jax.checkpoint``."""
+        """Functions are equal if the same lines made them from the same values, as a policy of ``jax.checkpoint``."""
         if isinstance(param, partial):
             return ("partial", *(self._hashable(x, depth) for x in (param.func, param.args, param.keywords)))
         if isinstance(param, (set, frozenset)):

@@ -1,6 +1,6 @@
-"""What a checkpoint folds into its keys, made one of its operands: layers differ in that, and not in what they run.
+"""Makes what a checkpoint folds into its keys one of its operands: layers differ in that, not in what they run.
 
-Linen makes the key of a layer's dropout within the layer, of a number that stands for the layer's name.
+Linen makes the key of a layer's dropout within the layer, from a number that stands for the layer's name.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from adalomo_jax.fused.plan.jaxpr import Equation, Program, called_by, evaluate,
 
 
 def with_folded_as_operands(program: Program) -> Program:
-    """The program, whose checkpoints are given the constants that they fold into keys. It computes the same."""
+    """A program that computes the same, but passes to its checkpoints the constants that they fold into keys."""
     avals, constants, equations = list(program.avals), dict(program.constants), []
     for equation in program.equations:
         traced, values = _given(equation) if is_checkpoint(equation) else (None, [])
@@ -31,7 +31,7 @@ def with_folded_as_operands(program: Program) -> Program:
 
 
 def _given(checkpoint: Equation) -> tuple[Program | None, list[Any]]:
-    """A checkpoint as a program of its operands and of what it folds into keys, and these values; None without any."""
+    """A checkpoint as a program of its operands and the values that it folds into keys, and these; None without any."""
     inner = called_by(checkpoint)
     folds = [equation for equation in inner.equations if equation.name == "random_fold_in"]
     folded = list(dict.fromkeys(v for fold in folds for v in fold.inputs if v in inner.constants))

@@ -7,14 +7,14 @@ from adalomo_jax.fused.plan.chain import Chain, arrays_in, chain_to
 from adalomo_jax.fused.plan.jaxpr import Equation, Program, scan_of
 
 NO_SCAN = "no scan reads it"
-"""The reason of what is no stack."""
+"""The reason for a leaf that is not a stack."""
 
 
 class Home(NamedTuple):
     """Where a parameter can be updated."""
 
     scan: Equation | None
-    """None: only as a whole."""
+    """None if it can be updated only as a whole."""
     axis: int | None
     """The axis of its layers."""
     reason: str
@@ -23,7 +23,7 @@ class Home(NamedTuple):
 
 
 def find_homes(program: Program, leaves: Sequence[int]) -> tuple[list[Home], list[tuple[Equation, Chain]]]:
-    """The home of each leaf, and the scans that are home to any, with what lies between."""
+    """The home of each leaf, and the scans that are home to any, with the chains that lead to them."""
     chains = []
     for equation in program.equations:
         if equation.name == "scan" and scan_of(equation).length > 0:
@@ -46,7 +46,7 @@ def _home(program: Program, leaf: int, chains: Sequence[tuple[Equation, Chain]])
 
 
 def _names_after(leaf: int, equations: Sequence[Equation]) -> set[str]:
-    """The operations on a leaf and on what they make of it."""
+    """The names of the operations on a leaf and on the values that they make of it."""
     made, names = {leaf}, set()
     for equation in equations:
         if made.intersection(equation.inputs):
@@ -56,7 +56,7 @@ def _names_after(leaf: int, equations: Sequence[Equation]) -> set[str]:
 
 
 def _why_whole(program: Program, leaf: int) -> tuple[str, bool]:
-    """The reason, and whether a scan runs over the leaf's layers."""
+    """Why a leaf is updated whole, and whether a scan runs over its layers."""
     readers = [equation for equation in program.equations if leaf in equation.inputs]
     scans = [equation for equation in readers if equation.name == "scan"]
     runs_over = [scan for scan in scans if leaf in scan.inputs[scan_of(scan).first_xs :]]
@@ -78,7 +78,7 @@ def _why_whole(program: Program, leaf: int) -> tuple[str, bool]:
 
 
 def _reason_without_scan(program: Program, leaf: int) -> tuple[str, bool]:
-    """Follows the leaf through operations on it alone that keep its size, to a scan over what they make."""
+    """Follows the leaf through operations on it alone that keep its size, to a scan over their results."""
     size = program.avals[leaf].size
     made, names, alone = {leaf}, set(), {leaf, *program.constants}
     for equation in program.equations:

@@ -55,16 +55,16 @@ class Equation(NamedTuple):
 
     @property
     def context(self) -> str:
-        """What was set around it: the precision of products, a mesh, where it computes."""
+        """The settings around it: the precision of products, a mesh, where it computes."""
         return context_of(self.source)
 
     @property
     def has_effects(self) -> bool:
-        """Whether it does more than make its results: it prints, or calls back. To name a mesh axis is no effect."""
+        """Whether it does more than make its results: it prints, or calls back. Naming a mesh axis is not an effect."""
         return has_effects(self.source)
 
     def reads_literal(self, position: int) -> bool:
-        """Whether what it reads at this position is a number that stands in the program."""
+        """Whether its input at this position is a literal: a number that stands in the program."""
         return is_literal(self.source.invars[position])
 
     def with_params(self, **params: Any) -> Equation:
@@ -81,7 +81,7 @@ class Program:
     equations: tuple[Equation, ...]
     constants: Mapping[int, Any]
     avals: Sequence[Any]
-    """Of each number the shape and dtype."""
+    """The shape and dtype of each value, by its number."""
 
     def zeros(self, v: int, leading: tuple[int, ...] = (), dtype: Any = None) -> jax.Array:
         """Zeros like a value, spread like it; with further axes in front, or of another dtype."""
@@ -111,7 +111,7 @@ class Scan:
 
 @dataclass(frozen=True, eq=False)
 class While:
-    """The parts of a ``lax.while_loop`` equation, applied to the constants of both, then what it carries."""
+    """The parts of a ``lax.while_loop`` equation, which is applied to the constants of both, then to the carry."""
 
     cond: Program
     """``cond(*cond_consts, *carry) -> whether to go on``."""
@@ -122,11 +122,11 @@ class While:
 
 
 def trace(fn: Callable[..., Any], leaves: Sequence[Any], *args: Any) -> tuple[Program, Any]:
-    """The program of ``fn(leaves, *args)``, whose inputs are the leaves and then those of ``args``.
+    """The program of ``fn(leaves, *args)``, whose inputs are the leaves, then the leaves of ``args``.
 
     Returns it with the structure of the result, whose leaves are its outputs.
     """
-    with jax.disable_jit(False):  # else loops are traced as what they run, and no scan is found
+    with jax.disable_jit(False):  # otherwise JAX traces what loops run, and no scan is found
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(list(leaves), *args)
     return program_of(closed, num_leaves=len(leaves)), jax.tree.structure(shape)
 
@@ -136,7 +136,7 @@ def program_of(jaxpr: Any, num_leaves: int = 0) -> Program:
 
     Args:
       jaxpr: a jaxpr, open or closed.
-      num_leaves: so many inputs are parameters, and a ``checkpoint`` around a scan over one of them is opened.
+      num_leaves: the number of parameters, the first inputs. A ``checkpoint`` around a scan over one of them is opened.
     """
     builder = _Builder()
     inputs = [builder.number(var.aval) for var in open_jaxpr(jaxpr).invars]
@@ -146,7 +146,7 @@ def program_of(jaxpr: Any, num_leaves: int = 0) -> Program:
 
 
 def retrace(program: Program, run: Callable[[dict[int, Any]], list[Any]], num_leaves: int) -> Program:
-    """The program of ``run``, which makes a program's outputs of its inputs and constants, by their numbers."""
+    """The program of ``run``, which makes a program's outputs from its inputs and constants, by their numbers."""
     fn = lambda *inputs: run({**program.constants, **dict(zip(program.inputs, inputs, strict=True))})
     with jax.disable_jit(False):
         closed = jax.make_jaxpr(fn)(*(program.avals[v] for v in program.inputs))
@@ -195,7 +195,7 @@ def branches_of(equation: Equation) -> Sequence[Any]:
 
 
 def called_as_it_is(equation: Equation) -> Any:
-    """The jaxpr whose results on the operands are the equation's, or None: a checkpoint, a custom derivative."""
+    """The jaxpr of a checkpoint or custom derivative, if its results on the operands are the equation's, or None."""
     inner = called(equation.source)
     is_such = is_checkpoint(equation) or equation.name in CUSTOM
     return inner if is_such and len(open_jaxpr(inner).invars) == len(equation.inputs) else None
@@ -207,7 +207,7 @@ def has_own_derivative(equation: Equation) -> bool:
 
 
 def pullback_of(equation: Equation) -> Program:
-    """What an equation's derivative computes, of its operands and then of its results' cotangents."""
+    """The program of an equation's derivative. Its inputs are the operands, then the cotangents of the results."""
     type_of: Any = lambda var: jax.ShapeDtypeStruct(
         var.aval.shape, var.aval.dtype, sharding=explicit_sharding(var.aval)
     )
@@ -234,17 +234,17 @@ def live_program(program: Program, outputs: Iterable[int]) -> Program:
 
 
 def primitives_of(equations: Iterable[Equation]) -> set[str]:
-    """The names of the primitives, those within calls, branches and loops too."""
+    """The names of the primitives, including those within calls, branches and loops."""
     return set().union(*(_primitives(equation.source) for equation in equations))
 
 
 def largest_made(equations: Sequence[Equation]) -> int:
-    """The bytes of the largest value that an equation makes, those within calls, branches and loops too."""
+    """The bytes of the largest value that an equation makes, including those within calls, branches and loops."""
     return max((_largest(equation.source) for equation in equations), default=0)
 
 
 def called_by(equation: Equation) -> Program:
-    """What a checkpoint runs."""
+    """The program that a checkpoint runs."""
     return program_of(called(equation.source))
 
 
@@ -254,7 +254,7 @@ def has_programs(equation: Equation) -> bool:
 
 
 def reads_in_order(program: Program) -> list[int]:
-    """The inputs in the order in which the equations first read them, those within calls and checkpoints too."""
+    """The inputs in the order in which the equations first read them, including those within calls and checkpoints."""
     reads: list[int] = []
     for equation in program.equations:
         pairs = zip(equation.source.invars, equation.inputs)
@@ -263,7 +263,7 @@ def reads_in_order(program: Program) -> list[int]:
 
 
 def reads_references(program: Program) -> bool:
-    """Whether it, or a scan in it, changes arrays in place (``jax.new_ref``): what depends on what is unknown."""
+    """Whether it, or a scan in it, changes arrays in place (``jax.new_ref``), which hides what depends on what."""
     return any(map(is_reference, program.avals)) or any(
         reads_references(scan_of(equation).body) for equation in program.equations if equation.name == "scan"
     )
@@ -327,7 +327,7 @@ def _inner(eqn: JaxprEqn) -> list[Any]:
 
 
 def _reads(eqn: JaxprEqn, numbers: Mapping[Any, int]) -> list[int]:
-    """The numbered variables in the order in which an equation, or those that it calls, reads them."""
+    """The numbered variables in the order in which an equation, or an equation that it calls, reads them."""
     known = [None if is_literal(atom) else numbers.get(atom) for atom in eqn.invars]
     inner = called(eqn)
     if inner is None or len(open_jaxpr(inner).invars) != len(known):

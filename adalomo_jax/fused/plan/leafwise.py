@@ -1,8 +1,8 @@
 """Whether a transformation treats leaves separately, decided by comparing what it does with some leaves and with all.
 
-The fused step never holds two layers' gradients: it asks `tx` about a group of leaves at a time, of a stack about one
-layer. So `tx` is traced as the step asks it, and on the whole tree. Each update, and each leaf of the state, must be
-the same function of the same inputs in both, and depend on one leaf; what is kept for no leaf must depend on none.
+The fused step never holds two layers' gradients: it asks `tx` about a group of leaves at a time, and about one layer of
+a stack. So the check traces `tx` as the step asks it, and on the whole tree. Each update, and each leaf of the state,
+must be the same function of the same inputs in both, and depend on one leaf; state of no leaf must depend on none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,19 +36,19 @@ def check_leafwise(
     *,
     one_by_one: bool = False,
 ) -> None:
-    """Raises ValueError where the update of one leaf, or what is kept for none, depends on another leaf.
+    """Raises ValueError if the update of one leaf, or state that is kept for no leaf, depends on another leaf.
 
-    Also where random numbers are drawn: keys are kept for no leaf, so they would be the same for each layer. And where
-    the state's structure changes in an update. Nothing is computed.
+    It also raises if ``tx`` draws random numbers: keys are kept for no leaf, so each layer would get the same numbers.
+    And it raises if an update changes the state's structure. Nothing is computed.
 
     Args:
       optimizer: ``tx`` and the groups in which it is asked.
-      paths: of the parameters.
-      extra_args: those of ``tx.update``, or their shapes.
-      one_by_one: whether stacks of one group are asked about one after the other.
+      paths: the parameters' paths.
+      extra_args: the extra arguments of ``tx.update``, or their shapes.
+      one_by_one: whether the step asks about the stacks of one group one after the other.
 
     Raises:
-      ExtraArgumentMissing: where ``tx.update`` needs more arguments.
+      ExtraArgumentMissing: if ``tx.update`` needs more arguments.
     """
     if not optimizer.groups:
         return
@@ -60,10 +60,10 @@ def check_leafwise(
 
 
 def rules_of_leaves(optimizer: PerLayer, extra_args: Mapping[str, Any]) -> dict[int, Any]:
-    """Of each trained leaf what ``tx`` does with it among all; equal for leaves that it treats alike.
+    """What ``tx`` does with each trained leaf among all; equal for leaves that it treats alike.
 
     Raises:
-      ExtraArgumentMissing: where ``tx.update`` needs more arguments.
+      ExtraArgumentMissing: if ``tx.update`` needs more arguments.
     """
     terms, trained = Terms(), Group(tuple(sorted(i for group in optimizer.groups for i in group.leaves)), None)
     if not trained.leaves:
@@ -83,7 +83,7 @@ def rules_of_leaves(optimizer: PerLayer, extra_args: Mapping[str, Any]) -> dict[
 
 
 class _Asked(NamedTuple):
-    """What ``tx`` does with some leaves, in terms of their gradients and tensors and of the state before."""
+    """What ``tx`` does with some leaves, in terms of their gradients, their tensors and the state before."""
 
     init: dict[Any, int]
     """By the path in the state."""
@@ -104,7 +104,7 @@ def _check(
     try:
         whole, types = _ask(terms, optimizer, trained, extra_args)
     except Exception:
-        if is_twin:  # tx knows the parameters' structure, and cannot be given layers apart
+        if is_twin:  # tx knows the parameters' structure, so it cannot be given layers apart
             return
         raise
     _check_dependence(terms, whole, set(optimizer.shared_paths), names)
@@ -122,11 +122,11 @@ def _check(
         covered.update(some.state)
     for path in whole.state.keys() ^ covered:
         if not is_twin:
-            raise ValueError(f"tx mixes leaves: its {_name(path)} is there for some leaves together only. {_WAY_OUT}")
+            raise ValueError(f"tx mixes leaves: its {_name(path)} exists only for some leaves together. {_WAY_OUT}")
 
 
 def _check_dependence(terms: Terms, whole: _Asked, shared: set[Any], names: Sequence[str]) -> None:
-    """Refuses an update that depends on another leaf, or state of two, or of one that is kept for none."""
+    """Refuses updates that depend on another leaf, state that depends on two, or shared state that depends on any."""
     of_state = _behind_state(terms, whole)
     for i, update in whole.updates.items():
         others = sorted((kind, leaf) for kind, leaf in _behind(terms, update, of_state) if leaf != i)
@@ -143,7 +143,7 @@ def _check_dependence(terms: Terms, whole: _Asked, shared: set[Any], names: Sequ
 
 
 _Behind = set[tuple[str, int]]
-"""Gradients and parameters, by the leaf's position, that something depends on."""
+"""The gradients and parameters that something depends on, by the leaf's position."""
 
 
 def _behind(terms: Terms, term: int, of_state: Mapping[Any, _Behind]) -> _Behind:
@@ -177,7 +177,7 @@ def _ask(
     extra_args: Mapping[str, Any],
     types: Mapping[Any, Any] | None = None,
 ) -> tuple[_Asked, dict[Any, Any]]:
-    """What ``tx`` does with the leaves of a group, and the types of the state's leaves, where they are not given."""
+    """What ``tx`` does with the leaves of a group, and the types of the state's leaves, if they are not given."""
     tensors = [optimizer.tensors[i] for i in group.leaves]
     tree_of = partial(optimizer.tree_of, group.leaves)
     inputs = lambda kind, names: [terms.input((kind, name)) for name in names]
@@ -206,20 +206,20 @@ def _ask(
 def _check_not_random(primitives: set[str]) -> None:
     if primitives & _RANDOM:
         raise ValueError(
-            "tx draws random numbers, and asked layer by layer it would draw the same for each layer. "
-            "Leave out what does, such as optax.add_noise."
+            "tx draws random numbers. Asked layer by layer, it would draw the same ones for each layer. "
+            "Leave out the part that draws them, such as optax.add_noise."
         )
 
 
 def _check_state_stays(before: list[Any], after: list[Any], types: Any, avals: Any, outputs: Sequence[int]) -> None:
-    """Refuses state whose structure, or the shape of a leaf in it, an update changes."""
+    """Refuses an update that changes the state's structure or the shape of a leaf in it."""
     changed = [path for path in after if path not in before] + [path for path in before if path not in after]
     if not changed:
         changed = [path for path, v in zip(after, outputs, strict=True) if types[path].shape != avals[v].shape]
     if changed:
         raise ValueError(
-            f"tx.update changes what the state is made of: {_name(changed[0])} is not what tx.init made. A step keeps "
-            "the state's structure and shapes. If it is a measurement, as of optax.monitor, leave it out of tx: "
+            f"tx.update changes the state's structure or shapes: {_name(changed[0])} is not what tx.init made. A step "
+            "must keep both. If it is a measurement, as in optax.monitor, leave it out of tx: "
             'result.metrics has "grad_norm", and with fuse(..., rms_metrics=True) the updates\' norms.'
         )
 
@@ -227,11 +227,11 @@ def _check_state_stays(before: list[Any], after: list[Any], types: Any, avals: A
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class _Layers:
-    """Two layers of a stack in the place of one."""
+    """Two layers of a stack, in place of the stack."""
 
     layers: tuple[Any, Any]
     key: Any
-    """The last entry of the stack's path; those of its layers look like it, for functions of a path."""
+    """The last entry of the stack's path. To functions of a path, those of its layers look the same."""
 
     def tree_flatten_with_keys(self):
         return tuple((LayerKey(self.key, i), layer) for i, layer in enumerate(self.layers)), self.key
@@ -242,7 +242,7 @@ class _Layers:
 
 
 def _with_two_layers(optimizer: PerLayer, paths: Sequence[str]) -> tuple[PerLayer, list[str]]:
-    """The transformation on a tree in which two layers of each stack are leaves of their own; and the leaves' names."""
+    """The transformation on a tree in which two layers of each stack are separate leaves; and the leaves' names."""
     treedef, n = optimizer.treedef, optimizer.treedef.num_leaves
     stacked = {i for group in optimizer.groups if group.layers is not None for i in group.leaves}
     keys = [path[-1] if path else None for path in _paths(treedef)]

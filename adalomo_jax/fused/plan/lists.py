@@ -10,22 +10,22 @@ from adalomo_jax.fused.plan.repeats import Found, Repeat
 from adalomo_jax.fused.plan.runs import FEWEST, Layers
 
 _NUMBER = re.compile(r"(?:^|(?<=[/_]))\d+(?=/|$)")
-"""Of a layer, in a path: ``layers/3/up``, ``layers_3/up``."""
+"""The number of a layer in a path: ``layers/3/up``, ``layers_3/up``."""
 
 
 class Lists(NamedTuple):
     """What is known of a loss's lists of layers."""
 
     repeats: Sequence[Repeat] = ()
-    """Those that `place` would stack, and has not."""
+    """The repeats that `place` would stack, and has not."""
     too_few: Sequence[Repeat] = ()
-    """Those that it would not, since their layers are too few to gain by it."""
+    """The repeats that it would not stack, since they have too few layers to gain by it."""
     reasons: Sequence[str | None] = ()
-    """Of each parameter, if it is one of a list's and is not stacked, why; None where that is not known."""
+    """Why each parameter of a list is not stacked; None if the reason is not known, or for any other parameter."""
 
 
 class _Place(NamedTuple):
-    """Where in a list a leaf is: the path's part before the number, the number, and the part after it."""
+    """The place of a leaf in a list: the path's part before the number, the number, and the part after it."""
 
     before: str
     number: int
@@ -37,7 +37,7 @@ class _Place(NamedTuple):
 
 
 def period_of(paths: Sequence[str]) -> int | None:
-    """How many layers apart in a list those of these paths are; None where they are not evenly so."""
+    """How many layers apart in a list the leaves at these paths are; None if they are not evenly spaced."""
     for places in zip(*map(_places, paths)):
         steps = {b.number - a.number for a, b in zip(places, places[1:])}
         if len({place.list_and_leaf for place in places}) == 1 and len(steps) == 1:
@@ -52,12 +52,12 @@ def nth(n: int) -> str:
 
 
 def why_not_stacked(found: Found, leaves: Sequence[Leaf], stacked: Collection[int]) -> list[str | None]:
-    """Of each leaf, but for those at the positions that are stacked, why it is not; None of what is of no list.
+    """Why each leaf is not stacked, except those at the ``stacked`` positions; None for a leaf that is in no list.
 
     Args:
       found: what repeats in a loss that reads each layer by itself.
-      leaves: its parameters.
-      stacked: positions among these. Where the search does not find them, nothing is said of their list.
+      leaves: the loss's parameters.
+      stacked: positions among these. If the search does not find them, nothing is said of their list.
     """
     places = _places_in_lists(leaves)
     reasons: list[str | None] = [None] * len(leaves)
@@ -72,7 +72,7 @@ def why_not_stacked(found: Found, leaves: Sequence[Leaf], stacked: Collection[in
 
 
 def _of_itself(reason: str | None, path: str) -> str | None:
-    """The reason, said beside the path."""
+    """The reason, worded to stand beside the path."""
     return f"it{reason[len(path) :]}" if reason and reason.startswith(f"{path} ") else reason
 
 
@@ -85,7 +85,7 @@ class _List:
         self.at = {(place.number, place.after): i for i, place in places.items()}
         self.numbers = sorted({place.number for place in places.values()})
         self.run_of: dict[int, Repeat] = {}
-        """By the leaf's position."""
+        """The run that holds each leaf, by the leaf's position."""
         position = {leaf.value: i for i, leaf in enumerate(leaves)}
         for repeat in found.repeats:
             of_stacks = [v for scanned in repeat.scanned if scanned.is_parameter for v in scanned.values]
@@ -95,7 +95,7 @@ class _List:
         self.differences = Differences(found.layers, {leaf.value: leaf for leaf in leaves}, in_order)
 
     def _layers(self, found: Layers) -> dict[int, Layer]:
-        """By their numbers, those that are used."""
+        """The layers that are used, by their numbers."""
         uses: dict[int, list[int]] = defaultdict(list)
         for i, place in self.places.items():
             if self.leaves[i].value in self.readers:
@@ -120,9 +120,9 @@ class _List:
         return next((comparison.difference for comparison in found if comparison.difference), None)
 
     def _beside_run(self, i: int) -> Comparison | str | None:
-        """Of a leaf beside layers that repeat the comparison with what one period further is its like, or the reason.
+        """Compares a leaf beside layers that repeat with its counterpart one period further, or says the reason.
 
-        None where it is not beside any, or within.
+        None if it is not beside any, or is within them.
         """
         n, after = self.places[i].number, self.places[i].after
         of_runs = [j for j in self.run_of if self.places[j].after == after]
@@ -155,14 +155,14 @@ class _List:
         return self.differences.beside(start, run.period, is_later=n > last)
 
     def _period(self, run: Repeat) -> int | None:
-        """How many layers of this list are one of the run's."""
+        """How many layers of this list make up one layer of the run."""
         position = {self.leaves[i].value: i for i in self.run_of}
         of_stacks = [[position[v] for v in s.values] for s in run.scanned if all(v in position for v in s.values)]
         periods = {period_of([self.leaves[i].path for i in stack]) for stack in of_stacks}
         return periods.pop() if len(periods) == 1 else None
 
     def _alike(self, i: int) -> int:
-        """How many layers in a row, with the leaf's own, are alike and in no stack."""
+        """How many layers in a row, including the leaf's own, are alike and in no stack."""
         count = 1
         for step in (-1, 1):
             at = i
@@ -185,15 +185,15 @@ class _List:
 
 
 def _places(path: str) -> list[_Place]:
-    """The lists that a leaf may be of, the outermost first."""
+    """The places that a leaf may have in lists, the outermost list first."""
     found = _NUMBER.finditer(path)
     return [_Place(path[: match.start()], int(match.group()), path[match.end() :]) for match in found]
 
 
 def _places_in_lists(leaves: Sequence[Leaf]) -> dict[int, _Place]:
-    """Of each leaf that has its like in a list of layers, its place there: in the longest, if there are several.
+    """The place of each leaf with a counterpart in a list of layers: in the longest list, if there are several.
 
-    A list of arrays is one of layers only if all are of one type: Keras keeps all that a model has in one.
+    A list of arrays is a list of layers only if all are of one type: Keras keeps all arrays of a model in one list.
     """
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""A program's equations in the order in which layers of a list are contiguous, with what picks one of several apart."""
+"""Orders a program's equations so that layers of a list are contiguous; those that pick one of several come first."""
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -8,7 +8,7 @@ from adalomo_jax.fused.plan.equation_signatures import Signatures
 from adalomo_jax.fused.plan.jaxpr import Equation, Program
 
 _FEW = 3
-"""What is made of parameters alone, and read so many times at most, is one layer's."""
+"""A value made from parameters alone, and read at most this many times, belongs to one layer."""
 
 
 class Pick(NamedTuple):
@@ -23,21 +23,21 @@ class Ordered(NamedTuple):
     """A program's equations, in another order: it computes the same."""
 
     first: tuple[Equation, ...]
-    """Those that make picks, and what these need."""
+    """The equations that make picks, and those that these need."""
     equations: tuple[Equation, ...]
-    """The others. What is made of parameters alone stands before what reads it."""
+    """The others. Those that compute from parameters alone stand before the readers of their results."""
     picks: dict[int, Pick]
-    """Of parameters, and of what depends on none: keys, masks."""
+    """Picks of parameters, and of values that depend on none, such as keys and masks."""
     same: dict[int, int]
-    """Of values that `first` makes the first that is computed alike."""
+    """For each value that `first` makes, the first one that is computed alike."""
     of_leaves: frozenset[int]
-    """Values that are computed of parameters alone."""
+    """Values that are computed from parameters alone."""
 
 
 def in_order(
     program: Program, leaves: Sequence[int], signatures: Signatures, pickable: Collection[int] | None = None
 ) -> Ordered:
-    """The program, ordered; of the leaves those are picked from that are pickable, by default all."""
+    """Orders the program. Entries are picked from the pickable leaves only, by default from all."""
     depends = _depending(program, leaves)
     picks, picking = _picks(program, set(leaves if pickable is None else pickable), depends)
     needed, first = {pick.source for pick in picks.values()}, set(picking)
@@ -64,11 +64,11 @@ def picks_layers(program: Program, leaves: Sequence[int]) -> bool:
 
 
 def with_layers_as_inputs(program: Program, layers: Sequence[int | None]) -> tuple[Program, list[int]]:
-    """The program whose first inputs, where they are stacks, are replaced by their layers, and the numbers of these.
+    """The program with the stacks among its first inputs replaced by their layers, and the numbers of these inputs.
 
     Args:
-      program: reads of a stack single layers only, along the first axis.
-      layers: of each parameter how many it has, in the order of the inputs; None of what is no stack.
+      program: reads only single layers of a stack, along the first axis.
+      layers: the number of layers of each parameter, in the order of the inputs; None if it is no stack.
     """
     stacks = {v for v, n in zip(program.inputs, layers) if n is not None}
     picks, _ = _picks(program, stacks, stacks)
@@ -119,7 +119,7 @@ def _sliced(program: Program, equation: Equation) -> Pick | None:
     params, shape = equation.params, program.avals[equation.inputs[0]].shape
     starts, stops = params["start_indices"], params["limit_indices"]
     cut = [a for a, size in enumerate(shape) if (starts[a], stops[a]) != (0, size)]
-    if not cut:  # of an axis of size 1
+    if not cut:  # the slice is of an axis of size 1
         cut = [a for a, size in enumerate(shape) if size == 1][:1]
     if len(cut) != 1 or stops[cut[0]] - starts[cut[0]] != 1 or any(n != 1 for n in params["strides"] or ()):
         return None
@@ -127,7 +127,7 @@ def _sliced(program: Program, equation: Equation) -> Pick | None:
 
 
 def _of_leaves_alone(program: Program, equations: Sequence[Equation], known: set[int]) -> set[int]:
-    """What is computed of what is known, without effects; not what is known."""
+    """The values computed from known values without effects; not the known values."""
     made = set()
     for equation in equations:
         if equation.inputs and not equation.has_effects and all(v in known or v in made for v in equation.inputs):
@@ -137,7 +137,7 @@ def _of_leaves_alone(program: Program, equations: Sequence[Equation], known: set
 
 
 def _sunk(program: Program, equations: Sequence[Equation], of_leaves: Collection[int]) -> list[Equation]:
-    """The equations, those of parameters alone before what first reads them."""
+    """The equations, with those of parameters alone moved to just before their first readers."""
     readers = defaultdict(int)
     for v in (*program.outputs, *(v for equation in equations for v in set(equation.inputs))):
         readers[v] += 1

@@ -1,4 +1,4 @@
-"""What a function's results are: inputs that it hands on as they came, or values that it makes."""
+"""Tells what a function's results are: inputs that it returns unchanged, or values that it makes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,22 +8,22 @@ import jax
 from adalomo_jax.fused.plan.jaxpr import Equation, Program, called_by, evaluate, is_checkpoint, scan_of, trace
 
 Origin = int | Equation | None
-"""The position of an input, or the equation that made a value; None of a constant, and of a transposed input."""
+"""The position of an input, or the equation that made a value; None for a constant or a transposed input."""
 
 _HAND_ON = frozenset("copy copy_p name optimization_barrier reshard sharding_constraint".split())
 
 
 class Input(NamedTuple):
-    """An input, its axes in another order."""
+    """An input, and the order of its axes."""
 
     position: int
     axes: tuple[int, ...]
 
 
 def call_with_origins(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[Any, list[Origin]]:
-    """``fn(params, *args)``, and the origins of its leaves; inputs are the leaves of ``params``, then of ``args``.
+    """``fn(params, *args)``, and the origins of its leaves. The inputs are the leaves of ``params``, then of ``args``.
 
-    ``fn`` is traced once, and what runs are its equations, so that a trace around this one sees what it would see of
+    ``fn`` is traced once, and then its equations run, so that a trace around this one sees the same as it would from
     ``fn`` itself.
     """
     leaves, treedef = jax.tree.flatten(params)
@@ -44,7 +44,7 @@ def origins(program: Program) -> list[Origin]:
 
 
 def _results(equation: Equation, operands: Sequence[Input | Equation | None]) -> list[Input | Equation | None]:
-    """What an equation's outputs are, given what its inputs are."""
+    """The origins of an equation's outputs, given those of its inputs."""
     if is_checkpoint(equation):
         return [operands[x] if isinstance(x, int) else x for x in origins(called_by(equation))]
     if equation.name == "scan":

@@ -1,4 +1,4 @@
-"""The paths of parameters in their tree, and of arrays in any."""
+"""The paths of parameters in their tree, and of arrays in any tree."""
 
 from typing import Any
 
@@ -11,5 +11,5 @@ def path_name(path: Any) -> str:
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[Any, Any]]:
-    """Pairs of a path and the leaf that is there."""
+    """Pairs of a path and the leaf at that path."""
     return jax.tree_util.tree_leaves_with_path(tree)

@@ -1,4 +1,4 @@
-"""The search for runs: which period, and where to cut it, so that the least is alive at once."""
+"""Searches for runs: which period, and where to cut it, so that the fewest bytes are alive at once."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import numpy as np
 from adalomo_jax.fused.plan.runs import Layers, Run, bytes_handed, nbytes
 
 _CUTS = 8
-"""So many places to cut a period are tried: those at which the least is handed from a layer to the next."""
+"""This many places to cut a period are tried: those where a layer hands the fewest bytes to the next."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Search:
         return self.runs(begin, best.start) + [best] + self.runs(best.start + best.period * best.layers, end)
 
     def _read_first(self, begin: int, end: int) -> dict[int, int]:
-        """The parameters that are read within a part of the program only, and where first."""
+        """The parameters that are read only within a part of the program, and the first equation that reads each."""
         readers = self.layers.readers
         return {
             v: min(readers[v])
@@ -47,14 +47,14 @@ class Search:
         return sum(self.parameters[v].nbytes for v in self._read_first(begin, end))
 
     def _bytes_with(self, run: Run, begin: int, end: int) -> int:
-        """What is alive at once, roughly: gradients of one layer and of what is not rolled, what is carried, copies."""
+        """The bytes alive at once, roughly: gradients of one layer and outside the run, carried values, and copies."""
         is_parameter = self.layers.is_parameter
         of_parameters = [values for role, values in zip(run.roles, run.values) if is_parameter(role, values)]
         inside, one_layer = {v for values in of_parameters for v in values}, {values[0] for values in of_parameters}
         outside = [v for v in self._read_first(begin, end) if v not in inside]
         size = sum(self.parameters[v].nbytes for v in [*outside, *one_layer])
         carried = {(values[0], role[1:]) for role, values in zip(run.roles, run.values) if role[0] == "carried"}
-        # Of a parameter that all layers read, one layer's share of the gradient is alive beside the sum.
+        # If all layers read a parameter, one layer's share of its gradient is alive beside the sum.
         shared = {values[0] for role, values in zip(run.roles, run.values) if role[0] == "constant"}
         of_leaves = self.layers.leaves | self.layers.ordered.of_leaves
         size += sum(nbytes(self.program, v) for v in shared if v in of_leaves)
@@ -82,7 +82,7 @@ class Search:
                 yield from self._runs_within(period, begin + int(first), begin + int(last) + period)
 
     def _runs_within(self, period: int, begin: int, end: int) -> Iterator[Run]:
-        """Of a part in which each equation is like the one a period later."""
+        """The runs in a part in which each equation is like the one a period later."""
         for start in self.cuts(period, begin, end):
             at = start
             while at + 2 * period <= end:
@@ -97,9 +97,10 @@ class Search:
         return sorted(range(begin, last), key=lambda cut: (handed[cut + period - begin], cut))[:_CUTS]
 
     def _is_chain(self, run: Run) -> bool:
-        """Whether a layer has parameters of its own, and hands on what it makes of what it was handed.
+        """Whether a layer has parameters of its own, and hands on a value that it makes from one that it was handed.
 
-        Products of one value do not: queries, keys and values. Nor do casts, cut between two operations on a parameter.
+        Products of one value do not: queries, keys and values. Nor do casts, if two operations on a parameter are cut
+        apart.
         """
         if not any(map(self.layers.is_parameter, run.roles, run.values)):
             return False
@@ -111,7 +112,7 @@ class Search:
         return any(role[0] == "carried" and role[1] in depends for role in run.roles)
 
     def _bytes_handed(self, begin: int, end: int) -> np.ndarray:
-        """What is made before and read after each place."""
+        """The bytes made before and read after each place."""
         made = [(k, v) for k in range(begin, end) for v in self.equations[k].outputs]
         last_read = lambda v, k: min(max(self.layers.readers[v], default=k), end)
         spans = ((k - begin, last_read(v, k) - begin, nbytes(self.program, v)) for k, v in made)

@@ -1,7 +1,7 @@
-"""Trees of parameters in which layers of a list are stacked: in the place of the first layer's leaf stands the stack.
+"""Trees of parameters in which layers of a list are stacked: the stack takes the place of the first layer's leaf.
 
-In the places of the other layers' leaves stands :class:`InStack`, which has no arrays. So the tree keeps its structure
-and its paths, says itself what became of each leaf, and gives the tree that it was made of back.
+An :class:`InStack`, which has no arrays, takes the place of each other layer's leaf. So the tree keeps its structure
+and its paths, records what became of each leaf, and can be turned back into the tree that it was made from.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,25 +21,25 @@ from adalomo_jax.fused.sharding import Sharding, of_layer, of_stack, sharding_of
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class InStack:
-    """What stands in the place of a parameter that is a layer of a stack."""
+    """Takes the place of a parameter that is a layer of a stack."""
 
     stack: str
-    """The path of the stack: that of its first layer, as ``jax.tree_util.keystr`` has it."""
+    """The path of the stack, which is that of its first layer, as ``jax.tree_util.keystr`` writes it."""
     layer: int
-    """Which one it is, from 1 on."""
+    """The layer's index in the stack, from 1 on."""
 
 
 def is_stacked(params: Any) -> bool:
-    """Whether layers in a tree are stacked."""
+    """Whether a tree has stacked layers."""
     return any(isinstance(x, InStack) for x in _entries(params)[1])
 
 
 def stack_layers(params: Any, stacks: Iterable[Sequence[int]]) -> Any:
-    """A tree in which leaves are stacked.
+    """Stacks leaves of a tree.
 
     Args:
       params: arrays, or ``jax.ShapeDtypeStruct``s.
-      stacks: of each stack the positions of its layers among the leaves.
+      stacks: for each stack, the positions of its layers among the leaves.
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths_and_leaves]
@@ -53,7 +53,7 @@ def stack_layers(params: Any, stacks: Iterable[Sequence[int]]) -> Any:
 
 
 def unstack_layers(params: Any) -> Any:
-    """The tree that was stacked, its leaves slices of the stacks: under ``jax.jit`` without a copy of its own."""
+    """The tree before stacking, with slices of the stacks as leaves: under ``jax.jit`` without a copy of their own."""
     paths, entries, treedef = _entries(params)
     found = list(entries)
     for first, *others in _stacks(paths, entries):
@@ -66,17 +66,17 @@ def unstack_layers(params: Any) -> Any:
 
 
 def layers_of(params: Any) -> list[tuple[int, ...]]:
-    """Of each leaf of a tree the positions of its layers among the leaves of `unstack_layers`; of no stack its own."""
+    """The positions of each leaf's layers among the leaves of `unstack_layers`; if it is no stack, its own position."""
     paths, entries, _ = _entries(params)
     stacks = {positions[0]: positions for positions in _stacks(paths, entries)}
     return [stacks.get(i, (i,)) for i, entry in enumerate(entries) if not isinstance(entry, InStack)]
 
 
 def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Of each stack the positions of its layers, the first being its own; refuses a tree that `stack_layers` made not.
+    """The positions of each stack's layers, its own first. Refuses a tree that `stack_layers` did not make.
 
     Raises:
-      ValueError: where a stack is missing, or has another number of layers than there are places for.
+      ValueError: if a stack is missing, or if its number of layers differs from the number of places for them.
     """
     way_out = "Change the tree that step.unplace(params) returns, and place that with step.place(params, *args)."
     position = {path: i for i, path in enumerate(paths) if not isinstance(entries[i], InStack)}
@@ -85,7 +85,7 @@ def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...
         if isinstance(entry, InStack):
             if entry.stack not in position:
                 raise ValueError(
-                    f"params{paths[i]} is layer {entry.layer} of the stack params{entry.stack}, where there is none. "
+                    f"params{paths[i]} is layer {entry.layer} of the stack params{entry.stack}, which is missing. "
                     f"{way_out}"
                 )
             members.setdefault(entry.stack, {position[entry.stack]: 0})[i] = entry.layer
@@ -100,21 +100,21 @@ def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...
 
 
 def layer_paths(params: Any) -> list[tuple[str, ...]]:
-    """Of each leaf of a tree the paths of its layers in the tree that was stacked; none of what is no stack."""
+    """For each leaf of a tree, the paths of its layers in the tree before stacking; none if it is no stack."""
     is_entry = lambda x: isinstance(x, InStack)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_entry)]
     return [tuple(path_name(paths[i]) for i in layers) if len(layers) > 1 else () for layers in layers_of(params)]
 
 
 def _entries(params: Any) -> tuple[list[str], list[Any], Any]:
-    """The paths of leaves and of what stands in their places, these, and the structure."""
+    """The paths of the leaves and of the `InStack`s, these entries, and the structure."""
     is_entry = lambda x: isinstance(x, InStack)
     paths_and_entries, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_entry)
     return [jax.tree_util.keystr(path) for path, _ in paths_and_entries], [x for _, x in paths_and_entries], treedef
 
 
 def stack(layers: Sequence[Any]) -> Any:
-    """Arrays, or shapes, with a layer axis in front, spread over devices as they are."""
+    """Stacks arrays, or shapes, along a new first axis. Each layer stays spread over devices as it is."""
     sharding = of_stack(sharding_of(layers[0]))
     if isinstance(layers[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=sharding)
@@ -122,7 +122,7 @@ def stack(layers: Sequence[Any]) -> Any:
 
 
 def unstack(stack: jax.Array) -> list[jax.Array]:
-    """The layers of a stack, each a copy, spread over devices as they are in it."""
+    """Copies of a stack's layers, each spread over devices as it is in the stack."""
     return _unstacking(of_layer(sharding_of(stack), 0))(stack)
 
 

@@ -1,4 +1,4 @@
-"""Where each parameter is updated: a value, made from the traced loss before anything is compiled."""
+"""The plan: where each parameter is updated. It is a value, made from the traced loss before anything is compiled."""
 
 import math
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class Segment:
     equations: tuple[Equation, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    """Those that are read after the segment."""
+    """The values that are read after the segment."""
     batched: bool
-    """Whether it is run for each microbatch; then all of its outputs differ between them."""
+    """Whether it runs for each microbatch; if so, all of its outputs differ between microbatches."""
 
 
 class Stack(NamedTuple):
@@ -40,7 +40,7 @@ class Stack(NamedTuple):
     trained: bool
     """Whether the scan updates it."""
     sharding: Sharding
-    """Of one layer, its layer axis kept."""
+    """The sharding of one layer, with its layer axis kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +49,20 @@ class LayerScan:
 
     scan: Scan
     operands: tuple[int, ...]
-    """All that the scan is applied to, in its order."""
+    """All operands of the scan, in its order."""
     outputs: tuple[int, ...]
-    """All of the scan's, read or not."""
+    """All outputs of the scan, read or not."""
     read_ys: tuple[int, ...]
-    """The positions among the outputs of the ``ys`` that are read after the scan."""
+    """The positions, among the outputs, of the ``ys`` that are read after the scan."""
     stacks: tuple[Stack, ...]
     chain: tuple[Equation, ...]
-    """What is done to one layer of the stacks, its layer axis kept, before the body receives it."""
+    """The operations on one layer of the stacks, with its layer axis kept, before the body receives it."""
     layers: tuple[tuple[int, int], ...]
-    """Pairs of a body's input and the value, a stack or made of stacks by the chain, that it is one layer of."""
+    """Pairs of a body's input and the value that it is one layer of: a stack, or what the chain makes of stacks."""
     invariant: tuple[Equation, ...]
-    """The body's equations that are the same in each iteration: what they make is not saved for each layer."""
+    """The body's equations that are the same in each iteration: their results are not saved for each layer."""
     body: tuple[Segment, ...]
-    """The others."""
+    """The other equations of the body."""
     active: frozenset[int]
     """The values of the body that depend on a trained parameter."""
     batched: frozenset[int]
@@ -82,7 +82,7 @@ class LayerScan:
 
     @cached_property
     def made_of(self) -> dict[int, frozenset[int]]:
-        """Of each value, a stack or made of stacks by the chain, the stacks that it is made of."""
+        """The stacks that each value is made of. A value is a stack, or the chain makes it of stacks."""
         found = {stack.value: frozenset([stack.value]) for stack in self.stacks}
         for equation in self.chain:
             sources = frozenset[int]().union(*(found[v] for v in equation.inputs if v in found))
@@ -91,14 +91,14 @@ class LayerScan:
 
     @cached_property
     def read_by(self) -> tuple[frozenset[int], ...]:
-        """Of each segment of the body the stacks that it reads a layer of."""
+        """The stacks of which each segment of the body reads a layer."""
         outer = dict(self.layers)
         values = [[outer[v] for v in segment.inputs if v in outer] for segment in self.body]
         return tuple(frozenset(stack for value in read for stack in self.made_of[value]) for read in values)
 
     @cached_property
     def homes(self) -> dict[int, int]:
-        """Of each stack the first segment of the body that reads it: once that is pulled back, its gradient is there.
+        """The first segment of the body that reads each stack: once it is pulled back, the gradient is complete.
 
         Stacks that are made into one value before the scan have one home.
         """
@@ -112,7 +112,7 @@ class LayerScan:
         return found
 
     def last_read(self, stack: int) -> int:
-        """The last segment of the body that reads a stack: while that is pulled back, its gradient begins."""
+        """The last segment of the body that reads a stack. While it is pulled back, the stack's gradient begins."""
         return max((s for s, read in enumerate(self.read_by) if stack in read), default=self.homes[stack])
 
 
@@ -128,34 +128,34 @@ class LeafPlan:
     dtype: str
     trained: bool
     layers: int | None
-    """The length of its layer axis where it is updated layer by layer in a scan; None where it is updated whole."""
+    """The length of its layer axis if it is updated layer by layer in a scan; None if it is updated whole."""
     axis: int | None
     """The axis along which its layers are stacked."""
     stage: int
-    """The stage of the backward pass after which its last cotangent is there."""
+    """The stage of the backward pass after which its gradient is complete."""
     read_by: tuple[int, ...]
     """The stages of the forward pass that read it."""
     reason: str
-    """Why it is updated there; of a layer of a list that is not stacked `Plan.reasons` says more."""
+    """Why it is updated there. `Plan.reasons` says more about a layer of a list that is not stacked."""
     misplaced: bool
     """Whether a scan runs over its layers, and yet it has to be updated whole."""
     sharding: Sharding = field(default=None, repr=False)
     """How it is spread over an automatic mesh."""
     layer_paths: tuple[str, ...] = ()
-    """Of layers of a list that were stacked the path that each had."""
+    """If layers of a list were stacked, the path that each of them had."""
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of what is updated at once: of a stack, that of one layer."""
+        """The shape of the tensor that is updated at once; for a stack, that of one layer."""
         return self.shape if self.axis is None else self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
     @property
     def tensor_sharding(self) -> Sharding:
-        """Of what is updated at once."""
+        """The sharding of the tensor that is updated at once."""
         return of_layer(self.sharding, self.axis)
 
     def gradient_bytes_at(self, stage: int) -> int:
-        """Bytes of its gradient that are alive while a stage is pulled back: of a stack, one layer's."""
+        """Bytes of its gradient that are alive while a stage is pulled back; for a stack, those of one layer."""
         has_begun = stage <= max(self.read_by, default=self.stage)
         if not (self.trained and self.stage <= stage and has_begun):
             return 0
@@ -175,11 +175,11 @@ class Plan:
     batched: frozenset[int] = field(repr=False, compare=False)
     """The values of the program that differ between microbatches."""
     find_lists: Callable[[], Lists] = field(default=Lists, repr=False, compare=False)
-    """Says what `lists` is: it searches, so it is asked only by those who read that."""
+    """Computes `lists`. It searches, so it is called only when `lists` is read."""
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The trained leaves that are updated together: of each stage the stacks of its scan, or the whole leaves."""
+        """The trained leaves that are updated together: the stacks of a stage's scan, or its whole leaves."""
         members: dict[tuple[int, bool], list[int]] = {}
         for i, leaf in enumerate(self.leaves):
             if leaf.trained:
@@ -188,11 +188,11 @@ class Plan:
 
     @property
     def updates_early(self) -> bool:
-        """Whether any gradient can be gone before all are there. If not, the fused step is the unfused one."""
+        """Whether any gradient can be freed before all are complete. If not, the fused step is the unfused one."""
         return len(self.stages) > 1 or any(isinstance(stage, LayerScan) for stage in self.stages)
 
     def group_of(self, stage: int, *, whole: bool) -> Group | None:
-        """The leaves that are updated in a stage's scan, or the whole ones after the stage has been pulled back."""
+        """The leaves that are updated in a stage's scan, or the whole leaves updated after it is pulled back."""
         groups = [group for group in self.groups if (group.layers is None) == whole]
         return next((group for group in groups if self.leaves[group.leaves[0]].stage == stage), None)
 
@@ -200,7 +200,7 @@ class Plan:
     def stacks_of_matrices(self) -> tuple[int, ...]:
         """The positions of the leaves that ``offload="params"`` keeps in host memory.
 
-        Layer scans run over them, trained or not, on an axis before their last two: a layer is whole matrices.
+        Layer scans run over these leaves, trained or not, on an axis before their last two: a layer is whole matrices.
         """
         stacks = [stack for stage in self.stages if isinstance(stage, LayerScan) for stack in stage.stacks]
         return tuple(sorted(stack.leaf for stack in stacks if stack.axis < len(self.leaves[stack.leaf].shape) - 2))
@@ -211,7 +211,7 @@ class Plan:
         return max(map(self._gradient_bytes_at, range(len(self.stages))), default=0)
 
     def _gradient_bytes_at(self, index: int) -> int:
-        """While a stage is pulled back: of a scan, those of the segment of its body that has the most."""
+        """Bytes alive while a stage is pulled back; for a scan, those of the segment of its body that has the most."""
         stage, of_leaves = self.stages[index], [leaf.gradient_bytes_at(index) for leaf in self.leaves]
         if not isinstance(stage, LayerScan):
             return sum(of_leaves)
@@ -247,7 +247,7 @@ class Plan:
 
     @cached_property
     def lists(self) -> Lists:
-        """Layers that repeat in a list, which `FusedStep.place` would stack or not; and why others are not stacked."""
+        """Layers that repeat in a list, which `FusedStep.place` would stack or not, and why others are not stacked."""
         return self.find_lists()
 
     @property
@@ -258,7 +258,7 @@ class Plan:
 
     @cached_property
     def reasons(self) -> tuple[str, ...]:
-        """Of each parameter why it is updated where it is; of a layer of a list by itself, why it is in no stack."""
+        """Why each parameter is updated where it is; for an unstacked layer of a list, why it is in no stack."""
         of_lists = self.lists.reasons or [None] * len(self.leaves)
         return tuple(map(_with_reason, self.leaves, of_lists))
 

@@ -29,13 +29,13 @@ def make_plan(
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
 
     Args:
-      program: the traced loss; where there are microbatches, of one.
-      paths: of each parameter.
-      trained: of each parameter whether it is.
-      batched_inputs: the inputs that differ between microbatches; none where there are no microbatches.
-      shardings: of each parameter, where they are known.
-      layer_paths: of each parameter the paths of its layers, where layers of a list were stacked.
-      find_lists: searches the lists of layers for what is not stacked.
+      program: the traced loss; with microbatches, that of one microbatch.
+      paths: the path of each parameter.
+      trained: whether each parameter is trained.
+      batched_inputs: the inputs that differ between microbatches; none if there are no microbatches.
+      shardings: the sharding of each parameter, if they are known.
+      layer_paths: the paths of each parameter's layers, if layers of a list were stacked.
+      find_lists: searches the lists of layers for parameters that are not stacked.
     """
     shardings, layer_paths = shardings or [None] * len(paths), layer_paths or [()] * len(paths)
     values = program.inputs[: len(paths)]
@@ -48,7 +48,7 @@ def make_plan(
         for (scan, chain), counts in zip(chains, is_stage)
         if counts
     ]
-    # Of other equations all results are batched, or none: a segment is run for each microbatch, or once.
+    # Any other equation has only batched results, or none: a segment runs for each microbatch, or once.
     batched = None
     if batched_inputs:
         batched = frozenset(batched_values(program, batched_inputs, [scan for scan, _, _ in layer_scans]))
@@ -96,7 +96,7 @@ def _stages(
     active: Collection[int],
     batched: Collection[int] | None,
 ) -> tuple[Stage, ...]:
-    """The program, cut before and after each layer scan, and each checkpoint that reads a trained parameter."""
+    """Cuts the program before and after each layer scan, and each checkpoint that reads a trained parameter."""
     of_scan = {id(scan): (chain, stacks) for scan, chain, stacks in layer_scans}
     in_chain = {id(equation) for _, chain, _ in layer_scans for equation in chain.equations}
     others = [equation for equation in program.equations if id(equation) not in in_chain]
@@ -113,7 +113,7 @@ def _stages(
 
 
 def _cut(equations: Sequence[Equation], by_itself: Callable[[Equation], bool]) -> list[list[Equation]]:
-    """The equations, cut before and after each that is to stand by itself; of none, one part without any."""
+    """Cuts the equations before and after each one that stands by itself. No equations make one empty part."""
     parts: list[list[Equation]] = [[]]
     for equation in equations:
         if by_itself(equation):
@@ -126,7 +126,7 @@ def _cut(equations: Sequence[Equation], by_itself: Callable[[Equation], bool]) -
 def _body(
     scan: Scan, equations: Sequence[Equation], layers: Collection[int], batched: Collection[int] | None
 ) -> list[Segment]:
-    """Of a body with several checkpoints that read a trained layer, each is pulled back by itself."""
+    """If a body has several checkpoints that read a trained layer, each is pulled back by itself."""
     checkpoints = {id(e) for e in equations if is_checkpoint(e) and any(v in layers for v in e.inputs)}
     parts = _cut(equations, lambda e: id(e) in checkpoints) if len(checkpoints) > 1 else [list(equations)]
     segments: list[Segment] = []
@@ -137,7 +137,7 @@ def _body(
 
 
 def _segments(equations: Sequence[Equation], batched: Collection[int] | None, read_later: set[int]) -> list[Segment]:
-    """What is the same for each microbatch, and then what is not. Adds what they read to `read_later`."""
+    """A segment of what is the same for each microbatch, then one of the rest. Adds their inputs to `read_later`."""
     differs = [batched is not None and (e.has_effects or any(v in batched for v in e.outputs)) for e in equations]
     same = [equation for equation, flag in zip(equations, differs) if not flag]
     mapped = [equation for equation, flag in zip(equations, differs) if flag]
@@ -186,7 +186,7 @@ def _layer_scan(
 
 
 def _split_invariant(scan: Scan, varies: Collection[int]) -> tuple[list[Equation], list[Equation]]:
-    """The body's equations without effects that read only what never varies, and the others."""
+    """Splits the body's equations: those without effects that read only values that never vary, and the others."""
     known = {*scan.body.constants, *scan.body.inputs[: scan.num_consts]}.difference(varies)
     invariant, varying = [], []
     for equation in scan.body.equations:

@@ -1,9 +1,9 @@
-"""Second readers of a stack of layers: what reads one layer at a time is computed by the scan that runs over them.
+"""Second readers of a stack of layers: if they read one layer at a time, the scan over the layers computes them.
 
-A sum of squares over a stack, a penalty in the loss or a norm that it returns, reads the stack beside its scan. Its
-part of the gradient is a whole stack then, and the stack has to be updated whole. But such a reader looks at each layer
-by itself, and adds up what it finds. So here the scan's body looks at its layer, the scan returns what was found in
-each, and what adds that up comes after the scan.
+A sum of squares over a stack (a penalty in the loss, or a norm that it returns) reads the stack beside its scan. Then
+its part of the gradient is a whole stack, and the stack has to be updated whole. But such a reader looks at each layer
+by itself, and adds up the results. So here the scan's body looks at its layer, the scan returns each layer's result,
+and the program adds them up after the scan.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,37 +20,37 @@ from adalomo_jax.fused.plan.jaxpr import Equation, Program, evaluate, retrace, s
 
 _REDUCTIONS = ("reduce_sum", "reduce_and", "reduce_or", "reduce_max", "reduce_min", "reduce_prod")
 _OVER_LAYERS = {"reduce_sum": lax.reduce_sum, "reduce_and": lax.reduce_and, "reduce_or": lax.reduce_or}
-"""Those that may be made within layers first. The gradient of a maximum, where two are as large, would be another."""
+"""The reductions that may run within layers first. The gradient of a maximum would change if two values tie."""
 
 _FLAT = -1
-"""The layer axis of a stack whose axes have become one, in which the layers follow each other."""
+"""The layer axis of a stack whose axes were merged into one, in which the layers follow each other."""
 
 
 @dataclass
 class _Reading:
-    """What is computed of single layers of the stacks that a scan runs over."""
+    """What the program computes from single layers of the stacks that a scan runs over."""
 
     program: Program
     layers: int
     axes: dict[int, int]
-    """The layer axis of each value that is computed layer by layer; at first, of the stacks."""
+    """The layer axis of each value that is computed layer by layer; at first, only of the stacks."""
     stacks: dict[int, frozenset[int]]
-    """The stacks that a value is computed of; of one layer, or of all where `sums` has it."""
+    """The stacks that a value is computed from: from one layer, or from all layers if `sums` has it."""
     steps: dict[int, Equation] = field(default_factory=dict)
-    """What makes a value of one layer, its layer axis kept; by the value."""
+    """For each value, the equation that makes it for one layer, with its layer axis kept."""
     sums: dict[int, str] = field(default_factory=dict)
-    """The values that are reductions over the layers of what their step makes of one: by which."""
+    """For each value that reduces its step's results over the layers, the reduction."""
     fills: dict[int, Equation] = field(default_factory=dict)
-    """What is the same in all entries, and has no layers until something is computed of it and of layers."""
+    """Values that are the same in all entries. They have no layers until an equation combines them with layers."""
 
 
 def fold_readers(program: Program, leaves: Sequence[int], trained: Sequence[bool]) -> Program:
-    """The program, with what scans can compute of one layer at a time computed there. It computes the same.
+    """Moves what scans can compute from one layer at a time into them. The program computes the same.
 
     Args:
       program: the loss.
       leaves: the parameters, which are its first inputs.
-      trained: of each whether it is; the others need no gradient, wherever they are read.
+      trained: whether each is trained; the others need no gradient, wherever they are read.
     """
     lost = _misplaced(program, leaves, trained)
     scans = [equation for equation in program.equations if equation.name == "scan" and scan_of(equation).length > 0]
@@ -67,7 +67,7 @@ def _misplaced(program: Program, leaves: Sequence[int], trained: Sequence[bool])
 
 
 def _fold_into(program: Program, scan: Equation, leaves: Sequence[int], lost: Collection[int]) -> Program | None:
-    """The program in which a scan has taken in the readers of lost leaves; None where there are none to take in."""
+    """The program in which a scan has taken in the readers of lost leaves; None if there are none to take in."""
     axes = layer_axes(program, scan, scan.inputs[scan_of(scan).first_xs :])
     run_over = {v: axes[v] for v in leaves if v in axes}
     reading = _read(program, scan, run_over)
@@ -93,7 +93,7 @@ def _fold_into(program: Program, scan: Equation, leaves: Sequence[int], lost: Co
 
 
 def _read(program: Program, scan: Equation, run_over: dict[int, int]) -> _Reading:
-    """Follows the stacks forward, as long as what is computed acts on each layer alone."""
+    """Follows the stacks forward, as long as the equations act on each layer alone."""
     reading = _Reading(program, scan_of(scan).length, dict(run_over), {v: frozenset([v]) for v in run_over})
     for equation in program.equations:
         scalars = [v for v in equation.inputs if not program.avals[v].ndim]
@@ -120,7 +120,7 @@ def _read(program: Program, scan: Equation, run_over: dict[int, int]) -> _Readin
 
 
 def _axis_made(reading: _Reading, equation: Equation, arrays: Sequence[int]) -> tuple[int | None, str | None]:
-    """The layer axis of what an equation makes, or the reduction over layers that it is; else None twice."""
+    """The layer axis of an equation's result, or the reduction over layers that it is; otherwise None twice."""
     avals, params, made = reading.program.avals, equation.params, reading.program.avals[equation.outputs[0]]
     axes = [reading.axes[v] for v in arrays if v in reading.axes]
     axis = axes[0]
@@ -149,7 +149,7 @@ def _axis_made(reading: _Reading, equation: Equation, arrays: Sequence[int]) -> 
 
 
 def _claim(reading: _Reading, fill: int, axis: int) -> bool:
-    """Gives a value that is the same in all entries this layer axis; whether it has no other."""
+    """Gives a value that is the same in all entries this layer axis. Returns whether it has no other."""
     if fill not in reading.axes:
         equation = reading.fills[fill]
         if not all(_claim(reading, v, axis) for v in arrays_in(reading.program, equation)):
@@ -160,7 +160,7 @@ def _claim(reading: _Reading, fill: int, axis: int) -> bool:
 
 
 def _of_one_layer(reading: _Reading, equation: Equation, axis: int | None) -> Equation:
-    """The equation, applied to one layer; a reduction over layers is one over an axis of size 1."""
+    """The equation, applied to one layer; a reduction over layers becomes one over an axis of size 1."""
     if axis is None:
         return equation
     if axis != _FLAT:
@@ -181,7 +181,7 @@ def _needed_for(program: Program, scan: Equation) -> set[int]:
 
 
 def _waiting(program: Program, scan: Equation, moved: Collection[int], reading: _Reading) -> list[Equation]:
-    """What stands before the scan and needs what the scan is to compute, but for what is computed of layers."""
+    """The equations before the scan that need a value that it will compute, except those that compute from layers."""
     late, waiting = set(moved), []
     for equation in program.equations[: next(i for i, e in enumerate(program.equations) if e is scan)]:
         if late.intersection(equation.inputs) and not any(v in reading.steps for v in equation.outputs):
@@ -191,7 +191,7 @@ def _waiting(program: Program, scan: Equation, moved: Collection[int], reading: 
 
 
 def _reorders_effects(program: Program, scan: Equation, moved: Collection[int], reading: _Reading) -> bool:
-    """Whether something with an effect would come after what it stands before."""
+    """Whether equations with effects would change their order."""
     waiting = {id(equation) for equation in _waiting(program, scan, moved, reading)}
     passed = False
     for equation in program.equations[: next(i for i, e in enumerate(program.equations) if e is scan) + 1]:
@@ -218,14 +218,14 @@ def _run(program: Program, scan: Equation, reading: _Reading, moved: set[int], v
 def _run_scan(
     program: Program, equation: Equation, reading: _Reading, moved: Collection[int], values: dict[int, Any]
 ) -> dict[int, Any]:
-    """What the scan returns, and what it has computed of all layers."""
+    """The scan's outputs, and the values that it computed from all layers."""
     scan = scan_of(equation)
     operands = [values[v] for v in equation.inputs]
     consts, carry = operands[: scan.num_consts], operands[scan.num_consts : scan.first_xs]
     steps, stacks = _steps_to(program, reading, moved)
     layers = [jnp.moveaxis(values[v], reading.axes[v], 0) for v in stacks]
 
-    # What is read of a layer would be saved for the way back, as large as the layer; it is there again.
+    # Otherwise residuals as large as the layer would be saved; the backward pass has the layer again anyway.
     @jax.checkpoint
     def read(layers: list[Any]) -> list[Any]:
         kept = [jnp.expand_dims(layer, reading.axes[v]) for v, layer in zip(stacks, layers)]
@@ -252,7 +252,7 @@ def _run_scan(
 
 
 def _steps_to(program: Program, reading: _Reading, moved: Collection[int]) -> tuple[list[Equation], list[int]]:
-    """What makes these values of one layer, in the program's order, and the stacks that it is made of."""
+    """The steps that make these values for one layer, in the program's order, and the stacks that they start from."""
     needed, steps = set(moved), []
     for equation in reversed(program.equations):
         step = reading.steps.get(equation.outputs[0]) if len(equation.outputs) == 1 else None

@@ -1,8 +1,8 @@
-"""Equations that repeat, layer after layer, as a loop in Python over a list of layers leaves them in a program.
+"""Finds equations that repeat, layer after layer, as a Python loop over a list of layers leaves them in a program.
 
-Found by structure: a run of equations, of which each is like the one that stands a period before it. What a layer reads
-it makes itself, or it is what the layer before made at the same place (carried), or it was there before the run: the
-same for each layer, or for each another. Parameters that are others for each layer are what such a run is looked for.
+The search goes by structure: in a run, each equation is like the one a period before it. A value that a layer reads was
+made in that layer, or by the layer before at the same place (carried), or before the run. In the last case it is the
+same for each layer, or each layer has its own. The search looks for runs whose layers have their own parameters.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
@@ -18,18 +18,18 @@ from adalomo_jax.fused.plan.runs import Layers, Parameter, Run, nbytes
 
 
 class Carried(NamedTuple):
-    """A value that each layer receives of the one before."""
+    """A value that each layer receives from the one before."""
 
     initial: int
     """What the first layer receives."""
     received: int
     """Its number in the layer."""
     made: int
-    """The number in the layer of what the next one receives."""
+    """The number, in the layer, of the value that the next one receives."""
 
 
 class Scanned(NamedTuple):
-    """Values that are others for each layer."""
+    """Values of which each layer has its own."""
 
     values: tuple[int, ...]
     """In the order of the layers."""
@@ -39,7 +39,7 @@ class Scanned(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a layer makes and something after the run reads."""
+    """A value that a layer makes and something after the run reads."""
 
     value: int
     layer: int
@@ -57,7 +57,7 @@ class Repeat:
     """How many equations a layer has."""
     layers: int
     layer: tuple[Equation, ...]
-    """The first layer's equations; what they receive has numbers of its own."""
+    """The first layer's equations; the values that they receive have their own numbers."""
     carried: tuple[Carried, ...]
     scanned: tuple[Scanned, ...]
     read: tuple[Read, ...]
@@ -76,12 +76,12 @@ class Found(NamedTuple):
 
     @property
     def program(self) -> Program:
-        """The one that was searched, but a checkpoint around a loop is opened, and checkpoints are given constants."""
+        """The program that was searched, with checkpoints around loops opened, and checkpoints given constants."""
         return self.layers.program
 
     @property
     def ordered(self) -> Ordered:
-        """Its equations."""
+        """The program's equations."""
         return self.layers.ordered
 
 
@@ -91,7 +91,7 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
     Args:
       program: a loss.
       leaves: its parameters.
-      kinds: of each; equal for those that one stack may hold, None where none may. Picks of a parameter always may.
+      kinds: the kind of each: equal if one stack may hold them, None if no stack may. Picks of a parameter always may.
     """
     program = with_folded_as_operands(program)
     found = _find(program, leaves, kinds, leaves)
@@ -103,7 +103,7 @@ def find_repeats(program: Program, leaves: Sequence[int], kinds: Sequence[Hashab
 
 
 def _in_parts(found: Found, leaves: Collection[int]) -> set[int]:
-    """The leaves of which a single entry is read, but not as a layer: a layer's own, such as a bias with two rows."""
+    """The leaves of which a single entry is read, but not as a layer: one layer's own, such as a bias with two rows."""
     picks = found.ordered.picks
     scanned = {v for repeat in found.repeats for scanned in repeat.scanned for v in scanned.values}
     return {pick.source for pick in picks.values() if pick.source in leaves} - {
@@ -112,7 +112,7 @@ def _in_parts(found: Found, leaves: Collection[int]) -> set[int]:
 
 
 def _find(program: Program, leaves: Sequence[int], kinds: Sequence[Hashable], pickable: Collection[int]) -> Found:
-    """What repeats, where a single entry of those that are pickable, and no part of the others, may be a layer."""
+    """Finds what repeats, if a single entry of a pickable leaf may be a layer, and no part of another leaf may."""
     signatures = Signatures()
     ordered = in_order(program, leaves, signatures, pickable)
     kind_of = {v: kind for v, kind in zip(leaves, kinds, strict=True) if kind is not None}
@@ -142,7 +142,7 @@ def _outside(ordered: Ordered, repeats: Sequence[Repeat]) -> list[Equation]:
 
 
 def _is_loop(checkpoint: Equation, program: Program, ordered: Ordered, parameters: Mapping[int, Parameter]) -> bool:
-    """Whether layers repeat in it, of parameters or, where they were cast before, of what was made of these alone."""
+    """Whether layers repeat in it that read parameters, or values made from parameters alone, such as casts."""
     of_leaves = {v: ("of leaves", str(program.avals[v])) for v in checkpoint.inputs if v in ordered.of_leaves}
     kinds = [parameters[v].kind if v in parameters else of_leaves.get(v) for v in checkpoint.inputs]
     known = [kind for kind in kinds if kind is not None]
@@ -153,7 +153,7 @@ def _is_loop(checkpoint: Equation, program: Program, ordered: Ordered, parameter
 
 
 def _repeat(of: Layers, run: Run) -> Repeat:
-    """With numbers for what a layer receives."""
+    """Describes a run, with numbers for the values that a layer receives."""
     numbers: dict[Any, int] = {}
     number = lambda key: numbers.setdefault(key, len(of.program.avals) + len(numbers))
     carried, scanned, inputs = {}, {}, []

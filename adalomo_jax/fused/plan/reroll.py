@@ -1,4 +1,4 @@
-"""Layers that a Python loop left side by side in a program, rolled up again into a scan over their stacks."""
+"""Rolls layers that a Python loop left side by side in a program back up, into a scan over their stacks."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -15,10 +15,10 @@ from adalomo_jax.fused.plan.saving import evaluate_layer
 
 
 def reroll(program: Program, leaves: Sequence[int]) -> Program:
-    """The program, in which what repeats over the layers of stacks is a scan. It computes the same.
+    """Puts a scan in place of the equations that repeat over layers of stacks. The program computes the same.
 
     Args:
-      program: a loss that reads single layers of stacks, each at an index that is known.
+      program: a loss that reads single layers of stacks, each at a known index.
       leaves: the parameters, which are its first inputs.
     """
     if not picks_layers(program, leaves):
@@ -42,7 +42,7 @@ def _run(found: Found, values: dict[int, Any]) -> list[Any]:
 
 
 def _scan(found: Found, repeat: Repeat, values: dict[int, Any]) -> None:
-    """Runs a scan in the place of a run, and adds what is read after it to the values."""
+    """Runs a scan in place of a run, and adds its results that are read later to the values."""
     program, ordered = found.program, found.ordered
     handed_on = {c.made: c.received for c in repeat.carried}
     last = {r.value: handed_on[r.made] for r in repeat.read if r.layer == repeat.layers - 1 and r.made in handed_on}
@@ -68,10 +68,10 @@ def _scan(found: Found, repeat: Repeat, values: dict[int, Any]) -> None:
 
 
 def _split_same(repeat: Repeat, of_leaves: Collection[int]) -> tuple[list[Equation], list[Equation]]:
-    """A layer's equations that compute the same in each, and the others.
+    """Splits a layer's equations: those that compute the same in each layer, and the others.
 
-    What is made of parameters counts as the others. Outside of them it would be saved by each layer: a shared matrix's
-    transpose, say, where the matrix itself is there again.
+    Equations that read parameters count among the others. Outside the layers, each layer would save their results: say,
+    a shared matrix's transpose, although the matrix itself is available again.
     """
     varies = {received.received for received in (*repeat.carried, *repeat.scanned)}.union(of_leaves)
     same, others = [], []
@@ -85,7 +85,7 @@ def _split_same(repeat: Repeat, of_leaves: Collection[int]) -> tuple[list[Equati
 
 
 def _stack(program: Program, ordered: Ordered, scanned: Scanned, values: Mapping[int, Any]) -> Any:
-    """Values that are others for each layer, with a layer axis in front; the array that they are layers of, if so."""
+    """Stacks one value for each layer along a first axis; if they are the layers of an array, takes that array."""
     picks = [ordered.picks.get(v) for v in scanned.values]
     if picks[0] is not None and picks == [picks[0]._replace(index=i) for i in range(len(picks))]:
         source = values[picks[0].source]
@@ -97,6 +97,6 @@ def _stack(program: Program, ordered: Ordered, scanned: Scanned, values: Mapping
 
 
 def _strong(x: Any) -> Any:
-    """The array, of a dtype that it keeps."""
+    """The array, with a dtype that is not weak."""
     x = jnp.asarray(x)
     return lax.convert_element_type(x, x.dtype) if jax.typeof(x).weak_type else x

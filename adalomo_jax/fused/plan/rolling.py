@@ -1,4 +1,4 @@
-"""Which parameters of a list of layers a step keeps stacked: those of layers that repeat, and are updated alike."""
+"""Finds the parameters of a list of layers that a step keeps stacked: the layers repeat, and are updated alike."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +22,8 @@ from adalomo_jax.fused.sharding import Sharding, sharding_of
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
 
 FEWEST_WITHOUT_CHECKPOINTS = 6
-"""So many layers are stacked if they save more than their inputs. Unrolled, XLA saves less of each layer than a scan
-does; what a stack spares, gradients, outweighs that from here on (tests/fused/benchmark_few_layers.py)."""
+"""The fewest layers that are stacked if they save more than their inputs. Unrolled, XLA saves less of each layer than a
+scan does. From here on, the gradients that a stack spares outweigh that (tests/fused/benchmark_few_layers.py)."""
 
 
 def find_stacks(
@@ -34,17 +34,17 @@ def find_stacks(
     args: Sequence[Any],
     extra_args: Mapping[str, Any],
 ) -> list[tuple[int, ...]]:
-    """Of each stack the positions of its layers among the parameters, in the order in which the loss reads them.
+    """For each stack, the positions of its layers among the parameters, in the order in which the loss reads them.
 
-    Layers are of one stack only if they are trained alike, spread over devices alike, and if ``tx`` has the same rule
-    for each: where a mask or a label names one of them, that one stays by itself.
+    Layers share a stack only if they are trained alike, are spread over devices alike, and ``tx`` has the same rule
+    for each: if a mask or a label names one of them, that one stays by itself.
     """
     leaves, treedef = jax.tree.flatten(params)
     trained = trained_leaves(params, options.trainable)
     program, _ = trace(lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args), shapes_on_device(leaves), *args)
     of_params = program.inputs[: len(leaves)]
     if not any(_are_enough(repeat, options.roll) for repeat in find_repeats(program, of_params, trained).repeats):
-        return []  # as most models: then tx need not be asked
+        return []  # as in most models: tx need not be asked
     rules = _rules(tx, treedef, [program.avals[v] for v in of_params], trained, extra_args)
     kinds = list(zip(trained, rules, map(str, map(sharding_of, leaves)), strict=True))
     found = find_repeats(program, of_params, kinds)
@@ -62,15 +62,15 @@ def lists_of(
     shardings: Sequence[Sharding],
     extra_args: Mapping[str, Any],
 ) -> Lists:
-    """What is known of the lists of layers of a loss: what could be stacked and is not, and why other leaves are not.
+    """What is known about a loss's lists of layers: what could be stacked but is not, and why other leaves are not.
 
     Args:
       tx: the optimizer.
-      options: of the step.
+      options: the options of the step.
       program: the loss, with nothing rolled up yet.
-      treedef: of its parameters, placed or not.
-      shardings: of each.
-      extra_args: those of ``tx.update`` that are known.
+      treedef: the structure of its parameters, placed or not.
+      shardings: the sharding of each parameter.
+      extra_args: the extra arguments of ``tx.update`` that are known.
     """
     types = [program.avals[v] for v in program.inputs[: len(shardings)]]
     shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -84,7 +84,7 @@ def lists_of(
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(unplaced)
     try:
         rules = _rules(tx, treedef, [leaf for _, leaf in paths_and_leaves], trained, extra_args)
-    except ExtraArgumentMissing:  # before a step they may not be known: then what `tx` does is not told apart
+    except ExtraArgumentMissing:  # they may not be known before a step: then the rules of `tx` are not told apart
         rules = [None] * len(values)
     leaves = [
         Leaf(path_name(path), v, program.avals[v].str_short(), is_trained, rule, str(sharding_of(x)))
@@ -101,7 +101,7 @@ def lists_of(
 
 
 def _are_enough(repeat: Repeat, roll: bool | int) -> bool:
-    """Whether so many layers are stacked: if it takes less memory, or from as many on as the user says."""
+    """Whether this many layers are stacked: if that takes less memory, or if the user's minimum is reached."""
     if not is_bool(roll):
         return repeat.layers >= roll
     own = {scanned.received for scanned in repeat.scanned if scanned.is_parameter}
@@ -116,7 +116,7 @@ def _rules(
     trained: Sequence[bool],
     extra_args: Mapping[str, Any],
 ) -> list[Any]:
-    """Of each parameter what ``tx`` does with it; equal for those that it treats alike."""
+    """What ``tx`` does with each parameter; equal for those that it treats alike."""
     tensors = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals)
     group = Group(tuple(i for i, is_trained in enumerate(trained) if is_trained), None)
     loss = jax.ShapeDtypeStruct((), jnp.float32)

@@ -1,7 +1,7 @@
 """Runs of equations in which each layer is like the one before, and how the inputs of two such layers relate.
 
-What a layer reads it makes itself, or it is what the layer before made at the same place (carried), or it was there
-before the run: the same for each layer (constant), or for each another (scanned).
+A value that a layer reads was made in that layer, or by the layer before at the same place (carried), or before the
+run. In the last case it is the same for each layer (constant), or each layer has its own (scanned).
 """
 
 from collections import defaultdict
@@ -16,27 +16,27 @@ from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.order import Ordered
 
 FEWEST = 3
-"""So many layers of a list are stacked. Of two, one is copied whenever it is read from the stack: nothing is gained."""
+"""The fewest layers of a list to stack. With two, one is copied at each read from the stack: nothing is gained."""
 
 
 class Parameter(NamedTuple):
     """A value that may be one layer's share of a stack: a parameter, or one layer of a parameter that is a stack."""
 
     kind: Hashable
-    """Equal for those that one stack can hold."""
+    """Equal for parameters that one stack can hold."""
     nbytes: int
 
 
 @dataclass
 class Run:
-    """A run as it is found: of each input of a layer's equations, in their order, where it comes from."""
+    """A run as it is found: where each input of a layer's equations comes from, in their order."""
 
     start: int
     period: int
     layers: int
     roles: list[tuple[Any, ...]]
     values: list[list[int]]
-    """Of each input, of each layer the value."""
+    """For each input, its value in each layer."""
 
 
 @dataclass
@@ -64,13 +64,13 @@ class Layers:
             self.readers[v].append(len(equations))
 
     def first_use(self, v: int) -> int:
-        """The first equation that reads a value, or what is made of parameters alone, and has made of this one."""
+        """The first equation that reads a value, or that reads what was made from it and from parameters alone."""
         k = min(self.readers.get(v, ()), default=len(self.codes))
         made = self.ordered.equations[k].outputs if 0 <= k < len(self.codes) else ()
         return min(map(self.first_use, made)) if made and self.ordered.of_leaves.issuperset(made) else k
 
     def extend(self, start: int, period: int, end: int) -> list[Run]:
-        """The longest run from here, and before it those in which more is the same for each layer; or none."""
+        """The longest run from here, preceded by those in which more is the same for each layer; or none."""
         roles, values = self._first_two(start, period)
         if roles is None or not self._are_apart(roles, values):
             return []
@@ -94,7 +94,7 @@ class Layers:
         return roles, values
 
     def first_two(self, start: int, period: int) -> Iterator[tuple[int, int, int, tuple[Any, ...] | None]]:
-        """Of each input of two layers the equation's position, both values, and the role; None where they differ."""
+        """For each input of two layers, the equation's position, both values, and the role; None if they differ."""
         for k in range(start, start + period):
             for v, w in zip(self.ordered.equations[k].inputs, self.ordered.equations[k + period].inputs):
                 source, following = self._source(v, start, period, 0), self._source(w, start, period, 1)
@@ -113,7 +113,7 @@ class Layers:
     def _role(
         self, v: int, w: int, source: tuple[Any, ...], following: tuple[Any, ...], start: int, period: int
     ) -> tuple[Any, ...] | None:
-        """Of an input whose values in the first two layers are these."""
+        """The role of an input that has these values in the first two layers."""
         if source[0] == "made":
             return source if following == source else None
         if following[0] == "carried":
@@ -128,7 +128,7 @@ class Layers:
         return ("scanned",) if alike and self._follows(v, w, 1) else None
 
     def _following(self, run: Run) -> tuple[list[tuple[Any, ...]], list[int]] | None:
-        """The roles and the values of the layer after a run; what was the same until there may be another for each."""
+        """The roles and the values of the layer after a run. An input that was constant so far may become scanned."""
         begin, roles, found = run.start + run.layers * run.period, [], []
         inputs = (v for k in range(begin, begin + run.period) for v in self.ordered.equations[k].inputs)
         for v, role, before in zip(inputs, run.roles, run.values, strict=True):
@@ -153,14 +153,14 @@ class Layers:
         return roles, found
 
     def _are_apart(self, roles: Sequence[tuple[Any, ...]], *of_layers: Sequence[Sequence[int]]) -> bool:
-        """Whether each parameter is a layer of one stack: what is read twice in a layer is so in each, alike."""
+        """Whether each parameter is in one stack only: if a layer reads one twice, each does, in the same places."""
         of_inputs = [[v for values in each for v in values] for each in zip(*of_layers)]
         stacks = {tuple(vs) for role, vs in zip(roles, of_inputs) if self.is_parameter(role, vs)}
         layers = [v for stack in stacks for v in stack]
         return len(set(layers)) == len(layers)
 
     def _same(self, v: int, w: int) -> bool:
-        """Whether two values that are there before a run are equal."""
+        """Whether two values that exist before a run are equal."""
         if self.ordered.same.get(v, v) == self.ordered.same.get(w, w):
             return True
         constants = self.program.constants
@@ -175,7 +175,7 @@ class Layers:
         return v not in self.leaves and v not in self.ordered.of_leaves
 
     def _follows(self, v: int, w: int, layer: int) -> bool:
-        """Whether one stack can hold two values, so many layers apart."""
+        """Whether one stack can hold two values that are this many layers apart."""
         if (v in self.parameters) != (w in self.parameters):
             return False
         if v not in self.parameters:
@@ -186,7 +186,7 @@ class Layers:
         return picks[0] is None or picks[1] == picks[0]._replace(index=picks[0].index + layer)
 
     def _gains(self, run: Run) -> bool:
-        """Whether there are enough layers, or a stack that is there already is scanned over as a whole."""
+        """Whether there are enough layers, or the run scans over the whole of a stack that exists already."""
         picks = [self.ordered.picks.get(vs[0]) for r, vs in zip(run.roles, run.values) if self.is_parameter(r, vs)]
         whole = lambda pick: pick.index == 0 and self.program.avals[pick.source].shape[pick.axis] == run.layers
         fewest = FEWEST if all(pick is None for pick in picks) else 2
@@ -197,16 +197,16 @@ class Layers:
 
 
 def nbytes(program: Program, v: int) -> int:
-    """Of a value; of keys their number."""
+    """The bytes of a value; for keys, their number."""
     aval = program.avals[v]
     return aval.size * getattr(aval.dtype, "itemsize", 1)
 
 
 def bytes_handed(spans: Iterable[tuple[int, int, int]], n: int) -> np.ndarray:
-    """What is handed on before each of ``n`` places, and behind the last: made before it, read there or after it.
+    """The bytes handed on before each of ``n`` places, and after the last: made before it, read there or after it.
 
     Args:
-      spans: of each value the place that makes it (-1 if it was there before), the last one that reads it (n: what
+      spans: for each value, the place that makes it (-1 if it existed before), the last one that reads it (n: what
         comes after), and its bytes.
       n: the number of places.
     """

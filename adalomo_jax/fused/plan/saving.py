@@ -1,8 +1,8 @@
-"""What layers without checkpoints save for the way back, once they are the body of a scan.
+"""Chooses the residuals of layers without checkpoints, once they are the body of a scan.
 
-Of a loop in Python, XLA saves what it likes: it computes again what is elementwise of something else that is saved.
-What a scan saves is an array for all layers, chosen by JAX: of gelu alone six. So here a layer's products, reductions
-and the like are saved, and what lies between is computed again. The number of products is the same.
+In a Python loop, XLA chooses them: it computes elementwise functions of other saved values again. In a scan, JAX
+chooses them, and each is an array for all layers: gelu alone has six. So here a layer's products, reductions and the
+like are saved, and the operations between them are computed again. The number of products is the same.
 """
 
 import math
@@ -33,12 +33,13 @@ def evaluate_layer(
     values: dict[int, Any],
     stacked: Collection[int],
 ) -> None:
-    """Runs a layer's equations on ``values``, and adds to it what is carried, and what is stacked.
+    """Runs a layer's equations on ``values``, and adds the carried and the stacked values to it.
 
-    What has no checkpoint, and no effects, is put under one that saves what `_is_saved` says. If the layer is a period
-    of several with matrices of the same shapes, each of those has one: so each is pulled back by itself, and its
-    weights are updated before the way back goes on to the one before. What is made of ``parameters`` alone, a cast of
-    the layer's weights say, is made again in each part that reads it: a checkpoint saves what it is given.
+    Equations with neither checkpoint nor effects are put under a checkpoint that saves what `_is_saved` says. If the
+    layer is a period of several with matrices of the same shapes, each of those has its own checkpoint: so each is
+    pulled back by itself, and its weights are updated before the backward pass goes on to the one before. Values made
+    from ``parameters`` alone, such as a cast of the layer's weights, are made again in each part that reads them,
+    because a checkpoint saves its inputs.
     """
     wanted = {*stacked, *(c.made for c in repeat.carried)}
     again = _made_again(equations, parameters, wanted)
@@ -59,7 +60,7 @@ def evaluate_layer(
 
 
 def _made_again(equations: Sequence[Equation], parameters: Collection[int], wanted: set[int]) -> list[Equation]:
-    """Those that are cheap, and read nothing but parameters, or what such have made."""
+    """The cheap equations that read only parameters, or the results of other such equations."""
     known, again = set(parameters).difference(v for equation in equations for v in equation.outputs), []
     for equation in equations:
         is_cheap = equation.name in _CHEAP and not equation.has_effects
@@ -70,7 +71,7 @@ def _made_again(equations: Sequence[Equation], parameters: Collection[int], want
 
 
 def _with_what_it_reads(run: list[Equation], again: Sequence[Equation]) -> list[Equation]:
-    """Behind what of the others it needs."""
+    """The run, after those of the other equations that it needs."""
     read, needed = {v for equation in run for v in equation.inputs}, []
     for equation in reversed(again):
         if read.intersection(equation.outputs):
@@ -80,9 +81,9 @@ def _with_what_it_reads(run: list[Equation], again: Sequence[Equation]) -> list[
 
 
 def _is_saved(primitive: Any, *avals: Any, **_: Any) -> bool:
-    """Whether what a primitive makes is saved, if it is needed again; else it is computed again.
+    """Whether a primitive's results are saved if they are needed again; otherwise they are computed again.
 
-    A flag takes a byte, and random bits are dear.
+    A flag takes a byte, and random bits are expensive.
     """
     is_float = any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
     again = primitive.name in _OF_LAYOUT or (primitive.name in ELEMENTWISE - _OF_FLAGS and is_float)
@@ -99,7 +100,7 @@ def _computing(run: Sequence[Equation], values: dict[int, Any], outputs: Sequenc
 
 
 def _runs(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> Iterator[list[Equation]]:
-    """Cut around what stands alone, and behind each of several layers, as far as no more is handed on there."""
+    """Cuts around equations that stand alone, and after each of several layers if no more is handed on there."""
     shapes = {s.received: program.avals[s.values[0]].shape for s in repeat.scanned if s.is_parameter}
     matrices = {v: shape for v, shape in shapes.items() if len(shape) > 1}
     of_all, of_run, run = Counter(matrices.values()), dict[int, Any](), list[Equation]()
@@ -118,7 +119,7 @@ def _runs(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> It
 
 
 def _bytes_handed(program: Program, repeat: Repeat, equations: Sequence[Equation]) -> np.ndarray:
-    """What is carried, or made, before each equation, and read by it or after it."""
+    """The bytes that are carried, or made, before each equation, and read by it or after it."""
     last_read = {v: k for k, equation in enumerate(equations) for v in equation.inputs}
     last_read |= {c.made: len(equations) for c in repeat.carried}
     carried = {c.received: nbytes(program, c.made) for c in repeat.carried}

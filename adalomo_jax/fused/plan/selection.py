@@ -12,14 +12,14 @@ from adalomo_jax.optimizers.rounding import is_too_narrow
 
 
 def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
-    """Of each parameter whether it is trained; refuses what cannot be."""
+    """Whether each parameter is trained; refuses those that cannot be."""
     paths_and_leaves = leaves_with_paths(params)
     for path, leaf in paths_and_leaves:
         if callable(leaf) and not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"Each leaf of params must be an array, but {path_name(path)!r} is {shown(leaf)}. Keep the "
-                "arrays apart: of an Equinox model params, static = eqx.partition(model, eqx.is_inexact_array), and in "
-                "the loss eqx.combine(params, static)."
+                "arrays apart: for an Equinox model, params, static = eqx.partition(model, eqx.is_inexact_array), and "
+                "in the loss eqx.combine(params, static)."
             )
         if not hasattr(leaf, "dtype"):
             raise ValueError(
@@ -61,7 +61,7 @@ def _asked(trainable: Any, path: str) -> bool:
 
 
 def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:
-    """The positions of the parameters that ``offload`` keeps in host memory; refuses to find none."""
+    """The positions of the parameters that ``offload`` keeps in host memory; raises if there are none to keep."""
     if options.offloads_params and not plan.stacks_of_matrices:
         raise ValueError(
             "offload='params' keeps stacks of matrices in host memory, but no scan runs over one, along an axis before "

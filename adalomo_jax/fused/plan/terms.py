@@ -1,8 +1,8 @@
 """Terms: what programs compute, written so that two programs can be compared.
 
 A term is an operation, its parameters and the terms that it is applied to, down to named inputs. Equal terms are kept
-once and have one number: where two values have the same number, they are the same function of the same inputs. Nothing
-that a value does not depend on is in its term, within branches and loops neither.
+once and have one number: if two values have the same number, they are the same function of the same inputs. A value's
+term has nothing that the value does not depend on, not even within branches and loops.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ class Terms:
         self._numbers: dict[Hashable, int] = {}
         self._terms: list[tuple[Hashable, tuple[int, ...]]] = []
         self._by_identity: list[Any] = []
-        """Kept alive, for an id may be given again."""
+        """Kept alive, because an id may be reused."""
 
     def input(self, name: Hashable) -> int:
         """The term of an input."""
@@ -43,7 +43,7 @@ class Terms:
         return {name for kind, name in self._leaves_of(term) if kind == "input"}
 
     def renamed(self, term: int, names: Mapping[Any, Hashable]) -> int:
-        """The term with other inputs, of which each is named by that of an input."""
+        """The term with its inputs renamed; ``names`` maps each old name to the new one."""
         done = {self.input(old): self.input(("renamed", new)) for old, new in names.items()}
         left = [term]
         while left:
@@ -104,7 +104,7 @@ class Terms:
         depth: int,
         cond: tuple[While, list[int]] | None = None,
     ) -> list[int]:
-        """Of each output the loop that computes it alone: with the carried values that it depends on, and no others."""
+        """For each output, the loop that computes it alone, with only the carried values that it depends on."""
         variables = [*self._variables("carry", len(carry), depth), *self._variables("x", len(xs), depth)]
         reads = [self._positions(term, depth) for term in self.outputs(body, [*consts, *variables], depth + 1)]
         always = set().union(*(self._positions(term, depth) for term in roots))
@@ -128,7 +128,7 @@ class Terms:
         return results
 
     def _leaves_of(self, term: int) -> list[tuple[str, Any]]:
-        """What a term depends on and is not computed: inputs, and variables of loops, each with its name."""
+        """What a term depends on that is not computed: inputs and loop variables, each with its name."""
         found, seen, left = [], {term}, [term]
         while left:
             operation, parts = self._terms[left.pop()]
@@ -140,11 +140,11 @@ class Terms:
         return found
 
     def _variables(self, kind: str, n: int, depth: int) -> list[int]:
-        """What a loop's body is given anew in each iteration."""
+        """The variables that stand for what a loop's body is given in each iteration."""
         return [self._number(("variable", (kind, depth, position)), ()) for position in range(n)]
 
     def _positions(self, term: int, depth: int) -> set[tuple[str, int]]:
-        """Which of those a term depends on."""
+        """Which of these variables a term depends on."""
         names = [name for kind, name in self._leaves_of(term) if kind == "variable"]
         return {(kind, position) for kind, at, position in names if at == depth}
 
@@ -152,7 +152,7 @@ class Terms:
         return self._number(("constant", str(dtype), self._value(value)), ())
 
     def _value(self, value: Any) -> Hashable:
-        """An array by its numbers, where they are known."""
+        """An array by its numbers, if they are known."""
         try:
             array = np.asarray(value)
         except Exception:  # traced, or without numbers, such as a key
@@ -164,7 +164,7 @@ class Terms:
         return ("identity", id(value))
 
     def _hashable(self, param: Any, depth: int) -> Hashable:
-        """A primitive's parameter, equal for equal ones; of a program what it computes, whatever its values' names."""
+        """A key for a primitive's parameter, equal for equal ones. A program's is what it computes, without names."""
         if is_jaxpr(param):
             program = program_of(param)
             variables = self._variables("argument", len(program.inputs), depth)
@@ -195,7 +195,7 @@ def _split(xs: list[int], first: int, second: int) -> tuple[list[int], list[int]
 
 
 def _closure(needed: set[tuple[str, int]], reads: Sequence[set[tuple[str, int]]]) -> set[tuple[str, int]]:
-    """With all that the carried values among them are made from, in any iteration."""
+    """Adds everything that the carried values among them are made from, in any iteration."""
     left = list(needed)
     while left:
         kind, position = left.pop()

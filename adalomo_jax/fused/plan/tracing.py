@@ -1,4 +1,4 @@
-"""A call of the loss, traced and planned, and the optimizer lifted to the plan."""
+"""Traces and plans a call of the loss, and lifts the optimizer to the plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -36,7 +36,7 @@ from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
 
 class Traced(NamedTuple):
-    """What is known of a call once the loss has been traced."""
+    """What is known about a call once the loss has been traced."""
 
     plan: Plan
     optimizer: PerLayer
@@ -44,17 +44,17 @@ class Traced(NamedTuple):
     """The parameters."""
     treedef: Any
     args: list[Any]
-    """The leaves of the loss's other arguments; what is sliced, with a leading microbatch axis."""
+    """The leaves of the loss's other arguments; those that are sliced have a leading microbatch axis."""
     args_treedef: Any
     sliced: tuple[bool, ...]
-    """Of each of `args` whether it is sliced into microbatches."""
+    """Whether each of `args` is sliced into microbatches."""
     result_treedef: Any
-    """Of what the loss returns."""
+    """The structure of the loss's result."""
     signature: Signature
 
     @property
     def axes(self) -> tuple[int | None, ...]:
-        """Of each parameter the axis of its layers."""
+        """The layer axis of each parameter."""
         return tuple(leaf.axis for leaf in self.plan.leaves)
 
 
@@ -67,10 +67,10 @@ def trace_call(
     made_for: Signature | None = None,
     extra_args: Mapping[str, Any] | None = None,
 ) -> Traced:
-    """Traces ``loss_fn(params, *args)``, of one microbatch where there are several. Computes nothing of it.
+    """Traces ``loss_fn(params, *args)``, for one microbatch if there are several. Computes nothing.
 
-    ``made_for`` is the signature of the state that the call is given: it knows how arrays are spread that may be traced
-    now. ``extra_args`` are those of ``tx.update`` beside the loss, as ``value``; None where they are not known yet.
+    ``made_for`` is the signature of the state that the call is given: it knows how arrays that may be traced now are
+    spread. ``extra_args`` go to ``tx.update`` besides the loss, which is ``value``; None if they are not known yet.
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
@@ -108,7 +108,7 @@ def trace_call(
     plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params), find_lists)
     if options.strict:
         check_strict(plan)
-    dtypes = [program.avals[v].dtype for v in program.inputs]  # those of typed PRNG keys have no name to go by
+    dtypes = [program.avals[v].dtype for v in program.inputs]  # the dtypes of typed PRNG keys have no usable name
     tensors = tuple(jax.ShapeDtypeStruct(leaf.tensor_shape, dtype) for leaf, dtype in zip(plan.leaves, dtypes))
     optimizer = PerLayer(tx, treedef, tensors, plan.groups)
     _prove_leafwise(optimizer, paths, extra, options, extra_args is not None)
@@ -118,7 +118,7 @@ def trace_call(
 def _prove_leafwise(
     optimizer: PerLayer, paths: Sequence[str], extra_args: Any, options: Options, complete: bool
 ) -> None:
-    """Refuses a ``tx`` that mixes leaves, unless that is proven. Before a step there may be more extra arguments."""
+    """Refuses a ``tx`` that mixes leaves; proves each case once. Before a step, extra arguments may be missing."""
     types, structure = jax.tree.flatten(extra_args)
     case = (optimizer.treedef, optimizer.tensors, optimizer.groups, options.offloads_params, tuple(types), structure)
     proven = _proven_cases(optimizer.tx)
@@ -134,7 +134,7 @@ def _prove_leafwise(
 
 @lru_cache(maxsize=16)
 def _proven_cases(tx: optax.GradientTransformationExtraArgs) -> set[Any]:
-    """The cases in which a transformation is known to treat leaves separately: proofs are traces, not made twice."""
+    """The cases in which a transformation is known to treat leaves separately. A proof is a trace, made only once."""
     return set()
 
 
@@ -143,7 +143,7 @@ def _type(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _slices(x: Any, n: int, sharding: Sharding) -> Any:
-    """An array with its first axis split into ``n`` microbatches, each spread as the batch is."""
+    """Splits an array's first axis into ``n`` microbatches, each spread as the batch is."""
 
     def split(x: jax.Array) -> jax.Array:
         shape = (n, x.shape[0] // n, *x.shape[1:])

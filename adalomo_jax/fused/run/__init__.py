@@ -1,1 +1,1 @@
-"""What happens in a step: the forward pass, and the backward pass in which weights are updated."""
+"""Runs a step: the forward pass, and the backward pass, which updates the weights."""

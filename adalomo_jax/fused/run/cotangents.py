@@ -1,4 +1,4 @@
-"""Cotangents that are sums over microbatches, in float32, on their way through pullbacks that take narrower ones."""
+"""Pulls cotangents that are float32 sums over microbatches through pullbacks that take narrower cotangents."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,14 +10,14 @@ from jax import lax
 from adalomo_jax.optimizers.precision import add, promoted
 
 Cotangents = dict[int, Any]
-"""By the number of the value."""
+"""Cotangents by the number of their value."""
 
 _FLOAT32_DIGITS = 24
-"""Binary digits of a float32, with the leading one."""
+"""Binary digits of a float32, including the leading one."""
 
 
 def accumulate(cotangents: Cotangents, more: Mapping[int, Any]) -> None:
-    """Adds cotangents to those that are there."""
+    """Adds cotangents to the present ones."""
     for v, d in more.items():
         cotangents[v] = add(cotangents[v], d) if v in cotangents else d
 
@@ -27,9 +27,9 @@ def pull(
 ) -> Cotangents:
     """The cotangents of a pullback's inputs, given those of its outputs, which may be wider than their ``dtypes``.
 
-    A sum over microbatches is float32. Rounded to the dtype of what it is the cotangent of, it would have lost what it
-    was summed for: to bfloat16, where a weight is cast before all microbatches read it. But a pullback is linear. So
-    the sum goes through it as several numbers of few digits, and what they become is added in float32.
+    A sum over microbatches is float32. Rounding it to the dtype of its value would lose what it was summed for: that
+    dtype is bfloat16 if a weight is cast before all microbatches read it. But a pullback is linear. So the sum goes
+    through it as several numbers of few digits, and the results are added in float32.
     """
     wide = [v for v, d in d_outputs.items() if jnp.finfo(d.dtype).nmant > jnp.finfo(dtypes[v]).nmant]
     narrow = lambda cotangents: {v: d.astype(dtypes[v]) for v, d in cotangents.items()}
@@ -40,7 +40,7 @@ def pull(
     rest = {v: d_outputs[v] for v in wide}
     total: Cotangents = {}
     for k in range(math.ceil(_FLOAT32_DIGITS / digits)):
-        # Not by casts: XLA may leave out one and the cast back, and then nothing is left for the next part.
+        # Not by casts: XLA may drop a cast and the cast back, and then nothing is left for the next part.
         part = {v: lax.reduce_precision(d, jnp.finfo(dtypes[v]).nexp, digits - 1) for v, d in rest.items()}
         rest = {v: (rest[v] - part[v]) * 2.0**digits for v in wide}
         pulled = pullback(narrow((zeros if k else d_outputs) | part))[0]

@@ -1,9 +1,9 @@
 """Stacks of layers in the carry of a loop, updated in place, one layer an iteration.
 
-XLA updates a stack in place only where it is read and written at one layer's index, in the carry of a loop, and where
-no read of it can come after the write. A backend that orders them otherwise, or cannot tell, copies the whole stack in
-each iteration. So the state of the next layer is read after this layer's is written, and carried; and weights are
-written at an index that depends on what is computed from them.
+XLA updates a stack in place only if it is in the carry of a loop, is read and written at one layer's index, and cannot
+be read after the write. A backend that orders reads and writes differently, or cannot tell, copies the whole stack in
+each iteration. So the loop reads the next layer's state after it has written this layer's, and carries it; and it
+writes weights at an index that depends on what is computed from them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[
 
 
 class Part(NamedTuple):
-    """Stacks that are updated together, by the positions in `Stacks`."""
+    """Stacks that are updated together, by their positions in `Stacks`."""
 
     weights: tuple[int, ...]
     own: tuple[int, ...]
@@ -29,13 +29,13 @@ class Part(NamedTuple):
 
 
 class Stacks(NamedTuple):
-    """What a loop carries to update stacks."""
+    """The carry of a loop that updates stacks."""
 
     weights: list[Any]
     own: list[Any]
-    """The optimizer state that is kept for them, with a leading layer axis."""
+    """Their optimizer state, with a leading layer axis."""
     own_layer: list[Any]
-    """That of the layer that is next."""
+    """The optimizer state of the next layer."""
 
 
 def start(weights: list[Any], own: list[Any], first: int) -> Stacks:
@@ -53,17 +53,17 @@ def update(
     update_layer: UpdateLayer,
     read_by: Any = (),
 ) -> tuple[Stacks, Any]:
-    """The carry with layer ``i`` updated, and the statistics of that.
+    """The carry with layer ``i`` updated, and the statistics of the update.
 
     Args:
       stacks: the carry.
       axes: the layer axis of the weights of each stack.
       i: the layer.
-      following: the layer that the next iteration updates; beyond the stack where there is none.
+      following: the layer that the next iteration updates; beyond the stack if there is none.
       weights: layer ``i`` of the stacks, as it was read.
-      gradients: of those weights.
+      gradients: the gradients of those weights.
       update_layer: the optimizer's step on one layer.
-      read_by: all else that is computed from the weights in this iteration.
+      read_by: everything else that this iteration computes from the weights.
     """
     weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
     of_each = zip(stacks.own, stacks.own_layer, own_layer, strict=True)
@@ -87,15 +87,15 @@ def update_parts(
     parts: Sequence[Part],
     read_by: Any,
 ) -> tuple[Stacks, list[Any]]:
-    """`update` of each part, one after another: none begins before the stacks of the one before have been written.
+    """`update` of each part, one after another: each begins only when the stacks of the previous part are written.
 
-    So what was written need not wait on the device, nor its gradient. Returns the statistics of each part, too.
+    So neither the new weights nor their gradients need to wait on the device. Also returns each part's statistics.
 
     Args:
-      layers: by its position layer ``i`` of each stack, as it was read, the layer axis kept.
-      gradients: of these, without that axis.
-      parts: of the stacks.
-      read_by: all else that is computed from them in this iteration.
+      layers: layer ``i`` of each stack by its position, as it was read, with the layer axis kept.
+      gradients: the gradients of these layers, without that axis.
+      parts: the parts of the stacks.
+      read_by: everything else that this iteration computes from the layers.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
     read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: jnp.squeeze(layer, axis)
@@ -130,20 +130,20 @@ def _put(xs: list[Any], positions: Sequence[int], ys: Sequence[Any]) -> None:
 
 
 def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> Any:
-    """Layer ``i`` of a stack, on the device, its axes in memory in their order.
+    """Layer ``i`` of a stack, on the device, with its axes in order in memory.
 
-    Else a TPU's compiler, where a multiplication prefers another order, gives that to the stack throughout the loop,
-    for a copy of the whole stack before and one after it. Now it copies a layer at most.
+    Otherwise, if a multiplication prefers another order, a TPU's compiler gives the stack that order throughout the
+    loop, and copies the whole stack before and after it. Now it copies a layer at most.
     """
     return in_order(fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)))
 
 
 def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
-    """A layer whose gradient is known, its layer axis gone: on an accelerator read from the stack a second time.
+    """A layer whose gradient is known, without its layer axis: an accelerator reads it from the stack a second time.
 
-    Else the copy that products have read would wait for its update, while the way back goes on to what comes before. To
-    read it again takes one or two passes over the weights more.
-    A CPU's compiler copies no layer, and from the host's memory each is fetched once.
+    Otherwise the copy that the products read would stay alive until its update, while the backward pass goes on to
+    earlier operations. Reading the layer again takes one or two more passes over the weights.
+    A CPU's compiler copies no layer, and each layer in the host's memory is fetched once.
     """
     if is_on_host(stack):
         return jnp.squeeze(layer, axis)

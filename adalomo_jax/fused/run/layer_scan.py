@@ -1,7 +1,7 @@
-"""A scan over layers, run forward, and backward with each layer updated as soon as its gradient is there.
+"""Runs a scan over layers forward, and backward, where each layer is updated as soon as its gradient is complete.
 
-In the forward loop, too, the stacks are in the carry, behind a barrier: else XLA hoists a cast of them out of the loop,
-for a copy of all the weights in the narrower dtype.
+The forward loop, too, has the stacks in its carry, behind a barrier: otherwise XLA hoists a cast of them out of the
+loop, and makes a copy of all the weights in the narrower dtype.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,35 +24,35 @@ from adalomo_jax.optimizers.precision import add, promoted
 
 
 class Tape(NamedTuple):
-    """What the backward loop needs of the forward one."""
+    """What the backward loop needs from the forward loop."""
 
     stacks: dict[int, Any]
-    """By the number in the program."""
+    """The stacks, by their number in the program."""
     residuals: list[Residuals]
-    """Of each segment of the body, with a leading layer axis."""
+    """The residuals of each segment of the body, with a leading layer axis."""
     layouts: list[Layout]
 
 
 class Pulled(NamedTuple):
-    """What the backward loop leaves."""
+    """The results of the backward loop."""
 
     weights: list[Any]
     """The trained stacks."""
     own: list[Any]
-    """The optimizer's state of them."""
+    """Their optimizer state."""
     statistics: Any
-    """Of each part of a layer, or of a layer where it is not updated; with a leading layer axis."""
+    """Those of each part of a layer, or of the layer if it is not updated; with a leading layer axis."""
     cotangents: Cotangents
-    """Of the values that the scan reads."""
+    """The cotangents of the values that the scan reads."""
 
 
 class _Operands(NamedTuple):
-    """A scan's operands but for what comes from stacks, by the number in the body."""
+    """A scan's operands, except those from stacks, by their number in the body."""
 
     consts: dict[int, Any]
     carry: dict[int, Any]
     xs: dict[int, Any]
-    """With the layer axis in front, before a microbatch axis."""
+    """The layer axis comes first, before a microbatch axis."""
 
 
 def forward(stage: LayerScan, outer: Context, values: dict[int, Any]) -> Tape:
@@ -98,13 +98,13 @@ def backward(
 
     Args:
       stage: the scan.
-      outer: of the program.
+      outer: the context of the program.
       tape: what `forward` returned.
       values: the program's values.
-      cotangents: of the scan's outputs, where there are any.
+      cotangents: those of the scan's outputs, as far as they have any.
       own: the optimizer state of the trained stacks, with a leading layer axis.
-      parts: the optimizer's step on one layer of some trained stacks at a time; None leaves all as it is.
-      measure: makes the statistics of a layer's gradients where it is not updated.
+      parts: the optimizer's step on one layer of some trained stacks at a time; None leaves everything as it is.
+      measure: makes the statistics of a layer's gradients if the layer is not updated.
     """
     scan, body, context = stage.scan, stage.scan.body, _context(stage, outer)
     consts, carry, xs = _operands(stage, outer, context, values)
@@ -126,7 +126,7 @@ def backward(
         layers, gradients, statistics = {}, {}, {}
         d = _of_outputs(stage, context, d_carry, d_ys)
         for s, part in reversed(list(enumerate(stage.body))):
-            # Of several, XLA may else read the weights of all at once.
+            # Otherwise XLA may read the weights of several segments at once.
             at = after(i, [d[v] for v in part.outputs if v in d]) if several else i
             slices = slices_at(stage, before, at, read[s])
             inputs, pull_layers = received(stage, outer, slices)
@@ -172,7 +172,7 @@ def backward(
 
 
 def _context(stage: LayerScan, outer: Context) -> Context:
-    """Of the body. All but the carry, and what is computed from it, is there again on the way back."""
+    """The context of the body. The backward pass has all values again, except the carry and those computed from it."""
     body = stage.scan.body
     carry = body.inputs[stage.scan.num_consts : stage.scan.first_xs]
     again = {*body.constants, *body.inputs, *(v for equation in stage.invariant for v in equation.outputs)}
@@ -180,7 +180,7 @@ def _context(stage: LayerScan, outer: Context) -> Context:
 
 
 def _operands(stage: LayerScan, outer: Context, context: Context, values: Mapping[int, Any]) -> _Operands:
-    """What is not of stacks. What differs between microbatches has their axis after that of the layers."""
+    """The operands that are not from stacks. A microbatch axis, if any, comes after the layer axis."""
     scan = stage.scan
     from_stacks = {v for v, _ in stage.layers}
     operands = list(zip(scan.body.inputs, stage.operands))
@@ -213,19 +213,19 @@ def _of_outputs(stage: LayerScan, context: Context, d_carry: Cotangents, d_ys: M
 
 
 def _for_each(context: Context, received: int, source: Context, value: int, x: Any) -> Any:
-    """A value that is the same for each microbatch, repeated where what receives it differs."""
+    """The value ``x``; repeated if it is the same for each microbatch but its receiver differs between them."""
     if received in context.batched and value not in source.batched:
         return jnp.broadcast_to(x, (context.microbatches, *x.shape))
     return x
 
 
 def _once(context: Context, received: int, source: Context, value: int, d: Any) -> Any:
-    """The cotangent of a value, summed over the microbatches that it was repeated for."""
+    """The cotangent of a value, summed over the microbatches for which the value was repeated."""
     if received in context.batched and value not in source.batched:
         return jnp.sum(d, axis=0, dtype=promoted(d.dtype, jnp.float32))
     return d
 
 
 def _swap_if_batched(context: Context, v: int, x: Any) -> Any:
-    """The axes of layers and of microbatches swapped, where there are both."""
+    """The value with its layer and microbatch axes swapped, if it has both."""
     return jnp.swapaxes(x, 0, 1) if v in context.batched else x

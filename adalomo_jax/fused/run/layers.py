@@ -1,4 +1,4 @@
-"""One layer of the stacks that a scan runs over: what the body receives of it, and in which order it is updated."""
+"""One layer of the stacks that a scan runs over: what the body receives of it, and the order of its updates."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,10 +17,10 @@ from adalomo_jax.fused.sharding import constrain
 def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
     """The trained stacks, by their positions, in sets that are updated one after another.
 
-    Each with the others of its home (`LayerScan.homes`). One by one, for stacks in host memory. In halves if a segment
-    makes something large, as attention's scores are: the gradients of what it reads last are there first, and need not
-    wait while those are alive; nor need the copies of weights that products have read (`stacks.read_again`). Else all
-    together, and each weight is read for its update once.
+    Stacks in host memory are updated one by one, others together with those of the same home (`LayerScan.homes`): in
+    two halves if a segment makes something large, such as attention scores. The gradients of the stacks that it reads
+    last are complete first, and need not wait while the large values are alive; nor need the copies of weights that
+    products read (`in_place.read_again`). Otherwise all are updated together, and each weight is read once for that.
     """
     reads = reads_in_order(stage.scan.body)
     of_value = {value: reads.index(v) for v, value in stage.layers if v in reads}
@@ -37,7 +37,7 @@ def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[l
 
 
 def _in_halves(stage: LayerScan, program: Program, segment: int, order: list[int]) -> list[list[int]]:
-    """Stacks of one home in one set, or in two if the segment makes something larger than half of a layer of them."""
+    """One set of the stacks of one home, or two if the segment makes something larger than half of a layer of them."""
     avals = {k: program.avals[stage.trained[k].value] for k in order}
     sizes = [aval.size * aval.dtype.itemsize for aval in avals.values()]
     if 2 * largest_made(stage.body[segment].equations) * stage.scan.length < sum(sizes):
@@ -48,7 +48,7 @@ def _in_halves(stage: LayerScan, program: Program, segment: int, order: list[int
 
 
 def slices_at(stage: LayerScan, stacks: Mapping[int, Any], i: Any, read: Collection[int]) -> dict[int, Any]:
-    """Layer ``i`` of each stack that is read, its layer axis kept, by the number in the program."""
+    """Layer ``i`` of each stack that is read, with its layer axis, by the stack's number in the program."""
     of_each = [stack for stack in stage.stacks if stack.value in read]
     layers = {s.value: layer_at(stacks[s.value], i, s.axis, keepdims=True) for s in of_each}
     return {stack.value: constrain(layers[stack.value], stack.sharding) for stack in of_each}
@@ -57,9 +57,9 @@ def slices_at(stage: LayerScan, stacks: Mapping[int, Any], i: Any, read: Collect
 def received(
     stage: LayerScan, outer: Context, slices: Mapping[int, Any]
 ) -> tuple[dict[int, Any], Callable[[Cotangents], dict[int, Any]]]:
-    """What the body receives of one layer of some stacks, by its inputs; and the pullback of cotangents of these.
+    """What the body receives of one layer of some stacks, by its inputs; and the pullback of their cotangents.
 
-    The pullback gives the gradient of the layer of each trained stack among them, by the number in the program.
+    The pullback gives the gradient of the layer of each trained stack among them, by the stack's number in the program.
     """
     there = {value for value, stacks in stage.made_of.items() if stacks <= slices.keys()}
     chain = [equation for equation in stage.chain if there.issuperset(equation.outputs)]

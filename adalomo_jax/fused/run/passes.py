@@ -22,20 +22,20 @@ from adalomo_jax.optimizers.per_layer import Group
 
 
 class Forward(NamedTuple):
-    """What the forward pass leaves."""
+    """The results of the forward pass."""
 
     outputs: list[Any]
-    """The program's: the loss, then aux. With a leading microbatch axis where there are microbatches."""
+    """The program's outputs: the loss, then aux. They have a leading microbatch axis if there are microbatches."""
     context: Context
     values: dict[int, Any]
     tapes: list[Any]
-    """Of each stage; None where it has been pulled back already."""
+    """The tape of each stage; None if the stage is pulled back already."""
     cotangents: Cotangents
-    """What the backward pass begins with."""
+    """The cotangents that the backward pass begins with."""
 
 
 class Pass(NamedTuple):
-    """What a backward pass leaves."""
+    """The results of a backward pass."""
 
     leaves: list[Any]
     """The parameters, updated."""
@@ -52,15 +52,15 @@ def forward(
     d_loss: jax.Array,
     offloads: bool = False,
 ) -> Forward:
-    """Runs the planned program, and pulls back the stage that comes last where that is not a layer scan.
+    """Runs the planned program, and pulls the last stage back at once if it is not a layer scan.
 
     Args:
-      plan: of the program.
+      plan: the plan of the program.
       leaves: the parameters.
-      args: the other inputs; those that differ between microbatches with a leading microbatch axis.
-      microbatches: how many there are.
-      d_loss: the cotangent of the loss, of each microbatch.
-      offloads: whether what the layers of scans save is put into host memory.
+      args: the other inputs; those that differ between microbatches have a leading microbatch axis.
+      microbatches: the number of microbatches.
+      d_loss: the cotangent of each microbatch's loss.
+      offloads: whether to put the residuals of the layers of scans into host memory.
     """
     program = plan.program
     context = Context(program, plan.active, plan.batched, microbatches, range(len(program.avals)), offloads)
@@ -85,7 +85,7 @@ def forward(
 
 
 def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbatches: int | None) -> int:
-    """Bytes of what `forward` keeps for the way back, from shapes alone: residuals, and inputs that are read again."""
+    """Bytes that `forward` keeps for the backward pass, from shapes alone: residuals, and inputs to read again."""
     there = {*plan.program.inputs, *plan.program.constants}
 
     def residuals(leaves, args):
@@ -104,30 +104,30 @@ def saved_bytes(plan: Plan, leaves: Sequence[Any], args: Sequence[Any], microbat
 
 
 def backward(plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState, leaves: Sequence[Any]) -> Pass:
-    """The backward pass with the updates in it."""
+    """The backward pass, including the updates."""
     written, owns, statistics = _pull_back(plan, ran, updater, inner, leaves)
     return Pass(written, updater.next_state(inner, owns, statistics), statistics)
 
 
 def norm_of_gradient(plan: Plan, ran: Forward, updater: Updater) -> jax.Array:
-    """The norm of the whole gradient, by a backward pass that writes nothing."""
+    """The norm of the whole gradient, from a backward pass that writes nothing."""
     return norm_in(_pull_back(plan, ran, updater, None, ())[2])
 
 
 def begin_after(ran: Forward, known: Any) -> Forward:
-    """The same, but so that XLA cannot begin the backward pass before something is known, nor merge two of them."""
+    """The same, but XLA cannot begin the backward pass before ``known`` is computed, nor merge two backward passes."""
     return ran._replace(cotangents={v: after(d, known) for v, d in ran.cotangents.items()})
 
 
 def norm_in(statistics: Mapping[Group, Statistics]) -> jax.Array:
-    """Of the whole gradient, float32."""
+    """The norm of the whole gradient, float32."""
     return total([Squares(*map(jnp.sum, s.squares)) for s in statistics.values()]).norm()
 
 
 def _pull_back(
     plan: Plan, ran: Forward, updater: Updater, inner: optax.OptState | None, leaves: Sequence[Any]
 ) -> tuple[list[Any], dict[Group, list[Any]], dict[Group, Statistics]]:
-    """The parameters, the optimizer's state of each group, and statistics; without state it only measures."""
+    """The parameters, the optimizer state of each group, and statistics; without ``inner`` it only measures."""
     cotangents, written = dict(ran.cotangents), dict(enumerate(leaves))
     owns: dict[Group, list[Any]] = {}
     statistics: dict[Group, Statistics] = {}
@@ -157,10 +157,10 @@ def _pull_back(
             else:
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
-                # Else weights whose gradient a product makes in another order wait in that order for a copy at the end.
+                # Otherwise weights whose gradient a product makes in another axis order wait in it for a final copy.
                 weights = list(map(in_order, weights))
                 written |= zip(group.leaves, weights, strict=True)
-                # Those of what is pulled back, or written, are not read again; in a list of layers they become many.
+                # Cotangents of written leaves and of finished stages are not read again; lists of layers have many.
                 done_with = {*of_leaves, *(v for stage in plan.stages[index:] for v in stage.outputs)}
                 cotangents = {v: once_written(d, weights) for v, d in cotangents.items() if v not in done_with}
     return list(written.values()), owns, statistics
@@ -169,7 +169,7 @@ def _pull_back(
 def _after_cotangents(
     stage: Segment, values: Mapping[int, Any], program: Program, cotangents: Cotangents
 ) -> dict[int, Any]:
-    """The values, but for the way back what the segment reads is there only when its cotangents are.
+    """The values, but those that the segment reads wait until the cotangents of its outputs are known.
 
     XLA's CPU compiler drops the optimization barriers of `jax.checkpoint`, and recomputes all layers too early.
     """
@@ -186,5 +186,5 @@ def _forward(stage: Stage, context: Context, values: dict[int, Any]) -> Any:
 
 
 def _of_each(plan: Plan, microbatches: int | None, v: int, x: Any) -> Any:
-    """A value, repeated for each microbatch where it is the same for all."""
+    """A value, repeated for each microbatch if it is the same for all."""
     return x if microbatches is None or v in plan.batched else jnp.broadcast_to(x, (microbatches, *jnp.shape(x)))

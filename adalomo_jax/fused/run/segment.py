@@ -1,7 +1,7 @@
-"""Some equations, run forward and pulled back as one: once, or for each microbatch in a loop.
+"""Runs some equations forward and pulls them back as one: once, or in a loop over the microbatches.
 
-What differs between microbatches has a leading microbatch axis; cotangents of what does not are summed over it, in
-float32. Residuals that can be read again on the way back are recognized among the inputs, and not saved.
+Values that differ between microbatches have a leading microbatch axis; cotangents of the others are summed over it, in
+float32. Residuals that are inputs, which the backward pass can read again, are recognized and not saved.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ from adalomo_jax.optimizers.precision import add, promoted
 
 
 class Context(NamedTuple):
-    """What the segments of a program, or of a scan's body, have in common."""
+    """What all segments of a program, or of a scan's body, share."""
 
     program: Program
     active: Collection[int]
@@ -29,18 +29,18 @@ class Context(NamedTuple):
     """The values that differ between microbatches."""
     microbatches: int | None
     again: Collection[int]
-    """The values that will be there on the way back."""
+    """The values that the backward pass will have again."""
     offloads: bool = False
-    """Whether what the layers of a scan save for the way back is put into host memory."""
+    """Whether to put the residuals of a scan's layers into host memory."""
 
 
 class Source(NamedTuple):
-    """Where a residual is to be had on the way back."""
+    """Where the backward pass finds a residual."""
 
     kind: str
     """``"input"`` of the segment, ``"saved"`` by the forward pass, or a ``"constant"``."""
     key: Any
-    """The number of the input, the position among what is saved, or the constant."""
+    """The number of the input, the position among the saved residuals, or the constant."""
 
 
 class Layout(NamedTuple):
@@ -49,19 +49,19 @@ class Layout(NamedTuple):
     treedef: Any
     sources: list[Source]
     once: tuple[int, ...]
-    """Inputs that are saved, once for all microbatches."""
+    """The inputs that are saved once for all microbatches."""
 
 
 class Residuals(NamedTuple):
-    """What was saved for the way back."""
+    """What the forward pass saved for the backward pass."""
 
     once: dict[int, Any]
     saved: list[Any]
-    """With a leading microbatch axis where the segment is run for each."""
+    """With a leading microbatch axis if the segment runs for each microbatch."""
 
 
 def forward(segment: Segment, context: Context, values: dict[int, Any]) -> tuple[Residuals, Layout]:
-    """Runs the segment on ``values``, adds its results to them, and returns what pulling it back needs."""
+    """Runs the segment on ``values``, adds its results to them, and returns what `backward` needs."""
     shared, of_batch = _inputs(segment, context, values)
     layouts: list[Layout] = []
 
@@ -87,7 +87,7 @@ def backward(
     values: Mapping[int, Any],
     cotangents: Cotangents,
 ) -> Cotangents:
-    """Pulls the segment back: cotangents of what it reads, given those of its outputs where there are any."""
+    """Pulls the segment back: cotangents of its inputs, given those of its outputs, as far as these have any."""
     residuals, layout = tape
     d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
     if not d_outputs:
@@ -106,7 +106,7 @@ def backward(
 def forward_and_backward(
     segment: Segment, context: Context, values: dict[int, Any], cotangents: Cotangents
 ) -> Cotangents:
-    """Runs the segment that comes last and pulls it back at once: no microbatch's residuals wait for another's."""
+    """Runs the last segment and pulls it back at once: no microbatch's residuals wait for another microbatch."""
     shared, of_batch = _inputs(segment, context, values)
     d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
 
@@ -120,20 +120,20 @@ def forward_and_backward(
 
 
 def zeros(context: Context, v: int) -> jax.Array:
-    """Zeros like a value, of each microbatch where it differs."""
+    """Zeros like a value, for each microbatch if it differs between them."""
     leading = (context.microbatches or 1,) if v in context.batched else ()
     return context.program.zeros(v, leading)
 
 
 def zero_sum(context: Context, v: int) -> jax.Array:
-    """Where to sum cotangents of a value: over microbatches in float32."""
+    """Zeros to sum a value's cotangents into; for sums over microbatches, in float32."""
     if context.microbatches is None or v in context.batched:
         return zeros(context, v)
     return context.program.zeros(v, dtype=sum_dtype(context, v))
 
 
 def sum_dtype(context: Context, v: int) -> Any:
-    """The dtype of a value's cotangents: of sums over microbatches float32 at least."""
+    """The dtype of a value's cotangents: at least float32 for sums over microbatches."""
     dtype = context.program.avals[v].dtype
     is_sum = context.microbatches is not None and v not in context.batched
     return promoted(dtype, jnp.float32) if is_sum else dtype
@@ -144,8 +144,8 @@ def _for_each_microbatch(
 ) -> tuple[Any, Cotangents]:
     """``fn`` of each microbatch: what it returns, stacked, and its cotangents, stacked or summed in float32.
 
-    Where they are written begins once the outputs' cotangents are ``known``: else XLA may make the zeros of all
-    segments at once.
+    The zeros that they are written to wait until the outputs' cotangents are ``known``: otherwise XLA may make the
+    zeros of all segments at once.
     """
     if not segment.batched:
         return fn(of_batch)
@@ -164,14 +164,14 @@ def _for_each_microbatch(
 
 
 def _inputs(segment: Segment, context: Context, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """What the segment reads: the same for each microbatch, and of each."""
+    """The segment's inputs: those that are the same for each microbatch, and those that differ."""
     read = {v: values[v] for v in segment.inputs}
     of_batch = {v: x for v, x in read.items() if segment.batched and v in context.batched}
     return {v: x for v, x in read.items() if v not in of_batch}, of_batch
 
 
 def _vjp(segment: Segment, context: Context, read: Mapping[int, Any]) -> tuple[dict[int, Any], Any]:
-    """The outputs, and the pullback from cotangents of the active ones to those of the active inputs."""
+    """The outputs, and the pullback from cotangents of the active outputs to those of the active inputs."""
 
     def run(active_inputs: dict[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
         values = dict(read) | active_inputs
@@ -185,7 +185,7 @@ def _vjp(segment: Segment, context: Context, read: Mapping[int, Any]) -> tuple[d
 
 
 def _pull(pullback: Any, segment: Segment, context: Context, cotangents: Cotangents) -> Cotangents:
-    """Cotangents of the active inputs, given those of some outputs; the others are zero."""
+    """Cotangents of the active inputs, given those of some outputs; other outputs' cotangents are zero."""
     active = [v for v in segment.outputs if v in context.active]
     d_outputs = {v: cotangents[v] if v in cotangents else context.program.zeros(v) for v in active}
     return pull(pullback, d_outputs, {v: context.program.avals[v].dtype for v in active})
@@ -194,7 +194,7 @@ def _pull(pullback: Any, segment: Segment, context: Context, cotangents: Cotange
 def _take_apart(
     pullback: Any, segment: Segment, context: Context, shared: Mapping[int, Any], of_batch: Mapping[int, Any]
 ) -> tuple[list[Any], Layout]:
-    """The residuals to save, and how they make the pullback with what is there again.
+    """The residuals to save, and how they make the pullback together with values that the backward pass has again.
 
     A residual that *is* an input need not be saved: JAX keeps the very value that the segment received.
     """
@@ -217,6 +217,6 @@ def _take_apart(
 
 
 def _put_together(layout: Layout, inputs: Mapping[int, Any], saved: Sequence[Any]) -> Any:
-    """The pullback."""
+    """The pullback, made again from its residuals."""
     find = {"input": inputs.__getitem__, "saved": saved.__getitem__, "constant": lambda x: x}
     return jax.tree.unflatten(layout.treedef, [find[kind](key) for kind, key in layout.sources])

@@ -1,4 +1,4 @@
-"""The gradients of all parameters at once, by ``jax.vjp``: of the step that a fused one must equal."""
+"""The gradients of all parameters at once, by ``jax.vjp``, for the step that a fused step must equal."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def all_gradients(
 ) -> tuple[list[Any], dict[int, Any]]:
     """The leaves of what the loss returns, and the gradients of the trained parameters by position.
 
-    Of microbatches the results are stacked, the gradients summed in float32. ``d_loss`` is the cotangent of each loss.
+    Over microbatches, results are stacked and gradients summed in float32. ``d_loss`` is the cotangent of each loss.
     """
     trained = {i: x for i, (x, leaf) in enumerate(zip(traced.leaves, traced.plan.leaves)) if leaf.trained}
 

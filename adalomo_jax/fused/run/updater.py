@@ -1,4 +1,4 @@
-"""The optimizer's step on some tensors: their gradients made right, `tx` asked, and the result written, or not."""
+"""The optimizer's step on some tensors: it scales their gradients, asks `tx`, and writes the result, or does not."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from adalomo_jax.optimizers.precision import promoted
 from adalomo_jax.optimizers.rounding import apply_update
 
 _BEYOND = 2.0**-96
-"""No finite float32 times this has a square beyond float32, and none whose square is beyond becomes 0."""
+"""A finite float32 times this never has a square that overflows, and none whose own square overflows becomes 0."""
 
 
 class Squares(NamedTuple):
     """The sum of the squares of the entries of some gradients, float32; of stacks, with a leading layer axis."""
 
     plain: jax.Array
-    """Not finite either where an entry is above 1.8e19."""
+    """Also not finite if an entry is above 1.8e19."""
     scaled: jax.Array
-    """Of the gradients times 2**-96: not finite only where they are not. Infinity where it was not asked for."""
+    """The sum for the gradients times 2**-96: not finite only if they are not. Infinity if it was not asked for."""
 
     def norm(self) -> jax.Array:
         """The root of the sum over layers."""
@@ -38,42 +38,42 @@ class Squares(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of the update of some tensors; of stacks, with a leading layer axis."""
+    """Statistics of the update of some tensors; for stacks, with a leading layer axis."""
 
     squares: Squares
-    """Of their gradients."""
+    """The squares of their gradients."""
     written: jax.Array
-    """Of each tensor whether it was updated."""
+    """Whether each tensor was updated."""
     update_rms: list[jax.Array]
-    """Of each tensor's update, where asked for."""
+    """The RMS of each tensor's update, if asked for."""
     param_rms: list[jax.Array]
-    """Of each tensor before it, where asked for."""
+    """The RMS of each tensor before the update, if asked for."""
 
 
 @dataclass(frozen=True)
 class Updater:
-    """The optimizer's step on some tensors, and the write of its updates to their weights."""
+    """Takes the optimizer's step on some tensors, and writes the updates to their weights."""
 
     optimizer: PerLayer
     axes: tuple[int | None, ...]
-    """Of each leaf the axis of its layers."""
+    """The layer axis of each leaf."""
     shared: list[Any]
     """The optimizer's state that belongs to no parameter, before the step."""
     keys: tuple[jax.Array | None, ...]
-    """Of each leaf the key that its weights are rounded with; None rounds to nearest."""
+    """The key for rounding each leaf's weights; None rounds to nearest."""
     unscale: jax.Array | None = None
-    """What gradients are to be multiplied with to undo the scale of the loss."""
+    """The factor on gradients that undoes the scale of the loss."""
     clip: jax.Array | None = None
-    """What gradients are to be multiplied with besides, to bound their norm."""
+    """A further factor on gradients that bounds their norm."""
     proceed: jax.Array | None = None
-    """Whether to write anything; None writes all, finite or not."""
+    """Whether to write anything; None writes everything, finite or not."""
     measures_rms: bool = False
     extra_args: Mapping[str, Any] = field(default_factory=dict)
-    """What ``tx.update`` is given by name."""
+    """The arguments of ``tx.update`` by name."""
     of_tensors: tuple[Sharding, ...] = ()
-    """Of one tensor of each leaf how it is spread."""
+    """The sharding of one tensor of each leaf."""
     of_own: Mapping[Group, list[Sharding]] = field(default_factory=dict)
-    """Of what is kept for one tensor of each leaf of a group how it is spread."""
+    """The shardings of the state for one tensor of each leaf of a group."""
 
     def __call__(
         self, group: Group, layer: jax.Array | None, weights: Sequence[Any], gradients: Sequence[Any], own: list[Any]
@@ -81,13 +81,13 @@ class Updater:
         """The weights and own state after the step."""
         gradients = [_times(g, self.unscale) for g in self._spread(group, gradients)]
         owners = self.optimizer.owners(group)
-        # What a rule keeps of a gradient whose squares are beyond float32 would be, too: only without that it is right.
+        # If a gradient's squares overflow float32, so would what a rule keeps of it: only keeping nothing is right.
         keeps_none = [i not in owners and None not in owners for i in group.leaves]
         squares = [_squares(g, beyond=beyond) for g, beyond in zip(gradients, keeps_none)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
         updates, new_own = self._ask(group, gradients, own, weights)
-        # What tx gives back as it was stays the same value, which is not written: AdaLomo's state has such parts.
+        # State that tx returns unchanged stays the same value and is not written: AdaLomo's state has such parts.
         new_own = [
             new if new is old else constrain(new.astype(old.dtype), sharding)
             for new, old, sharding in zip(new_own, own, self.of_own[group], strict=True)
@@ -97,13 +97,13 @@ class Updater:
             statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
         if self.proceed is None:
             return written, new_own, statistics
-        # Each tensor by itself: else the gradients of all of a layer would have to wait for the last one.
+        # Each tensor by itself: otherwise all gradients of a layer would have to wait for the last one.
         scaled = [beyond and self.clip is None for beyond in keeps_none]
         known = [x.scaled if beyond else x.plain for x, beyond in zip(squares, scaled)]
         proceed = self.proceed
         if self.clip is None:
             flags = [proceed & jnp.isfinite(x) for x in known]
-        else:  # The norm of the whole gradient is known to be finite, or nothing is written; squares may be beyond.
+        else:  # The norm of the whole gradient is finite, or nothing is written; squares may overflow.
             flags = each_known(lambda x: proceed & (x >= 0), known)
         ok = dict(zip(group.leaves, flags))
         all_ok = jnp.all(jnp.stack([*ok.values()]))
@@ -116,9 +116,9 @@ class Updater:
         )
 
     def parts(self, group: Group, sets: Sequence[Sequence[int]]) -> list[Part]:
-        """The group's stacks, sets of them by position, as they are updated one set after another.
+        """The group's stacks in parts, given sets of their positions; the sets are updated one after another.
 
-        All together where ``tx`` keeps something for several.
+        All stacks are one part if ``tx`` keeps something for several of them.
         """
         owners = self.optimizer.owners(group)
         if len(sets) == 1 or None in owners:
@@ -157,7 +157,7 @@ class Updater:
     def next_state(
         self, inner: optax.OptState, owns: Mapping[Group, list[Any]], statistics: Mapping[Group, Statistics]
     ) -> optax.OptState:
-        """The state after the step, given what is kept for each group. Counts stay where nothing was written."""
+        """The state after the step, given what is kept for each group. Counts stay if nothing was written."""
         shared = self.optimizer.next_shared(inner, **self.extra_args)
         if self.proceed is not None:
             wrote = any_written(statistics)
@@ -169,15 +169,15 @@ class Updater:
         return self.optimizer.assemble(shared, spread)
 
     def _spread(self, group: Group, tensors: Sequence[Any]) -> list[Any]:
-        """A tensor of each leaf, spread as the leaf is."""
+        """The tensors, one of each leaf, sharded as the leaf is."""
         return [constrain(x, self.of_tensors[i]) for i, x in zip(group.leaves, tensors, strict=True)]
 
     def _ask(
         self, group: Group, gradients: Sequence[Any], own: list[Any], weights: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
-        """The updates and the new own state. Updates are float32 where weights are rounded stochastically.
+        """The updates and the new own state. Updates are float32 if weights are rounded stochastically.
 
-        That is because gradients are: steps that a narrow dtype does not hold would be lost before they are rounded.
+        They are so because gradients are float32: a narrow dtype would lose small steps before they are rounded.
         """
         wide = [g if self.keys[i] is None else _wide(g) for i, g in zip(group.leaves, gradients)]
         ask = partial(self.optimizer.update, group, own=own, shared=self.shared, leaves=weights, **self.extra_args)
@@ -188,7 +188,7 @@ class Updater:
                 # A branch within tx, such as optax.contrib.galore's, may ask for gradients as narrow as its state.
                 updates, new_own, _ = ask(gradients)
                 warnings.warn(
-                    "tx does not take float32 gradients beside its narrow state, so its updates are as narrow: small "
+                    "tx does not take float32 gradients with its narrower state, so its updates are as narrow: small "
                     f"steps are rounded before they are written ({str(error).splitlines()[0]}).",
                     stacklevel=2,
                 )
@@ -212,7 +212,7 @@ def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
 
 
 def all_statistics(parts: Sequence[Statistics], positions: Sequence[int]) -> Statistics:
-    """Of all tensors, given those of some at a time, and the position of each tensor among all."""
+    """The statistics of all tensors, given those of some at a time, and the position of each tensor among all."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     squares = total([part.squares for part in parts])
     written = jnp.concatenate([part.written for part in parts], axis=-1)[..., jnp.array(order)]
@@ -222,40 +222,40 @@ def all_statistics(parts: Sequence[Statistics], positions: Sequence[int]) -> Sta
 
 
 def total(squares: Sequence[Squares]) -> Squares:
-    """Of all gradients, given those of some at a time."""
+    """The squares of all gradients, given those of some at a time."""
     zero = jnp.zeros([], jnp.float32)
     return Squares(sum((x.plain for x in squares), start=zero), sum((x.scaled for x in squares), start=zero))
 
 
 def _statistics(squares: Sequence[Squares]) -> Statistics:
-    """Of tensors, given the squares of their gradients, and that all are written."""
+    """The statistics of tensors that are all written, given the squares of their gradients."""
     return Statistics(total(squares), jnp.ones(len(squares), bool), [], [])
 
 
 def _squares(gradient: Any, *, beyond: bool) -> Squares:
-    """Of one tensor; with those that are beyond float32, in the same pass, where asked for."""
+    """The squares of one tensor; with ``beyond``, also the scaled ones that do not overflow, in the same pass."""
     if not beyond:
         return Squares(_sum_of_squares(gradient), jnp.array(jnp.inf, jnp.float32))
     gradient, zero = gradient.astype(jnp.float32), jnp.zeros([], jnp.float32)
     add = lambda old, new: (old[0] + new[0], old[1] + new[1])
-    # One reduction of pairs: of two, XLA's compiler for CPUs would write what the second one is made of.
+    # One reduction of pairs: with two reductions, XLA's CPU compiler would write out the terms of the second.
     terms = jnp.square(gradient), jnp.square(gradient * _BEYOND)
     return Squares(*lax.reduce(terms, (zero, zero), add, tuple(range(gradient.ndim))))
 
 
 def _sum_of_squares(gradient: Any) -> jax.Array:
-    """Over all entries, in float32."""
+    """The sum of squares over all entries, in float32."""
     squares = jnp.square(gradient.astype(jnp.float32))
     if gradient.ndim < 2:
         return jnp.sum(squares)
-    # AdaLomo takes the sums of rows, too. XLA does so once for both if it is kept from making one sum of these two.
+    # AdaLomo sums rows, too. XLA shares these sums if the barrier keeps it from merging the two sums here into one.
     return jnp.sum(lax.optimization_barrier(jnp.sum(squares, axis=-1)))
 
 
 def _update_stacks(
     update_layer: UpdateLayer, axes: Sequence[int], weights: list[Any], gradients: list[Any], own: list[Any]
 ) -> tuple[list[Any], list[Any], Statistics]:
-    """Stacks and their state after the step, in place, layer after layer: the bits of the rounding are per layer."""
+    """Stacks and their state after the step, in place, layer by layer: the random bits for rounding are per layer."""
 
     def iteration(carry, i):
         layers, of_layers = ([layer_at(x, i, axis) for x, axis in zip(xs, axes)] for xs in (carry.weights, gradients))
@@ -266,12 +266,12 @@ def _update_stacks(
 
 
 def _times(gradient: Any, factor: jax.Array | None) -> Any:
-    """In float32 where there is a factor."""
+    """The gradient times the factor, in float32; unchanged if there is no factor."""
     return gradient if factor is None else _wide(gradient) * factor
 
 
 def _wide(gradient: Any) -> Any:
-    """In float32 where it is narrower."""
+    """The gradient in float32, if its dtype is narrower."""
     return gradient.astype(promoted(gradient.dtype, jnp.float32))
 
 

@@ -1,4 +1,4 @@
-"""Llama: biases at all of the attention's matrices or at none, no sliding window."""
+"""Llama: biases on all of the attention's matrices or on none, no sliding window."""
 
 from collections.abc import Mapping
 from typing import Any

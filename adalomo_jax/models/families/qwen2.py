@@ -1,4 +1,4 @@
-"""Qwen2: biases at queries, keys and values, no sliding window."""
+"""Qwen2: biases on queries, keys and values, no sliding window."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from adalomo_jax.models.families.family import Family
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("use_sliding_window", False):
-        raise ValueError("use_sliding_window must be False: a Qwen2's layers differ by it, got True")
+        raise ValueError("use_sliding_window must be False: with it, a Qwen2's layers differ, got True")
     return {"qkv_bias": True, "sliding_window": None}
 
 

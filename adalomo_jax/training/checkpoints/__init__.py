@@ -1,1 +1,1 @@
-"""Checkpoints of a run: saved while it trains, and gone on from to the same bits."""
+"""Checkpoints of a run: saved while it trains. A run that continues from one ends with the same bits."""

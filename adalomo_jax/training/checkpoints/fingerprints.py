@@ -17,7 +17,7 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def data_fingerprint(data: Data) -> str:
-    """SHA-256 of the packed sequences, of both parts, in hexadecimal: what is trained on, wherever it was read."""
+    """SHA-256 of the packed sequences of both parts, in hexadecimal. It does not depend on where the text was."""
     digest = hashlib.sha256()
     for packed in (data.train, data.evaluation):
         for array in (packed.tokens_NT, packed.segments_NT, packed.learned_NT):
@@ -27,11 +27,11 @@ def data_fingerprint(data: Data) -> str:
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """For each array a number of 32 bits that depends on every bit of it and not on how it is spread over devices.
+    """A number of 32 bits for each array. It depends on every bit, and not on how the array is spread over devices.
 
     It is the sum, modulo 2**32, of the elements' bits, each multiplied by an odd number that depends on its place. So
-    one element that differs is always seen, and anything else but for one chance in some four billion. It is computed
-    where the arrays are, and takes no memory.
+    it always shows one element that differs, and misses any other damage with a chance of one in some four billion. It
+    is computed where the arrays are, and takes no memory.
 
     Args:
         arrays: of types of 1, 2 or 4 bytes.

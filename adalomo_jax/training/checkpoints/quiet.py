@@ -1,4 +1,4 @@
-"""Orbax without its own report of an error, which comes back as an exception besides."""
+"""Orbax without its own report of an error, which it also raises as an exception."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 _DROPPED = ("Event loop is closed", "Encountered error while reading array")
-"""Of Orbax's other reads and writes, which it drops when one has failed (orbax-checkpoint 0.12.8)."""
+"""Errors of other reads and writes, which Orbax drops when one has failed (orbax-checkpoint 0.12.8)."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A block in which Orbax reads or writes: what it logs of errors, and what its threads drop, is not printed.
+    """A block in which Orbax reads or writes. Errors that it logs, or that its threads drop, are not printed.
 
-    Left by an error it stays quiet: threads of TensorStore, for which nobody can wait, are still at what was dropped.
+    After an error it stays quiet: TensorStore's threads still work on what was dropped, and nobody can wait for them.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level

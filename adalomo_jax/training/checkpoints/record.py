@@ -1,4 +1,4 @@
-"""The record of a checkpoint: of which run it is, where that was, and what its arrays are known by."""
+"""The record of a checkpoint: which run it belongs to, where that run was, and checksums of its arrays."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from adalomo_jax.models.fields import Fields, check
 from adalomo_jax.training.config import MOST_STEPS
 
 FORMAT = 2
-"""Of the record; it grows when older code cannot read newer checkpoints. Those of earlier formats are read."""
+"""The format of a record. It grows when older code cannot read newer checkpoints. Earlier formats are read."""
 
 
 class Origin(NamedTuple):
     """What a run is made of. A checkpoint continues a run of the same origin."""
 
     options: Mapping[str, Any]
-    """Those that have a say in the numbers, by name, with the values that they come to."""
+    """The options that affect the numbers, by name, with the values that they come to."""
     model: Mapping[str, Any]
     """The model's name, and its sizes as the fields of `DecoderConfig`."""
     data: str
     """The `data_fingerprint`."""
     paths: Sequence[str] | None = None
-    """Where the text was, and none of it for the default; it may be elsewhere now. None in format 1."""
+    """The paths of the text, empty for the default. It may be elsewhere now. None in format 1."""
 
 
 class Record(NamedTuple):
-    """What a checkpoint says of itself."""
+    """What a checkpoint says about itself."""
 
     step: int
     batches: Mapping[str, Any]
     """The state of the iterator of the training batches."""
     eval_loss: float | None
-    """After this step, where it was evaluated and finite."""
+    """The evaluation loss after this step, if it was evaluated and finite."""
     origin: Origin
     checksums: Mapping[str, Mapping[str, int]]
-    """Of the arrays, by name, of ``params`` and of ``state``."""
+    """The checksums of the arrays of ``params`` and of ``state``, by name."""
 
 
 class _Format(Fields):
@@ -66,13 +66,13 @@ class _RecordFields(Fields):
 
 
 def sealed(record: Record) -> dict[str, Any]:
-    """As it is written: with its format, and a digest by which damage is seen."""
+    """The record as it is written: with its format, and a digest that shows damage."""
     contents = record._asdict() | {"origin": record.origin._asdict(), "format": FORMAT}
     return {"record": contents, "sha256": _digest(contents)}
 
 
 def unsealed(found: Any) -> Record:
-    """The record in what `sealed` has made.
+    """The record that `sealed` has prepared for writing.
 
     Raises:
         ValueError: it is damaged, of a later format, or has fields of other types or out of their ranges.

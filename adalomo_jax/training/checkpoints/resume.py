@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint: which one, whether it is of this run, and what to say if not."""
+"""How a run continues from a checkpoint: which one, whether it belongs to this run, and the errors if not."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ FREE = (
     *("checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
     *("model", "data", "skip_bad"),
 )
-"""Options that may differ when a run goes on: up to rounding they change nothing, or `Origin` has what they led to."""
+"""Options that may differ when a run continues: they change only rounding, or `Origin` has what they led to."""
 
 
 _EARLIER = "earlier-"
-"""What the name of a file of weights begins with while the run is to come to its end once more."""
+"""How the name of a file of weights begins until the run has come to its end again."""
 
 
 def origin_of(config: FinetuneConfig, model: Pretrained, data: Data) -> Origin:
-    """What a run with these options is made of."""
+    """The origin of a run with these options."""
     return _origin(config, model, data_fingerprint(data))
 
 
@@ -55,7 +55,7 @@ def _paths(config: FinetuneConfig) -> list[str]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has left its weights there, whole, and its summary, which is written last."""
+    """Whether a run has left its whole weights there, and its summary, which it writes last."""
     try:
         return bool(read_json(folder / "summary.json")) and bool(SafetensorsSource(folder).shapes)
     except ValueError:
@@ -63,10 +63,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_finished(config: FinetuneConfig, folder: Path, model: Pretrained, read: Callable[[], Data]) -> None:
-    """Raise InputError where the finished run in a folder is not the one that the options ask for.
+    """Raise InputError if the finished run in a folder is not the one that the options ask for.
 
-    Without checkpoints nothing tells. The text is read only where its paths are not those of the run: all else takes
-    no time.
+    Without checkpoints there is nothing to compare. The text is read only if its paths are not those of the run. The
+    rest takes no time.
     """
     steps = steps_in(checkpoints_of(folder))
     if steps:
@@ -77,7 +77,7 @@ def check_finished(config: FinetuneConfig, folder: Path, model: Pretrained, read
 
 
 def set_weights_aside(folder: Path) -> None:
-    """A run that goes on from before its end is not finished by the weights that it has left there.
+    """Keep earlier weights from marking a run as finished, if it continues from before its end.
 
     They are renamed, not removed: until the run has come to its end again, they are the only ones.
     """
@@ -87,21 +87,21 @@ def set_weights_aside(folder: Path) -> None:
 
 
 def drop_weights_set_aside(folder: Path) -> None:
-    """Once the checkpoint of the last step is whole, which holds the new ones; a run without checkpoints keeps both."""
+    """Call it once the last step's checkpoint, with the new ones, is whole. A run without checkpoints keeps both."""
     for name in (SINGLE, INDEX):
         (folder / f"{_EARLIER}{name}").unlink(missing_ok=True)
 
 
 def checkpoints_of(folder: Path) -> Path:
-    """Where a run in this folder has its checkpoints."""
+    """The folder of the checkpoints of a run in this folder."""
     return folder / FOLDER
 
 
 def find_checkpoint(config: FinetuneConfig, folder: Path, origin: Origin) -> Record | None:
-    """The checkpoint to go on from, with ``--resume``; None to begin.
+    """The checkpoint to continue from, with ``--resume``; None to begin.
 
     Raises:
-        InputError: it is damaged, or of another run; no other one is taken in its place.
+        InputError: it is damaged or of another run. No other checkpoint takes its place.
     """
     steps = steps_in(checkpoints_of(folder)) if config.resume else []
     if not steps and config.resume_step is None:
@@ -129,7 +129,7 @@ def differences(was: Origin, now: Origin) -> list[str]:
 
 
 def unusable(folder: Path, step: int, error: Exception) -> InputError:
-    """A checkpoint that cannot be read, and what there is besides."""
+    """The error for a checkpoint that cannot be read, with the older ones."""
     older = [other for other in steps_in(checkpoints_of(folder)) if other < step]
     steps = ", ".join(map(str, older))
     way_out = (
@@ -149,17 +149,17 @@ def restored(folder: Path, record: Record, params: Any, state: Any) -> tuple[Any
 
 
 def earlier_rows(config: FinetuneConfig, folder: Path, start: Record | None) -> list[Row]:
-    """The rows of ``metrics.jsonl`` up to the step that a run goes on from.
+    """The rows of ``metrics.jsonl`` up to the step that a run continues from.
 
     Raises:
-        InputError: they are not those that the run has written: some are missing, there twice, or of another run.
+        InputError: they are not the rows that the run has written: some are missing, repeated, or of another run.
     """
     if start is None:
         return []
     path = folder / METRICS
     if not path.exists():
         raise InputError(
-            f"{folder} has checkpoints and no {METRICS}, whose rows the run goes on with: copy it to there, too, from "
+            f"{folder} has checkpoints and no {METRICS}, whose rows the run continues: copy it there, too, from "
             "where the run was"
         )
     try:
@@ -172,8 +172,8 @@ def earlier_rows(config: FinetuneConfig, folder: Path, start: Record | None) -> 
         name = lambda row: f"the {'evaluation' if row[0] is EvaluationRow else 'row'} of step {row[1]}"
         got = name(found[at]) if at < len(found) else f"no more up to step {start.step}"
         raise InputError(
-            f"{path} must go on with {name(due[at]) if at < len(due) else 'none'} after {at} rows, got {got}: put the "
-            "file of that run there again, or go on from before that with --resume-step"
+            f"{path} must continue with {name(due[at]) if at < len(due) else 'none'} after {at} rows, got {got}: put "
+            "the file of that run back, or continue from an earlier step with --resume-step"
         )
     return rows
 

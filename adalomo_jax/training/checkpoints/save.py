@@ -24,9 +24,9 @@ from adalomo_jax.training.checkpoints.record import Origin, Record, sealed, unse
 from adalomo_jax.training.devices import is_first_process
 
 FOLDER = "checkpoints"
-"""Of a run's output: where its checkpoints are, by step."""
+"""The folder of a run's output that has its checkpoints, by step."""
 _REMOVED = ".removed"
-"""Where checkpoints go to be removed, in one rename each: a kill leaves none that is half there under its own name."""
+"""Checkpoints move here to be removed, in one rename each: a kill leaves none half removed under its own name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Saver:
         """Start to write a checkpoint, once the one before is written. The arrays may be donated at once.
 
         On a GPU or a TPU their bytes are in the host's memory until they are on the disk. On a CPU Orbax reads the
-        arrays where they are; JAX sees that somebody does, and leaves them be: the next step writes into new memory.
+        arrays where they are. JAX sees that they are in use and keeps them: the next step writes into new memory.
 
         Raises:
-            InputError: the one before could not be written.
+            InputError: the checkpoint before could not be written.
         """
         items = {"params": _named(params), "state": _named(state)}
         sums = {name: checksums(arrays) for name, arrays in items.items()}
@@ -60,7 +60,7 @@ class Saver:
             )
 
     def wait(self) -> None:
-        """Until all is written; raises as `save` does."""
+        """Wait until everything is written. Raises as `save` does."""
         with self._one_line():
             self._wait()
 
@@ -71,7 +71,7 @@ class Saver:
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """What goes wrong while Orbax writes, in this thread or another one, as an error of one line."""
+        """Turns Orbax's error while it writes, in this thread or another one, into an error of one line."""
         try:
             yield
         except Exception as error:
@@ -84,15 +84,15 @@ class Saver:
 
 @contextlib.contextmanager
 def open_saver(folder: Path, origin: Origin, *, keep: int) -> Iterator[Saver]:
-    """To write checkpoints into a folder, which need not be there: ``folder/<step>``, each there whole or not at all.
+    """Opens a folder, which need not exist, to write checkpoints, ``folder/<step>``. Each is whole or does not exist.
 
-    All processes open it, once `remove_later` is done, and save at the same steps. Left without an error, it waits
-    until all is written.
+    All processes open it, once `remove_later` is done, and save at the same steps. Without an error, its end waits
+    until everything is written.
 
     Args:
-        folder: of the checkpoints.
-        origin: of the run.
-        keep: how many of the last to keep; the best by evaluation loss is kept besides.
+        folder: the checkpoints' folder.
+        origin: the run's origin.
+        keep: how many of the last to keep. The best by evaluation loss is kept, too.
 
     Raises:
         InputError: the folder cannot be used, or a checkpoint could not be written.
@@ -124,26 +124,26 @@ def _manager(folder: Path, options: Any) -> ocp.CheckpointManager:
         if not broken:
             raise InputError(f"the checkpoints in {folder} cannot be used: {one_line(error)}") from error
         raise InputError(
-            f"the checkpoint of step {broken[0]} in {folder} has a damaged evaluation loss, without which none is "
-            f"opened: {one_line(error)}; move {folder / str(broken[0])} out of that folder"
+            f"the checkpoint of step {broken[0]} in {folder} has a damaged evaluation loss, without which none can "
+            f"be opened: {one_line(error)}; move {folder / str(broken[0])} out of that folder"
         ) from error
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, ascending, whole or damaged; none where there is no folder."""
+    """The steps of the checkpoints in a folder, ascending, whole or damaged; none if there is no folder."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if _is_step(path.name) and path.is_dir())
 
 
 def foreign_in(folder: Path) -> list[Path]:
-    """What has a checkpoint's name there, and no record: Orbax would take it for one, and remove it in its time."""
+    """Paths there with a checkpoint's name and no record. Orbax would take them for checkpoints, and remove them."""
     paths = [folder / str(step) for step in steps_in(folder)]
     return [path for path in paths if not (path / "record").is_dir()]
 
 
 def best_step(folder: Path) -> int | None:
-    """The step of the checkpoint with the lowest evaluation loss; None where no checkpoint has one.
+    """The step of the checkpoint with the lowest evaluation loss; None if no checkpoint has one.
 
     Raises:
         ValueError: a checkpoint is damaged.
@@ -153,13 +153,13 @@ def best_step(folder: Path) -> int | None:
 
 
 def read_record(path: Path) -> Record:
-    """What a checkpoint says of itself. No array is read.
+    """The record of a checkpoint. No array is read.
 
     Args:
         path: of the checkpoint, ``.../checkpoints/<step>``.
 
     Raises:
-        ValueError: there is none, it is damaged, or not of such a run.
+        ValueError: there is no checkpoint, it is damaged, or not of such a run.
     """
     record = unsealed(_read(path, record=ocp.args.JsonRestore())["record"])
     if str(record.step) != path.name:
@@ -171,13 +171,13 @@ def restore(path: Path, record: Record, params: Any, state: Any) -> tuple[Any, A
     """The parameters and the optimizer state of a checkpoint, each part read by the devices that keep it.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's path.
         record: what `read_record` found there.
         params: a tree of ``jax.ShapeDtypeStruct``s; those without a sharding go to the first device.
-        state: likewise.
+        state: a tree of the same kind.
 
     Raises:
-        ValueError: it is damaged, or of other arrays.
+        ValueError: it is damaged, or has other arrays.
     """
     restored = _restore_items(path, record, {"params": params, "state": state})
     return restored["params"], restored["state"]
@@ -192,7 +192,7 @@ def restore_params(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
         path: of the checkpoint, ``.../checkpoints/<step>``.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is no checkpoint, or it is damaged.
     """
     record = read_record(path)
     try:
@@ -204,8 +204,8 @@ def restore_params(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
 
 
 def remove_later(folder: Path, after: int) -> None:
-    """Remove the checkpoints of later steps, the last one first: a kill leaves none that is above a gap."""
-    _empty_removed(folder)  # what an earlier start was killed over
+    """Remove the checkpoints of later steps, the last one first, so that a kill leaves no gap between them."""
+    _empty_removed(folder)  # left by an earlier start that was killed
     for step in reversed(steps_in(folder)):
         if step > after:
             (folder / _REMOVED).mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ def _restore_items(path: Path, record: Record, trees: dict[str, Any]) -> dict[st
 
 
 def _read(path: Path, **args: Any) -> dict[str, Any]:
-    """Items of a checkpoint. Whatever Orbax meets in damaged files, of which no list is to be had, is a ValueError."""
+    """Items of a checkpoint. Orbax's errors for damaged files, of which there is no list, become a ValueError."""
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}")
     try:
@@ -247,7 +247,7 @@ def _read(path: Path, **args: Any) -> dict[str, Any]:
 
 
 def _has_metrics_or_none(path: Path) -> bool:
-    """False for a file of metrics that is no JSON: Orbax's manager reads all of them at once, and names none."""
+    """False for a file of metrics that is not JSON. Orbax's manager reads all of them at once, and names none."""
     try:
         ocp.JsonCheckpointHandler(filename="metrics").restore(cast(Any, path.absolute() / "metrics"))
     except FileNotFoundError:
@@ -258,12 +258,12 @@ def _has_metrics_or_none(path: Path) -> bool:
 
 
 def _is_step(name: str) -> bool:
-    """Not 007, which is no name that Orbax gives."""
+    """Whether Orbax gives such a name: not 007."""
     return name.isdecimal() and name == str(int(name))
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by the path to each, in order: the same for each kind of tree that Orbax may know or not."""
+    """The leaves by path, in order: the same for each kind of tree, whether Orbax knows it or not."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -273,7 +273,7 @@ def _placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _reason(error: Exception) -> str:
-    """TensorStore says RESOURCE_EXHAUSTED, the file and much else where a disk is full."""
+    """If the disk is full, TensorStore says RESOURCE_EXHAUSTED, the file and much else."""
     is_full = any(words in str(error) for words in ("No space left", "Disk quota", "RESOURCE_EXHAUSTED"))
     return "the disk is full" if is_full else one_line(error)[:300]
 

@@ -1,4 +1,4 @@
-"""SIGTERM, with which a scheduler asks a run to stop: all processes agree on the step after which they do."""
+"""SIGTERM, with which a scheduler asks a run to stop: all processes agree on the step after which they stop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adalomo_jax.models.sharding import everywhere
 
 @contextlib.contextmanager
 def stop_requests(mesh: Mesh | None) -> Iterator[Callable[[], bool]]:
-    """Yields the function that says whether to stop. All processes call it once a step, and hear the same.
+    """Yields the function that says whether to stop. All processes call it once a step, and get the same answer.
 
-    Inside, SIGTERM does no more than make it true; several processes hear of it one call later, so that a step need not
-    be over before the next one is handed to the devices. Outside of the main thread signals cannot be had: it is never
-    true there.
+    Inside, SIGTERM only makes it true. Several processes hear of it one call later, so that a step need not be over
+    before the devices get the next one. Outside of the main thread Python can handle no signals: it is never true
+    there.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -36,7 +36,7 @@ def stop_requests(mesh: Mesh | None) -> Iterator[Callable[[], bool]]:
 
 
 def _agreement(mesh: Mesh, asked: threading.Event) -> Callable[[], bool]:
-    """Whether any process was asked, as it was when the function was called the last time."""
+    """A function that says whether any process had been asked to stop at its previous call."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     any_of = jax.jit(jnp.max, out_shardings=everywhere(mesh))
     pending: list[jax.Array] = []
