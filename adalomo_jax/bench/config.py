@@ -65,7 +65,7 @@ def check_bench_options(config: BenchConfig) -> None:
         f"--rounds must be at least 3, for a median, got {config.rounds}": config.rounds >= 3,
         f"--only knows {'; '.join(NAMES)}, got {'; '.join(unknown)}": not unknown,
         f"--against lomo-optim needs {install}: pip install {install}": not missing,
-        "--against lomo-optim is of --dtype float32, in which both are the same rule": (
+        "--against lomo-optim needs --dtype float32, in which both are the same rule": (
             config.against is None or config.dtype == ("float32",)
         ),
     }

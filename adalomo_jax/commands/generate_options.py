@@ -44,7 +44,7 @@ def check_generate_options(config: GenerateConfig) -> None:
     checks = {
         "--prompt must be UTF-8": is_text(config.prompt),
         "--system must be UTF-8": config.system is None or is_text(config.system),
-        "--system is of --chat: give it too": config.system is None or config.chat,
+        "--system needs --chat: give it too": config.system is None or config.chat,
         f"--length must be at least 1 token, got {config.length}": config.length >= 1,
         f"--temperature must be 0 (the likeliest token) or more, got {config.temperature}": (
             math.isfinite(config.temperature) and config.temperature >= 0

@@ -82,9 +82,12 @@ def check_memory_options(config: MemoryConfig) -> None:
         f"--batch-size {config.batch_size} must be a multiple of {rows}, the product of data and fsdp in --shard": (
             config.batch_size % rows == 0
         ),
-        "--estimate is of one chip; compile for several, without it": not config.estimate or config.chips == 1,
-        "--offload is of the fused step; leave --no-fused out": config.offload is None or config.fused,
-        "--estimate is of steps with all on the chip; compile with --offload": not (config.estimate and config.offload),
+        "--estimate works for one chip only; for several, leave it out and compile": not config.estimate
+        or config.chips == 1,
+        "--offload needs the fused step; leave --no-fused out": config.offload is None or config.fused,
+        "--estimate does not know --offload: leave --estimate out and compile": not (
+            config.estimate and config.offload
+        ),
     }
     for message, holds in checks.items():
         if not holds:

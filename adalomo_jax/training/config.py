@@ -148,7 +148,7 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
         ),
         f"--batch-size {config.batch_size} must be a multiple of {rows * max(parts, 1)}: {parts} microbatches, each "
         f"spread over {rows} devices by data and fsdp in --mesh": config.batch_size % (max(parts, 1) * rows) == 0,
-        "--processes and --process are of --coordinator: give it too": (
+        "--processes and --process need --coordinator: give it too": (
             config.coordinator is not None or (processes is None and process is None)
         ),
         "--coordinator with an address takes --processes and --process too": (
@@ -170,7 +170,7 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
         ),
         f"--keep must be at least 1 checkpoint, got {config.keep}": config.keep >= 1,
         "--resume goes on with the run in --output: name its folder": not config.resume or config.output is not None,
-        "--resume-step is of --resume: give it too": config.resume_step is None or config.resume,
+        "--resume-step needs --resume: give it too": config.resume_step is None or config.resume,
         f"--resume-step must be at least 1, got {config.resume_step}": (
             config.resume_step is None or config.resume_step >= 1
         ),

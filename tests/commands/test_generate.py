@@ -179,7 +179,7 @@ def test_what_continues_a_text_is_not_read_as_its_beginning():
         ("--model {tmp} --prompt x", "config.json cannot be read"),
         ("--model smollm --prompt x", "there is no file or folder smollm"),
         ("--model {folder} --prompt x --chat", "bytes have no chat template; leave --chat out"),
-        ("--model {folder} --prompt x --system y", "--system is of --chat: give it too"),
+        ("--model {folder} --prompt x --system y", "--system needs --chat: give it too"),
         ("--model {folder} --prompt x --length 40", "--prompt (1 tokens) and --length 40 must fit the 40 positions"),
         ("--model {folder} --prompt x --length 0", "--length must be at least 1 token, got 0"),
         ("--model {folder} --prompt x --temperature -1", "--temperature must be 0 (the likeliest token) or more"),

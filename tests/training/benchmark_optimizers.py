@@ -1,6 +1,6 @@
 """Prints seconds and memory of a step of finetune by each optimizer, as in examples/further_pretraining.py.
 
-    python tests/finetune/benchmark_optimizers.py [--model smollm2] [--seq-len 512] [--steps 9]
+    python tests/training/benchmark_optimizers.py [--model smollm2] [--seq-len 512] [--steps 9]
 
 All optimizers take a step in turn, on the same batches, in one process, so that a busy machine hits all alike. Seconds
 are medians; of memory it is what the compiler says of arguments, outputs and temporaries.

@@ -205,7 +205,7 @@ def test_too_little_text(tmp_path, text, seq_len, parts, message):
 
 def test_completions_beyond_a_short_sequence_are_too_little(tmp_path):
     path = write(tmp_path / "a.jsonl", *[{"prompt": "p" * 8, "completion": "c"}] * 20)
-    with pytest.raises(InputError, match="training text is fewer than one .* longer --seq-len"):
+    with pytest.raises(InputError, match="training text is less than one .* longer --seq-len"):
         load_data([path], BYTES, seq_len=8)
     load_data([path], BYTES, seq_len=9)
 

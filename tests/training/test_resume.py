@@ -191,7 +191,7 @@ def test_all_options_that_differ_are_named(killed, command, corpus, capsys, tmp_
     ("options", "says"),
     [
         ("--resume", "--resume goes on with the run in --output: name its folder"),
-        ("--resume-step 3", "--resume-step is of --resume: give it too"),
+        ("--resume-step 3", "--resume-step needs --resume: give it too"),
         ("--resume --output {0} --resume-step 3", "no checkpoint of this step, only those of the steps 4, 5"),
         ("--resume --output {0}/none --resume-step 3", "no checkpoint of this step, none at all"),
         ("--checkpoint-every -1", "--checkpoint-every must be 0, for none, or a number of steps, got -1"),

@@ -174,7 +174,7 @@ def free_port():
         ("--mesh fsdp=8 --batch-size 12", "--batch-size 12 must be a multiple of 8"),
         ("--mesh fsdp=8 --microbatches 2", "--batch-size 8 must be a multiple of 16: 2 microbatches"),
         ("--coordinator localhost:1 --mesh fsdp=8", "takes --processes and --process too"),
-        ("--processes 2 --process 0", "are of --coordinator: give it too"),
+        ("--processes 2 --process 0", "need --coordinator: give it too"),
         (
             "--coordinator localhost:1 --processes 2 --process 2 --mesh fsdp=8",
             "--process must be from 0 .*, got 2 of 2",
