@@ -114,6 +114,7 @@ def _run_in(folder: Path, config: FinetuneConfig, model: Pretrained, mesh: Mesh 
     if config.resume:
         where = f"after step {start.step}" if start else f"at the beginning: there is no checkpoint in {folder}"
         console.print(f"going on {where}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
     console.print("compiling", highlight=False)
     program = build_program(config, model, mesh, restore=start and partial(restored, folder, start))
     wait_for_all("the output folder is checked")
