@@ -43,9 +43,9 @@ RULES = {rule.name: rule for rule in _RULES}
 """By name."""
 
 HELP = "Update rule: " + "; ".join(f"{rule.name}, {rule.description}" for rule in _RULES)
-"""Of the option that names one."""
+"""The help of the option that names a rule."""
 RATES = "; ".join(f"{rule.name} {rule.tuned_rate:g}" for rule in _RULES) + "; more from random weights"
-"""Of the option for the learning rate: what it is if nobody says."""
+"""The default learning rates, as help shows them."""
 
 if TYPE_CHECKING:
     Optimizer = str

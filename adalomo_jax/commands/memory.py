@@ -14,7 +14,7 @@ from rich.console import Console
 from adalomo_jax.commands.memory_options import MemoryConfig, check_memory_options, model_sizes, picture
 from adalomo_jax.inputs import InputError, mesh_sizes
 from adalomo_jax.memory import TARGETS, Target, Unavailable, Usage, compile_usage, devices_of, estimate_usage, prepare
-from adalomo_jax.memory.tables import Row, json_line, plot_usage, usage_table
+from adalomo_jax.memory.tables import UsageRow, json_line, plot_usage, usage_table
 from adalomo_jax.memory.targets import torus
 from adalomo_jax.models import PRESETS, DecoderConfig
 from adalomo_jax.models.sharding import batch_sharding, everywhere, make_mesh
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     fused: bool
 
 
-def run(config: MemoryConfig, console: Console | None = None) -> list[Row]:
+def run(config: MemoryConfig, console: Console | None = None) -> list[UsageRow]:
     """Compile, or estimate, each row; print the table and draw it, or print JSON.
 
     Raises:
@@ -84,7 +84,7 @@ def usage_of(config: MemoryConfig, model: DecoderConfig, target: Target, step: S
     return usage(training.step, params, *args, target=target, fused=step.fused)
 
 
-def _rows(config: MemoryConfig, model: DecoderConfig, target: Target, console: Console) -> Iterator[Row]:
+def _rows(config: MemoryConfig, model: DecoderConfig, target: Target, console: Console) -> Iterator[UsageRow]:
     for step in steps_of(config):
         doing = "estimating" if config.estimate else f"compiling for {target.name}"
         status = contextlib.nullcontext() if config.json else console.status(f"{doing}: {step.name}")
@@ -93,7 +93,7 @@ def _rows(config: MemoryConfig, model: DecoderConfig, target: Target, console: C
                 usage = usage_of(config, model, target, step)
         except Unavailable as error:
             raise InputError(str(error)) from None
-        yield Row(step.name, step.optimizer, step.fused, target.name, usage)
+        yield UsageRow(step.name, step.optimizer, step.fused, target.name, usage)
 
 
 def _mesh(config: MemoryConfig, target: Target) -> Mesh:

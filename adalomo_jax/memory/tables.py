@@ -24,7 +24,7 @@ _PARTS = {
 """The parts of a bar."""
 
 
-class Row(NamedTuple):
+class UsageRow(NamedTuple):
     """A step and the memory that it needs."""
 
     name: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     usage: Usage
 
 
-def usage_table(rows: Sequence[Row], title: str) -> Table:
+def usage_table(rows: Sequence[UsageRow], title: str) -> Table:
     """A column for each row, so that a terminal 80 characters wide has room for five."""
     table = Table(title=title)
     table.add_column("a chip", min_width=max(len(word) for name in _PARTS for word in name.split()))
@@ -74,7 +74,7 @@ def verdict(usage: Usage) -> str:
     return "refused" if usage.refused else "no"
 
 
-def json_line(row: Row) -> str:
+def json_line(row: UsageRow) -> str:
     """A row as one JSON object. Figures that the compiler of a refused step did not report are null."""
     usage = row.usage
     found: dict[str, Any] = {"name": row.name, "optimizer": row.optimizer, "fused": row.fused, "target": row.target}
@@ -87,7 +87,7 @@ def json_line(row: Row) -> str:
     return json.dumps(found)
 
 
-def plot_usage(path: Path, rows: Sequence[Row], title: str) -> None:
+def plot_usage(path: Path, rows: Sequence[UsageRow], title: str) -> None:
     """Write a PNG with a bar for each row, stacked from the parts of its memory, and a line at the chip's limit."""
     figure = Figure(figsize=(8, 1.6 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()

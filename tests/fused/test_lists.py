@@ -137,7 +137,7 @@ CASES = {
     "another value": (reads_another_value, {"layers/3/up": "layers/3 computes `tanh` of another value than layers/2"}),
     "one checkpoint": (
         all_in_one_checkpoint,
-        {"layers/1/up": "one checkpoint runs layers/1 and layers/0, and in it fewer than 3 layers repeat"},
+        {"layers/1/up": "one checkpoint runs layers/1 and layers/0, and fewer than 3 layers repeat inside it"},
     ),
     "no list": (MODELS["tied"], {"into": "no scan reads it", "head": "the loss does not read it"}),
     "a list of arrays of several kinds": (all_in_one_list, {f"all/{i}": "no scan reads it" for i in range(4)}),
@@ -183,7 +183,7 @@ def test_a_layer_that_tx_treats_otherwise():
     tx = optax.multi_transform({"slow": optax.sgd(1e-3), "fast": optax.adamw(1e-2)}, labels)
     for placed in (True, False):
         of_leaves = reasons(found.loss_fn, found.params, tx, placed=placed)
-        assert of_leaves["layers/0/up"] == "it is treated otherwise by tx than layers/1/up"
+        assert of_leaves["layers/0/up"] == "it is treated differently by tx than layers/1/up"
 
 
 def test_strict_refuses_only_what_place_would_stack():

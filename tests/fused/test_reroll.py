@@ -202,8 +202,8 @@ def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
     all_bytes = 4 * (4 * (2 * DIM * 2 * DIM + DIM) + 2 * DIM * DIM)
     assert plan.endswith(
         f"gradients alive at once: {all_bytes:,} of {all_bytes:,} bytes\n"
-        "4 layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
-        " (FusedOptimizer and TrainState: roll=True)"
+        "4 layers in a list repeat. step.place(params, *args) (FusedOptimizer and TrainState: roll=True) stacks them: "
+        "then only one layer's gradients are alive at a time"
     )
     one_layer = 4 * (2 * DIM * 2 * DIM + DIM)
     assert str(by_plan(step, found.params)).endswith(f"gradients alive at once: {one_layer:,} of {all_bytes:,} bytes")
@@ -215,7 +215,9 @@ def test_few_layers_without_checkpoints_stay_in_their_list():
     step = fuse(few.loss_fn, adalomo(1e-2))
     assert jax.tree.structure(step.place(few.params, *data(0))) == jax.tree.structure(few.params)
     plan = step.plan(few.params, *data(0))
-    assert "\n5 layers in a list repeat, too few to gain by a stack" in str(plan) and "fuse(..., roll=5)" in str(plan)
+    assert "\n5 layers in a list repeat, too few for a stack to save memory" in str(
+        plan
+    ) and "fuse(..., roll=5)" in str(plan)
     assert "it is one of 5 layers in a list that repeat" in plan.reasons
     with pytest.raises(ValueError, match=r"strict=True, but 5 layers repeat in a list, .* roll=5 and params = step"):
         fuse(few.loss_fn, adalomo(1e-2), strict=True).init(few.params, *data(0))

@@ -188,7 +188,7 @@ def test_says_that_the_state_was_made_for_parameters_that_were_spread_otherwise(
     moved = jax.device_put(w, jax.devices()[0] if now is None else on(now, fewer or 4))
     for call in (step, step.jit, step.unfused):
         with pytest.raises(
-            ValueError, match="^params is spread otherwise than when the state was made: .* then, .* now"
+            ValueError, match="^params is sharded differently than when the state was made: .* then, .* now"
         ):
             call(moved, state, x)
 
@@ -210,5 +210,5 @@ def test_says_that_a_batch_to_slice_is_spread_otherwise():
     step = fuse(lambda w, x: jnp.mean(x @ w), lomo(1e-2), microbatches=2)
     w, x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P())), jnp.ones((8, 8))
     state = step.init(w, jax.device_put(x, NamedSharding(mesh, P())))
-    with pytest.raises(ValueError, match=r"^args\[0\] is spread otherwise than when the state was made: "):
+    with pytest.raises(ValueError, match=r"^args\[0\] is sharded differently than when the state was made: "):
         step.jit(w, state, jax.device_put(x, NamedSharding(mesh, P("d"))))

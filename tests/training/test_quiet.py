@@ -3,6 +3,7 @@
 import logging
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ def printed(monkeypatch):
 
 
 def drop(message):
-    dropped = SimpleNamespace(exc_value=RuntimeError(message))
+    dropped: Any = SimpleNamespace(exc_value=RuntimeError(message))
     sys.unraisablehook(dropped)
     return dropped
 

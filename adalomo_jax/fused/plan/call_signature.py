@@ -101,7 +101,7 @@ def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
             now = sharding_of(x)
             if now is None or not was.is_equivalent_to(now, x.ndim):
                 raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} is spread otherwise than when the state was made: "
+                    f"{name}{jax.tree_util.keystr(path)} is sharded differently than when the state was made: "
                     f"{_spread(was)} then, {_spread(now or x.sharding)} now. Make the state for arrays as they are now "
                     "with step.init(params, *args), or spread them as they were with jax.device_put."
                 )

@@ -66,8 +66,8 @@ def of_leaves(x: Leaf, y: Leaf) -> str | None:
     if x.trained != y.trained:
         return f"{x.path} is {'' if x.trained else 'not '}trained, and {y.path} is{' not' if x.trained else ''}"
     if x.rule != y.rule:
-        return f"{x.path} is treated otherwise by tx than {y.path}"
-    return f"{x.path} is spread otherwise over devices than {y.path}" if x.spread != y.spread else None
+        return f"{x.path} is treated differently by tx than {y.path}"
+    return f"{x.path} is sharded differently than {y.path}" if x.spread != y.spread else None
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Differences:
         earlier, period, is_later = min(x, y, key=lambda layer: layer.first), abs(x.first - y.first), x.first > y.first
         codes = self.layers.codes
         if not period and is_checkpoint(self.layers.ordered.equations[x.first]):
-            few = f"in it fewer than {FEWEST} layers repeat"
+            few = f"fewer than {FEWEST} layers repeat inside it"
             return Comparison(False, f"one checkpoint runs {x.name} and {y.name}, and {few}")
         if not 0 < period < len(codes):
             return Comparison(False)

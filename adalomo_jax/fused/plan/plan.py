@@ -91,7 +91,7 @@ class LayerScan:
 
     @cached_property
     def read_by(self) -> tuple[frozenset[int], ...]:
-        """The stacks of which each segment of the body reads a layer."""
+        """For each segment of the body, the stacks that it reads a layer from."""
         outer = dict(self.layers)
         values = [[outer[v] for v in segment.inputs if v in outer] for segment in self.body]
         return tuple(frozenset(stack for value in read for stack in self.made_of[value]) for read in values)
@@ -234,13 +234,13 @@ class Plan:
         of_all = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in trained)
         lines.append(f"gradients alive at once: {self.gradient_bytes:,} of {of_all:,} bytes")
         lines += [
-            f"{repeat.layers} layers in a list repeat: step.place(params, *args) stacks them, for one layer's at a time"
-            " (FusedOptimizer and TrainState: roll=True)"
+            f"{repeat.layers} layers in a list repeat. step.place(params, *args) (FusedOptimizer and TrainState: "
+            "roll=True) stacks them: then only one layer's gradients are alive at a time"
             for repeat in self.lists.repeats
         ]
         lines += [
-            f"{repeat.layers} layers in a list repeat, too few to gain by a stack without jax.checkpoint around each: "
-            f"fuse(..., roll={repeat.layers}) and step.place(params, *args) make one all the same"
+            f"{repeat.layers} layers in a list repeat, too few for a stack to save memory, unless each is under "
+            f"jax.checkpoint. fuse(..., roll={repeat.layers}) and step.place(params, *args) stack them anyway"
             for repeat in self.lists.too_few
         ]
         return "\n".join(lines)

@@ -29,7 +29,7 @@ class Carried(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """Values of which each layer has its own."""
+    """Values that differ from layer to layer."""
 
     values: tuple[int, ...]
     """In the order of the layers."""
