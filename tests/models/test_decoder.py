@@ -223,3 +223,10 @@ def test_a_model_of_given_parameters_computes_in_their_type(dtype):
     tokens = jnp.arange(8)[None]
     assert found.hidden(tokens).dtype == dtype
     np.testing.assert_array_equal(found(tokens), model(tokens))
+
+
+def test_the_names_from_before_there_were_families_are_the_same():
+    from adalomo_jax import models
+
+    old = models.Llama, models.LlamaConfig, models.llama_of
+    assert old == (models.Decoder, models.DecoderConfig, models.decoder_of)
