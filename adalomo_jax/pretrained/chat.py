@@ -93,9 +93,10 @@ def chat_prompt(
 
 
 def handed_over(messages: list[Any]) -> Iterator[Any]:
-    """Take the messages out of the list one by one: only the receiver holds them then, and long ones can be freed."""
+    """Take each message out of the list: whoever receives it is the only one that holds it, so long ones can go."""
+    messages.reverse()  # the last one comes out of a list at once, the first one only past all others
     while messages:
-        yield messages.pop(0)
+        yield messages.pop()
 
 
 def text_of(content: Any) -> str:

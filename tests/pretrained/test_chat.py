@@ -5,7 +5,7 @@ import datetime
 import pytest
 from small_tokenizers import CHATML
 
-from adalomo_jax.pretrained.chat import chat_prompt, chat_text
+from adalomo_jax.pretrained.chat import chat_prompt, chat_text, handed_over
 
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -192,3 +192,10 @@ def test_what_is_refused(template, messages, error):
 def test_what_a_marked_block_sets_stays_in_it():
     template = "{% generation %}{% set x = 1 %}{{ x }}{% endgeneration %}{{ x is defined }}"
     assert chat_text(template, CONVERSATION) == ("1False", ((0, 1),), ())
+
+
+def test_messages_are_handed_over_in_their_order():
+    messages = [1, 2, 3]
+    given = handed_over(messages)
+    assert next(given) == 1 and len(messages) == 2
+    assert list(given) == [2, 3] and messages == []
