@@ -38,7 +38,7 @@ MODULES = {
         *("plan.leafwise", "plan.plan", "plan.planning", "plan.paths", "plan.call_signature", "plan.selection"),
         *("plan.checks", "plan.placed_tree", "plan.rolling", "plan.tracing"),
         *("plan.origins", "state", "convert", "run.cotangents", "run.in_place", "run.segment", "run.updater"),
-        *("run.layers", "run.layer_scan", "run.passes", "run.unfused", "result", "step"),
+        *("run.layers", "run.layer_scan", "run.passes", "run.unfused", "result", "run.call", "step", "transform"),
     ],
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
@@ -113,7 +113,7 @@ def test_imports_that_point_up_are_found(tmp_path):
         ("optimizers/moments.py", "from adalomo_jax import fuse"),
         ("optimizers/rounding.py", "from adalomo_jax.optimizers.adalomo import adalomo"),
         ("fused/plan/plan.py", "def f():\n    from adalomo_jax.commands.finetune import run"),
-        ("fused/plan/jaxpr.py", "from adalomo_jax.fused.step import fuse"),
+        ("fused/plan/jaxpr.py", "from adalomo_jax.fused.transform import fuse"),
         ("models/decoder.py", "from adalomo_jax.cli import main"),
         ("pretrained/tokenizer.py", "from adalomo_jax.training.config import InputError"),
         ("pretrained/chat.py", "from adalomo_jax.pretrained.tokenizer import Encoded"),

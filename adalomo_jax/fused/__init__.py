@@ -9,4 +9,4 @@ from adalomo_jax.fused.plan.plan import Plan as Plan
 from adalomo_jax.fused.result import StepResult as StepResult
 from adalomo_jax.fused.state import FusedState as FusedState
 from adalomo_jax.fused.step import FusedStep as FusedStep
-from adalomo_jax.fused.step import fuse as fuse
+from adalomo_jax.fused.transform import fuse as fuse
