@@ -11,7 +11,8 @@ import optax
 from flax import nnx
 
 from adalomo_jax.fused import Plan, StepResult, fuse
-from adalomo_jax.fused.plan.jaxpr import Equation, has_programs
+from adalomo_jax.fused.plan.contents import has_programs
+from adalomo_jax.fused.plan.jaxpr import Equation
 from adalomo_jax.fused.plan.origins import Origin, call_with_origins
 from adalomo_jax.fused.plan.paths import path_name
 from adalomo_jax.fused.plan.placed_tree import is_stacked

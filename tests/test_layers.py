@@ -32,7 +32,15 @@ MODULES = {
         *("adalomo", "lomo", "optax_rules"),
     ],
     "fused": [
-        *("loss_scale", "plan.jaxpr", "plan.dependence", "plan.terms", "plan.equation_signatures", "plan.folded_keys"),
+        *(
+            "loss_scale",
+            "plan.jaxpr",
+            "plan.contents",
+            "plan.dependence",
+            "plan.terms",
+            "plan.equation_signatures",
+            "plan.folded_keys",
+        ),
         *("plan.order", "plan.runs", "options", "offload", "buffers", "plan.periods", "plan.repeats", "sharding"),
         *("plan.chain", "plan.saving", "plan.reroll", "plan.homes", "plan.readers", "plan.differences", "plan.lists"),
         *("plan.leafwise", "plan.plan", "plan.planning", "plan.paths", "plan.call_signature", "plan.selection"),

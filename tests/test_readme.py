@@ -89,5 +89,10 @@ def test_the_table_of_optimizers_is_what_the_runs_came_to():
     assert all(row in RESULTS.read_text() for row in expected), expected
 
 
+def test_readme_lists_the_rules_of_the_table():
+    rows = [f"| `{rule.name}` | {rule.description} | {rule.tuned_rate:g} |" for rule in RULES.values()]
+    assert "|---|---|---|\n" + "\n".join(rows) + "\n\n" in README.read_text()
+
+
 def test_the_guide_names_the_rules_of_the_table():
     assert f"`--optimizer {'|'.join(RULES)}`" in (ROOT / "examples" / "command.md").read_text()

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from adalomo_jax.fused.plan.contents import reads_in_order
 from adalomo_jax.fused.plan.dependence import active_values
-from adalomo_jax.fused.plan.jaxpr import evaluate, reads_in_order, scan_of, trace
+from adalomo_jax.fused.plan.jaxpr import evaluate, scan_of, trace
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
 TABLE = np.arange(4.0, dtype=np.float32)

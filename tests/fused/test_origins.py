@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from adalomo_jax.fused.plan.jaxpr import Equation, has_programs
+from adalomo_jax.fused.plan.contents import has_programs
+from adalomo_jax.fused.plan.jaxpr import Equation
 from adalomo_jax.fused.plan.origins import call_with_origins
 
 W, X = jnp.arange(27.0).reshape(3, 3, 3) / 9, jnp.ones(3)

@@ -13,7 +13,8 @@ from jax.core import Tracer
 
 from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.options import Options, shown
-from adalomo_jax.fused.plan.jaxpr import Program, reads_references
+from adalomo_jax.fused.plan.contents import reads_references
+from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.lists import Lists
 from adalomo_jax.fused.plan.paths import leaves_with_paths
 from adalomo_jax.fused.plan.plan import Plan

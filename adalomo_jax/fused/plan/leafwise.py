@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adalomo_jax.fused.plan.jaxpr import primitives_of, trace
+from adalomo_jax.fused.plan.contents import primitives_of
+from adalomo_jax.fused.plan.jaxpr import trace
 from adalomo_jax.fused.plan.terms import Terms
 from adalomo_jax.optimizers.layer_axes import LayerKey
 from adalomo_jax.optimizers.per_layer import Group, PerLayer, asking_for

@@ -5,13 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from adalomo_jax.fused.plan.chain import Chain
 from adalomo_jax.fused.plan.dependence import active_in_scan, active_values, batched_in_scan, batched_values
 from adalomo_jax.fused.plan.homes import Home, find_homes
-from adalomo_jax.fused.plan.jaxpr import (
-    Equation,
-    Program,
-    Scan,
-    is_checkpoint,
-    scan_of,
-)
+from adalomo_jax.fused.plan.jaxpr import Equation, Program, Scan, is_checkpoint, scan_of
 from adalomo_jax.fused.plan.lists import Lists, nth, period_of
 from adalomo_jax.fused.plan.plan import LayerScan, LeafPlan, Plan, Segment, Stack, Stage
 from adalomo_jax.fused.sharding import Sharding, of_layer

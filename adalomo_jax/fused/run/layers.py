@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax.fused.plan.jaxpr import Program, evaluate, largest_made, reads_in_order
+from adalomo_jax.fused.plan.contents import largest_made, reads_in_order
+from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import LayerScan
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate, pull
 from adalomo_jax.fused.run.in_place import layer_at
