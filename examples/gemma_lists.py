@@ -1,11 +1,11 @@
-"""DeepMind's Gemma 3, as it is: layers in a list, stacked by ``step.place``, and trained as the list would be.
+"""Trains DeepMind's unmodified Gemma 3: ``step.place`` stacks its list of layers; results equal the list's.
 
     pip install gemma 'adalomo-jax[tpu-aot]'
-    python examples/gemma_lists.py            # a small one, beside plain Optax
-    python examples/gemma_lists.py tpu-v5e    # what the one with four billion parameters needs, by a compiler
+    python examples/gemma_lists.py            # a small model, compared with plain Optax
+    python examples/gemma_lists.py tpu-v5e    # the memory that four billion parameters take, by a compiler
 
-Of the package is needed what ``gemma.gm.nn`` imports: etils, kauldron, sentencepiece. It has no remat of its own;
-the line that sets ``Block`` puts it around each layer.
+The example needs only what ``gemma.gm.nn`` imports: etils, kauldron, sentencepiece. The package has no remat of its
+own; the line that sets ``Block`` puts remat around each layer.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ SMALL = dict(num_embed=64, embed_dim=16, hidden_dim=32, num_heads=4, head_dim=8,
 
 
 def loss_of(model):
-    """The mean cross-entropy of the next token, the logits in chunks."""
+    """The mean cross-entropy of the next token, with the logits in chunks."""
 
     def loss_fn(params, tokens):
         hidden = model.apply({"params": params}, tokens, return_hidden_states=True).hidden_states
@@ -52,7 +52,7 @@ def loss_of(model):
 
 
 def train(layers=8, steps=5):
-    """Trains a small one, its layers stacked and in its list."""
+    """Trains a small model twice, with its layers stacked and in a list, and compares the weights."""
     pattern = _config.make_attention_layers_types(_gemma.GEMMA3_ATTENTION_PATTERN, num_layers=layers)
     config = dataclasses.replace(_gemma.Gemma3_4B.config, attention_types=pattern, vision_encoder=None, **SMALL)
     model, tokens = (
@@ -78,7 +78,7 @@ def train(layers=8, steps=5):
 
 
 def measure(target, step):
-    """What one step of Gemma 3 4B needs, in bfloat16, with 1 x 2048 tokens."""
+    """The memory that one step of Gemma 3 4B needs, in bfloat16, with 1 x 2048 tokens."""
     model, tokens = _gemma.Gemma3_4B(text_only=True), jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     fused = fuse(loss_of(model), adalomo(1e-3))

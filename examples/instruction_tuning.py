@@ -1,9 +1,10 @@
-"""Teaches a model to answer in a manner of its own, from the 52 conversations in lighthouse.jsonl.
+"""Teaches a model to answer in a style of its own, from the 52 conversations in lighthouse.jsonl.
 
-    python examples/instruction_tuning.py            # a tiny model that learns bytes: shows how it goes
+    python examples/instruction_tuning.py            # a tiny model that learns bytes: shows how it works
     python examples/instruction_tuning.py smollm2    # SmolLM2-135M-Instruct: minutes on a CPU, and worth reading
 
-It prints how the model answers questions that it has not seen, before and after. Learned is what the assistant says.
+It prints the model's answers to questions that it has not seen, before and after. The model learns what the assistant
+says.
 """
 
 import json
@@ -27,7 +28,7 @@ def answers(model, length):
 
 
 def tiny(folder):
-    """The conversations as prompts and completions: a model that reads bytes has no chat template."""
+    """Trains on prompts and completions made from the conversations: a model that reads bytes has no chat template."""
     path = folder / "lighthouse.jsonl"
     with path.open("w") as file:
         for line in CONVERSATIONS.read_text().splitlines():

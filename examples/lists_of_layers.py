@@ -1,10 +1,11 @@
-"""What others' models with lists of layers need, by the compilers for chips that are not there.
+"""Asks compilers for absent chips how much memory others' models with lists of layers need.
 
     pip install google-tunix 'adalomo-jax[tpu-aot]'
     python examples/lists_of_layers.py tpu-v5e llama-2-7b gemma3-4b
 
-They are tunix's, as they are, in bfloat16: each layer under its own remat, 1 x 2048 tokens, the loss in chunks.
-What a user changes are two lines, ``step.place`` and ``step.unplace``. Nothing is allocated and nothing is run.
+The models are tunix's, unmodified, in bfloat16. Each layer has its own remat, a batch has 1 x 2048 tokens, and the loss
+is computed in chunks. A user changes two lines, ``step.place`` and ``step.unplace``. The script allocates nothing and
+runs nothing.
 """
 
 import dataclasses
@@ -33,11 +34,11 @@ MODELS = {
     "gemma2-2b": ("gemma", "Gemma", lambda config: config.gemma2_2b()),
     "gemma3-4b": ("gemma3", "Gemma3", lambda config: config.gemma3_4b_pt()),
 }
-"""By name the module in tunix, the class, and what makes its configuration."""
+"""Each model's module in tunix, its class, and a function that makes its configuration."""
 
 
 def loss_of(graphdef):
-    """The mean cross-entropy of the next token, the logits in chunks."""
+    """The mean cross-entropy of the next token, with the logits in chunks."""
 
     def loss_fn(params, tokens):
         model = nnx.merge(graphdef, params)
@@ -47,7 +48,7 @@ def loss_of(graphdef):
             (x,) = jax.tree.leaves(nnx.pop(model, nnx.Intermediate))
         else:
             x = model.embedder.encode(tokens)
-            for layer in model.layers:  # of a Llama
+            for layer in model.layers:  # Llama
                 _, x = layer(x, positions, None, mask)
             x = model.final_norm(x)
         head, cap = getattr(model, "lm_head", model.embedder.decode), getattr(model, "final_logits_softcap", None)
@@ -69,7 +70,7 @@ def loss_of(graphdef):
 
 
 def measure(name, target, step, layers=None):
-    """What one step of a model needs."""
+    """The memory that one step of a model needs."""
     module, model, make_config = MODELS[name]
     tunix = importlib.import_module(f"tunix.models.{module}.model")
     config = dataclasses.replace(make_config(tunix.ModelConfig), remat_config=tunix.RematConfig.DECODER)
@@ -87,7 +88,7 @@ def measure(name, target, step, layers=None):
 
 
 def main(target="cpu", *names):
-    """A line of JSON for each model and step; of a CPU, Llama with two layers."""
+    """Prints a line of JSON for each model and step; for a CPU, Llama with two layers."""
     layers = 2 if target == "cpu" else None
     for name in names or (("llama-2-7b",) if layers else MODELS):
         for step in ("stacked", "in a list", "unfused"):

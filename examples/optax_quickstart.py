@@ -1,9 +1,9 @@
-"""AdaLomo as an ordinary Optax optimizer: fit a small network, with layers stacked for a scan.
+"""Fits a small network, with layers stacked for a scan, with AdaLomo as an ordinary Optax optimizer.
 
     python examples/optax_quickstart.py
 
-Nothing here is fused: gradients first, then `tx.update`, as with any Optax optimizer. `layer_axes` says that each layer
-of the stack is a tensor of its own.
+Nothing here is fused: the step computes all gradients, then calls `tx.update`, as with any Optax optimizer.
+`layer_axes` says that each layer of the stack is a tensor of its own.
 """
 
 import jax

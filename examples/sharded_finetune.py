@@ -1,9 +1,9 @@
-"""A Llama spread over eight devices by FSDP and tensor parallelism, and trained as on one.
+"""Trains a Llama on eight devices with FSDP and tensor parallelism, just as it would train on one.
 
     python examples/sharded_finetune.py
 
-The devices are simulated, on the CPU. Only where arrays lie differs from training on one device: parameters carry their
-shardings, and `fuse` keeps them, and spreads the optimizer's state alike, and each layer's gradient.
+The CPU simulates the devices. Only the placement of arrays differs from training on one device. Parameters carry their
+shardings; `fuse` keeps them, and shards the optimizer's state and each layer's gradient in the same way.
 """
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.models import PRESETS, Decoder, batch_sharding, make_mesh, next_token_loss, param_shardings
 
-jax.config.update("jax_num_cpu_devices", 8)  # before JAX makes an array; leave out where there are real devices
+jax.config.update("jax_num_cpu_devices", 8)  # before JAX makes an array; leave this out on real devices
 
 STEPS, BATCH, LENGTH = 5, 8, 64
 
@@ -50,7 +50,7 @@ def main():
     spread, bytes_spread = train(make_mesh({"fsdp": 4, "tensor": 2}))
     for i, losses in enumerate(zip(alone, spread)):
         print(f"step {i}  loss on one device {losses[0]:.5f}, on eight {losses[1]:.5f}")
-    print(f"parameters and state a device: {bytes_alone / 1e6:.2f} MB alone, {bytes_spread / 1e6:.2f} MB spread")
+    print(f"parameters and state per device: {bytes_alone / 1e6:.2f} MB alone, {bytes_spread / 1e6:.2f} MB spread")
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
     assert bytes_spread < bytes_alone / 6
 

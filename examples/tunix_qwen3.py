@@ -1,10 +1,10 @@
-"""A training loop around somebody else's model, before and after: tunix's Qwen3, whose layers are in a list.
+"""Shows a training loop for somebody else's model, before and after: tunix's Qwen3, which has its layers in a list.
 
     pip install google-tunix adalomo-jax
     python examples/tunix_qwen3.py
 
-Both loops train the same weights on the same tokens, and end at the same loss. In the second one the gradients of one
-layer at a time exist, and the layers are stacked between the steps; the model is read after `unplace`.
+Both loops train the same weights on the same tokens, and end at the same loss. In the second, only one layer's
+gradients exist at a time, and the layers stay stacked between the steps. Read the model after `unplace`.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def batches():
 
 
 def before(model):
-    """The gradients of all weights, and then the optimizer."""
+    """Computes the gradients of all weights, and then calls the optimizer."""
     optimizer = nnx.Optimizer(model, adalomo(1e-2), wrt=nnx.Param)
 
     @nnx.jit
@@ -56,7 +56,7 @@ def before(model):
 
 
 def after(model):
-    """The optimizer takes the loss; its layers are stacked in the first step, and given back after the last."""
+    """The optimizer takes the loss. It stacks the layers in the first step, and gives them back after the last."""
     optimizer = FusedOptimizer(model, adalomo(1e-2), loss_fn, batches()[0], roll=True)
     losses = [float(optimizer.step(model, tokens).loss) for tokens in batches()]
     optimizer.unplace(model)

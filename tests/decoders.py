@@ -1,4 +1,4 @@
-"""Decoders as jax-ml/bonsai has them, in small: lists of layers in NNX, with caches, masks and shardings."""
+"""Small decoders in the style of jax-ml/bonsai: lists of layers in NNX, with caches, masks and shardings."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,11 +11,11 @@ from flax import nnx
 LENGTH, CACHED, VOCAB = 8, 16, 32
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
 SEGMENTS = jnp.asarray([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 2]])
-"""Of a sequence with padding on its left, and of one with two documents."""
+"""Segments of a sequence with padding on its left, and of one with two documents."""
 
 
 class Reach(Enum):
-    """What a layer attends to."""
+    """The tokens that a layer attends to."""
 
     ALL = "full_attention"
     NEAR = "sliding_attention"
@@ -51,7 +51,7 @@ def caches(config: Config) -> nnx.List:
 
 
 class Norm(nnx.Module):
-    """In float32, its scale around zero."""
+    """An RMS norm in float32; its scale is an offset from one."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.zeros(dim))
@@ -64,7 +64,7 @@ class Norm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A product of a known sharding; where it has no bias, it adds zeros that are no parameter."""
+    """A product with a given sharding; in place of a bias it adds zeros that are not a parameter."""
 
     def __init__(self, rows: int, columns: int, config: Config, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
@@ -89,7 +89,7 @@ class Einsum(nnx.Module):
 
 
 def positions_of(segments):
-    """By a scan, anew in each document; far away where padding is."""
+    """Positions from a scan: each document starts at zero, and padding is far away."""
 
     def step(before, segment):
         position = jnp.where((segment == 0) | (segment != before[0]), 0, before[1] + 1)
@@ -107,7 +107,7 @@ def rotate(x, positions, theta):
 
 
 class Attention(nnx.Module):
-    """Heads in groups, behind norms, in a cache or without one."""
+    """Grouped heads with norms on queries and keys, with a cache or without one."""
 
     def __init__(self, config: Config, reach: Reach, rngs: nnx.Rngs):
         width = (config.dim, config.kv_heads, config.head_dim)
@@ -154,7 +154,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Logits by the embedding."""
+    """Computes its logits with the embedding."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config

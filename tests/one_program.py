@@ -1,4 +1,4 @@
-"""For tests of many runs: what they compile alike is compiled once, and what they would draw is left out."""
+"""Helpers for tests of many runs: runs compile a shared program once, and draw nothing."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ class Kept(NamedTuple):
 
 
 def keeping_programs(build=build_program):
-    """`build_program`, which is called once for each set of options; each run then has arrays of its own."""
+    """Calls `build_program` once for each set of options, and gives each run its own arrays."""
     kept = {}
 
     def kept_program(config, model, mesh=None, restore=None):
@@ -53,7 +53,7 @@ def keeping_programs(build=build_program):
 
 
 def refused(capsys, command, status=2):
-    """The one line that a command says on the standard error when it stops."""
+    """The one line that a command writes to standard error when it stops."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(command)
@@ -64,14 +64,14 @@ def refused(capsys, command, status=2):
 
 
 def share_programs(patch):
-    """Runs from here on share their programs, and draw nothing."""
+    """Lets later runs share their programs, and draw nothing."""
     patch.setattr(run_module, "build_program", keeping_programs())
     draw_nothing(patch)
 
 
 @contextlib.contextmanager
 def tiny_programs():
-    """`share_programs`, and the preset ``tiny`` is smaller: what a test module's own fixture is for."""
+    """`share_programs` with a smaller preset ``tiny``, for the fixture of a test module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", tiny.TINY)
         share_programs(patch)
@@ -79,13 +79,13 @@ def tiny_programs():
 
 
 def draw_nothing(patch):
-    """Runs from here on draw no pictures, and no sample of text."""
+    """Lets later runs draw no pictures, and generate no sample of text."""
     for name in ("plot_losses", "plot_run"):
         patch.setattr(run_module, name, lambda path, *_: path.touch())
     patch.setattr(run_module, "sample", lambda *_: "no sample")
 
 
 def start_undrawn(args, log):
-    """The command in a process of its own, as `tiny.start`."""
+    """Runs the command in a process of its own, like `tiny.start`."""
     draw_nothing(pytest.MonkeyPatch())
     tiny.start(args, log)

@@ -1,4 +1,4 @@
-"""The commands' options: what cannot be parsed, what is not installed, and what ``--help`` says."""
+"""The commands refuse options that they cannot parse, name missing packages, and explain options in ``--help``."""
 
 import ast
 import dataclasses
@@ -50,7 +50,7 @@ def test_what_cannot_be_parsed_is_one_line_and_status_2(arguments, message, enco
 
 
 def test_without_the_extra_one_line_names_it():
-    """All of it is missing, in a process of its own: nothing of it may be imported before."""
+    """All of the extra is missing. A new process tests this, as no part of it may be imported before."""
     missing = f"import sys; sys.modules |= dict.fromkeys({EXTRA!r}); "
     code = missing + "from adalomo_jax.cli import main; main(['finetune', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

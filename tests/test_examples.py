@@ -1,4 +1,4 @@
-"""Each example runs to its end, and checks itself there: in less than a minute, if no other test runs beside it."""
+"""Each example runs to its end and checks itself, in less than a minute if no other test runs beside it."""
 
 import runpy
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 from tiers import slow
 
 HANGS = 300
-"""Seconds that no example takes on a machine that is busy with other tests."""
+"""Timeout in seconds: no example takes this long, even on a machine that is busy with other tests."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SET_UP = {path for path in EXAMPLES if path.stem in ("fit_on_one_chip", "sharded_finetune")}
-"""These set JAX up before it starts, and so run in a process of their own."""
+"""These set up JAX before it starts, so each runs in a process of its own."""
 NEEDS = {"gemma_lists": "gemma", "lists_of_layers": "tunix", "tunix_qwen3": "tunix"}
-"""By example the package that it is about, and that no extra brings."""
+"""The package that each example is about, and that no extra installs."""
 QUICK = {path for path in EXAMPLES if path.stem == "optax_quickstart"}
-"""The others compile whole models, for half a minute each: they run in the slow tier."""
+"""The others compile whole models for half a minute each, so they run in the slow tier."""
 
 
 @pytest.mark.parametrize(

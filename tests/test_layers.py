@@ -1,4 +1,4 @@
-"""Arrows point down only: a lower layer imports no higher one."""
+"""Imports point down only: a lower layer imports no higher one."""
 
 import ast
 import subprocess
@@ -25,7 +25,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-"""From the bottom to the top. The package itself offers `optimizers` and `fused`, and counts as the latter."""
+"""The layers, bottom to top. The package itself offers `optimizers` and `fused`, and counts as `fused`."""
 MODULES = {
     "optimizers": [
         *("arguments", "sums", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer"),
@@ -71,7 +71,7 @@ MODULES = {
         *("checkpoints.resume", "output_folder"),
     ],
 }
-"""Within a layer, from the bottom to the top."""
+"""The modules within a layer, bottom to top."""
 
 
 def level(part):
@@ -79,7 +79,7 @@ def level(part):
 
 
 def imported(path):
-    """The names in the package that a file imports, wherever in the file."""
+    """The names that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"

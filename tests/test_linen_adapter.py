@@ -1,4 +1,4 @@
-"""The Linen adapter: a train state that is a value, steps in place, and is saved and restored like Flax's own."""
+"""The Linen train state is a value, steps in place, and is saved and restored like Flax's own."""
 
 import functools
 import inspect
@@ -51,7 +51,7 @@ VARIABLES = jax.tree.map(np.asarray, jax.jit(model.init)({"params": jax.random.k
 
 
 def variables():
-    """Fresh arrays: a step donates those of the parameters."""
+    """Fresh arrays, because a step donates those of the parameters."""
     return jax.tree.map(jnp.array, (VARIABLES["params"], VARIABLES["batch_stats"]))
 
 
@@ -67,7 +67,7 @@ def template(name):
 
 
 def start(name="adalomo") -> tuple[Any, Any]:
-    """A state to begin with and its batch_stats, all of one name with one step, so that it compiles once."""
+    """A fresh state and its batch_stats. States of one name share one step, which compiles once."""
     return jax.tree.map(jnp.copy, template(name))
 
 
@@ -251,7 +251,7 @@ def test_refuses_a_state_of_another_model():
 
 
 def test_looks_like_flax():
-    """Fields that Flax's own has, but `step`, which counts there, and `tx`, which is in the step."""
+    """It has the fields of Flax's state except `step`, which counts there, and `tx`, which is in the step."""
     from flax.training.train_state import TrainState as Flax
 
     shared = {"params", "opt_state", "apply_fn"}

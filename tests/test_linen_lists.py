@@ -1,4 +1,4 @@
-"""Layers that a Linen model calls in a loop in Python: stacked in the train state, the caller's tree for all else."""
+"""The train state stacks layers that a Linen model calls in a Python loop; all else sees the caller's tree."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ MODEL = Model()
 
 
 def start(model=MODEL, **options) -> tuple[Any, Any, Any]:
-    """A state, and Flax's own for the same model; and its collections beside the parameters."""
+    """A state, Flax's own state for the same model, and its collections beside the parameters."""
     variables = dict(jax.jit(model.init)({"params": jax.random.key(2), "dropout": KEY}, X))
     params, loss_fn = variables.pop("params"), loss_of(model)
     theirs = Flax.create(apply_fn=model.apply, params=jax.tree.map(jnp.copy, params), tx=TX)
@@ -82,7 +82,7 @@ def run(state, stats, steps):
     [(Plain, True), slow(Plain, False), slow(Noisy, False), (Noisy, True)],
 )
 def test_equals_flax_and_optax(block, remat):
-    """Under nn.remat, too, a dropout key is made of a number that is another for each layer."""
+    """Under nn.remat, too, each layer makes its dropout key from a different number."""
     model = Model(block, remat)
     state, theirs, stats = start(model)
     its_stats, before = stats, theirs.params

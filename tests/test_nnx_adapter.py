@@ -1,4 +1,4 @@
-"""The NNX adapter: a model and an optimizer updated in place, and nothing held twice."""
+"""The NNX adapter updates a model and an optimizer in place, and holds nothing twice."""
 
 import functools
 from typing import Any
@@ -30,7 +30,7 @@ class Block(nnx.Module):
 
 
 def stack(make, layers, rngs) -> Any:
-    """Layers, their Variables stacked on the first axis."""
+    """Layers whose Variables are stacked on the first axis."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -41,7 +41,7 @@ def stack(make, layers, rngs) -> Any:
 
 
 class Model(nnx.Module):
-    """Scanned layers; the embedding is the head too."""
+    """Scanned layers; the embedding is also the head."""
 
     def __init__(self, rngs, layers=LAYERS, tied=True):
         self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
@@ -78,7 +78,7 @@ def template(name):
 
 
 def start(name="adalomo") -> tuple[Any, Any]:
-    """A model and its optimizer to begin with, all of one name with one step, so that it compiles once."""
+    """A fresh model and its optimizer. Optimizers of one name share one step, which compiles once."""
     graphdef, state = template(name)
     return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
 
@@ -125,7 +125,7 @@ def test_equals_fuse_and_its_unfused_twin():
 
 @pytest.mark.parametrize("skips_a_step", [False, True])
 def test_equals_an_nnx_optimizer(skips_a_step):
-    """The model's state too: the same dropout masks, the same running means."""
+    """The model's state is equal too: the same dropout masks, the same running means."""
     model, optimizer = start("adamw")
     theirs, _ = start("adamw")
     reference = nnx.Optimizer(theirs, TRANSFORMATIONS["adamw"], wrt=nnx.Param)
@@ -220,7 +220,7 @@ def test_restored_before_the_first_step_it_repeats_the_same_bits():
 
 
 def test_is_made_of_shapes():
-    """Restored without ever making random weights."""
+    """An optimizer can be restored without ever making random weights."""
     model, optimizer = start()
     abstract, its_optimizer = nnx.eval_shape(lambda: make())
     shapes = lambda node: [(x.shape, x.dtype) for x in jax.tree.leaves(nnx.as_pure(nnx.state(node)))]
@@ -273,7 +273,7 @@ def test_what_the_loss_makes_is_there_after_the_step_and_changes_the_model():
     model = Remembers(nnx.Rngs(0))
     optimizer = FusedOptimizer(model, adalomo(1e-2), lambda model, x: model(x).mean(), x)
     optimizer.step(model, x)
-    with pytest.raises(ValueError, match=r"another structure than in init: .*'seen'.* is there now"):
+    with pytest.raises(ValueError, match=r"another structure than in init: .*'seen'.* is present now"):
         optimizer.step(model, x)
 
 

@@ -1,4 +1,4 @@
-"""What a loss changes beside the parameters: all as under `nnx.value_and_grad`, `nnx.Optimizer` and `nnx.jit`."""
+"""A loss changes state beside the parameters as under `nnx.value_and_grad`, `nnx.Optimizer` and `nnx.jit`."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ TX = optax.sgd(0.1)
 
 
 class Warms(nnx.Module):
-    """Its first call sets an attribute that is no array."""
+    """A module whose first call sets an attribute that is not an array."""
 
     def __init__(self):
         self.linear, self.first = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), True
@@ -52,7 +52,7 @@ def loss_fn(model, batch, distills, metric):
 
 
 def plain(loss_fn) -> Any:
-    """The step of NNX without this package, under `nnx.jit`."""
+    """The plain NNX step without this package, under `nnx.jit`."""
 
     @nnx.jit
     def step(model, optimizer, *batch):
@@ -69,7 +69,7 @@ def fused_step(model, optimizer, *batch):
 
 
 def run(step, model, optimizer, batch):
-    """Losses and aux of the steps, and all arrays that are left of model and arguments, but for the keys."""
+    """The losses and aux of the steps, and all final arrays of the model and the arguments except keys."""
     results = [step(model, optimizer, *batch) for _ in range(STEPS)]
     leaves = map(jnp.asarray, jax.tree.leaves(nnx.as_pure((nnx.state(model), batch))))
     return results, [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
@@ -99,7 +99,7 @@ def test_the_parameters_of_an_argument_are_read_and_neither_copied_nor_donated()
 
 
 def counting(loss_fn):
-    """The loss, and a list that gets an entry each time that it is traced."""
+    """The loss, and a list that gets an entry each time the loss is traced."""
     traces: list[Any] = []
 
     def counted(model, *batch):
@@ -125,7 +125,7 @@ def test_an_attribute_that_changes_once_compiles_twice():
 
 @dataclasses.dataclass
 class Config:
-    """It compares by value, and so has no hash."""
+    """A dataclass that compares by value, and so has no hash."""
 
     width: int = WIDTH
     scales: list[float] = dataclasses.field(default_factory=lambda: [1.0])
@@ -155,7 +155,7 @@ def test_an_attribute_without_a_hash_is_compared_by_its_value():
 
 
 def test_models_of_other_configs_share_no_program():
-    """One optimizer steps them in turn: each new config compiles once more, and one that equals an earlier does not."""
+    """One optimizer steps them in turn: a new config compiles again, and one that equals an earlier config does not."""
     square = lambda model, x: jnp.mean(jnp.square(model(x)))
     counted, traces = counting(square)
     configs = [Config(), Config(scales=[2.0]), Config(names={"a": [1]}), Config(), Config(scales=[2.0])]
@@ -176,7 +176,7 @@ class Pair(nnx.Module):
 
 
 def test_a_variable_that_the_model_shares_with_an_argument_is_one_parameter():
-    """As in one module that holds both, which is how NNX can be given them."""
+    """The result is that of one module that holds both, the form in which NNX takes them."""
 
     def make():
         model, other = Teacher(), Teacher()
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_leaves_the_floats_of_arguments_as_they_were()
 
 
 def test_microbatches_slice_arrays_and_each_begins_with_the_same_nodes():
-    """Of a loss that is linear in the batch, the metric and the running mean are those of the whole batch."""
+    """If a loss is linear in the batch, its metric and running mean are those of the whole batch."""
 
     class Mean(nnx.Module):
         def __init__(self):
@@ -273,7 +273,7 @@ def test_a_teacher_whose_parameters_the_loss_writes_goes_on_as_in_nnx():
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.remat], ids=["", "in a remat"])
 def test_refuses_a_loss_that_writes_what_is_trained(transform):
-    """`nnx.Optimizer` would update the normalized kernel, which is another training."""
+    """`nnx.Optimizer` would update the normalized kernel, which is a different training."""
     model = nnx.WeightNorm(nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     called = transform(lambda model, x: model(x))
     with pytest.raises(ValueError, match="The loss writes the parameter 'layer_instance/kernel'"):
@@ -296,7 +296,7 @@ def test_refuses_a_loss_that_makes_or_removes_parameters(is_made):
 
 
 def test_one_array_in_two_parameters_is_refused():
-    """Updated in place, it would be updated twice. One Variable under two names is one parameter."""
+    """An update in place would change the array twice. One Variable under two names is one parameter."""
     rngs = nnx.Rngs(0)
     model = nnx.Dict(a=nnx.Linear(4, 4, use_bias=False, rngs=rngs), b=nnx.Linear(4, 4, use_bias=False, rngs=rngs))
     model.b.kernel = nnx.Param(model.a.kernel[...])

@@ -1,4 +1,4 @@
-"""Decoders with lists of layers as jax-ml/bonsai writes them: stacked, and trained as an NNX optimizer trains them."""
+"""Lists of layers in decoders like jax-ml/bonsai's are stacked, and train as with an NNX optimizer."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from adalomo_jax.nnx import FusedOptimizer
 
 CONFIG = Config(reach=[Reach.NEAR, Reach.NEAR, Reach.ALL, Reach.NEAR])
 OF_LAYER = 11
-"""Parameters: two norms and two of queries and keys, four kernels of attention, three of the feed-forward layer."""
+"""A layer's parameters: two norms, two more for queries and keys, four attention and three feed-forward kernels."""
 
 
 def cross_entropy(model, cache):
@@ -30,7 +30,7 @@ def assert_equal(node, other):
 
 
 def reference(steps, cache=None):
-    """Trained by ``nnx.Optimizer``, each weight by more than rounding."""
+    """The model trained by ``nnx.Optimizer``, which moves each weight by more than rounding."""
     model = Decoder(CONFIG, nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, adalomo(1e-2), wrt=nnx.Param)
@@ -48,8 +48,8 @@ def reference(steps, cache=None):
 
 @pytest.mark.parametrize("cached", [slow(False), True])
 def test_fused_optimizer(cached):
-    """Without a cache, and with one that is an argument of the loss, which writes it."""
-    steps = 2 if cached else 5  # as many as the cache has room for
+    """It trains without a cache, and with one that the loss takes as an argument and writes."""
+    steps = 2 if cached else 5  # the cache has room for only two
     cache, its_cache = (caches(CONFIG) if cached else None for _ in range(2))
     expected, model = reference(steps, its_cache), Decoder(CONFIG, nnx.Rngs(0))
     optimizer = FusedOptimizer(model, adalomo(1e-2), cross_entropy, cache, roll=CONFIG.layers)
@@ -66,7 +66,7 @@ def test_fused_optimizer(cached):
 
 @pytest.mark.slow
 def test_split_and_placed():
-    """The functional way."""
+    """The functional step trains the same weights."""
     graphdef, params, rest = nnx.split(Decoder(CONFIG, nnx.Rngs(0)), nnx.Param, ...)
     loss_fn = lambda params, rest: cross_entropy(nnx.merge(graphdef, params, rest), None)
     step = fuse(loss_fn, adalomo(1e-2), roll=CONFIG.layers)

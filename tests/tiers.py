@@ -1,4 +1,4 @@
-"""Which cases run always, and which with ``-m slow`` only: further combinations of what always runs."""
+"""Some cases always run. Others, further combinations of these, run only with ``-m slow``."""
 
 from typing import Any
 
@@ -11,5 +11,5 @@ def slow(*values: Any) -> Any:
 
 
 def always(names: Any, chosen: Any) -> list[Any]:
-    """Those chosen run always, the others with ``-m slow``."""
+    """The chosen cases always run, the others only with ``-m slow``."""
     return [name if name in chosen else slow(name) for name in names]

@@ -1,4 +1,4 @@
-"""The command, of a model that compiles in a second: for tests that start it in a process of its own."""
+"""The command with a model that compiles in a second, for tests that start it in a process of its own."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ TINY = dataclasses.replace(PRESETS["tiny"], **SIZES)
 
 
 def start(args, log=None):
-    """The command; what it prints goes to the file ``log``."""
+    """Runs the command; its output goes to the file ``log``."""
     from adalomo_jax.cli import main
 
     if log is not None:

@@ -8,7 +8,7 @@ BOS, EOS = 256, 257
 
 
 class ToyTokenizer:
-    """Bytes of UTF-8; ``<s>`` and ``</s>`` are tokens of their own where ``special`` is set."""
+    """Bytes of UTF-8; ``<s>`` and ``</s>`` are tokens of their own if ``special`` is set."""
 
     def __init__(self, special=True):
         self.vocab_size, self.eos = (258, EOS) if special else (256, None)
@@ -18,7 +18,7 @@ class ToyTokenizer:
         return [self._encode(text, add_special and self.eos is not None) for text in texts]
 
     def parts(self, text, *, add_special=True):
-        """Two halves, which a token does not straddle."""
+        """Two halves of the tokens and spans; no token straddles them."""
         (encoded,) = self.encode([text], add_special=add_special)
         half = len(encoded.tokens) // 2
         for part in (slice(half), slice(half, None)):
@@ -44,7 +44,7 @@ class ToyTokenizer:
         return b"".join(names.get(int(token), bytes([int(token) % 256])) for token in tokens).decode(errors="replace")
 
     def chat(self, messages, *, tools=None):
-        """``user:hi|`` and ``assistant:ho</s>|``; it refuses other roles."""
+        """Writes ``user:hi|`` and ``assistant:ho</s>|``, and refuses other roles."""
         text, learned = "", []
         for message in messages:
             if message["role"] not in ("user", "assistant"):

@@ -1,10 +1,10 @@
-"""Prints how the time of a step of adalomo, fused, and the time to compile it grow with depth.
+"""Prints how the time of adalomo's fused step, and the time to compile it, grow with depth.
 
     python tests/bench/benchmark_depth.py [--layers 4 8 16 32 48] [--seq-len 64] [--rounds 9] [--compilations 5]
 
-`adalomo-jax bench --layers` measures one depth after the other, so that a machine that is busier for some minutes bends
-the line. Here all depths take steps in turn, and are compiled in turn, each time in a process of its own; seconds are
-medians.
+`adalomo-jax bench --layers` measures one depth after the other, so a machine that is busier for some minutes bends the
+line. Here the depths take turns, both to run steps and to compile. Each compilation has a process of its own. Seconds
+are medians.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What ``adalomo-jax bench`` measures, and what it leaves; of the times themselves nothing is asserted."""
+"""``adalomo-jax bench`` measures steps and writes its files; these tests assert nothing about the times themselves."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ def printed(*tables):
 OF_EACH_KIND = {
     *(REFERENCE, "adamw, unfused", "forward and backward", "forward and backward, in place"),
 }
-"""Of the other contestants, which have another optimizer or option, steps are compiled and run in the slow tier."""
+"""The slow tier compiles and runs the steps of the other contestants, which have another optimizer or option."""
 
 
 def named(contestant):
@@ -52,7 +52,7 @@ def named(contestant):
 @pytest.mark.parametrize("contestant", [named(contestant) for contestant in contestants_of(CASE, None)])
 def test_each_step_runs_in_the_memory_of_what_it_is_given(contestant, monkeypatch):
     ones = lambda make, _: jax.tree.map(lambda w: jnp.ones(w.shape, w.dtype), jax.eval_shape(make))
-    monkeypatch.setattr(steps_module, "_make_leaf_by_leaf", ones)  # random ones are a program a leaf
+    monkeypatch.setattr(steps_module, "_make_leaf_by_leaf", ones)  # random ones need a program per leaf
     compiled = compile_step(contestant, SMALL, CASE.batch_size, CASE.seq_len, CASE.dtype)
     seconds = [compiled.step() for _ in range(3)]
     assert min(seconds) > 0 and compiled.compile_seconds > 0
@@ -140,7 +140,7 @@ def test_all_may_fail(tmp_path, monkeypatch):
 
 
 def check_depths(folder, said):
-    """What the command leaves of one, two and three layers."""
+    """Checks what the command prints and writes for one, two and three layers."""
     assert "tiny, 3 layers, 1 x 8, float32" in said and "off a line" in said
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "depth.png", "time.png"]
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("depth.png", "time.png"))
@@ -196,7 +196,7 @@ def test_the_command_leaves_json_and_a_picture(tmp_path, capsys):
         ({"batch_size": 0}, "--batch-size must be at least 1 sequence, got 0"),
         ({"layers": (4, 0)}, "--layers must be at least 1, got 0"),
         ({"rounds": 2}, "--rounds must be at least 3, for a median, got 2"),
-        ({"only": ("adamv",)}, "--only knows adalomo, fused; .*got adamv"),
+        ({"only": ("adamv",)}, "--only takes adalomo, fused; .*got adamv"),
         ({"against": "lomo-optim", "dtype": ("bfloat16",)}, "--against lomo-optim"),
     ],
 )

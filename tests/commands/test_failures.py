@@ -1,4 +1,4 @@
-"""What the system refuses is one line, and costs nothing that was written."""
+"""An error of the system is reported in one line, and nothing that was written is lost."""
 
 import contextlib
 import errno
@@ -43,14 +43,14 @@ ERRORS = [errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno
 @pytest.mark.parametrize("number", [ERRORS[0], *map(slow, ERRORS[1:])], ids=lambda number: errno.errorcode[number])
 @pytest.mark.parametrize("of", ["append_row", "export_params", "write_whole"])
 def test_a_write_that_fails_is_one_line_and_the_run_goes_on(of, number, command, tmp_path, capsys, monkeypatch):
-    """The first one fails in a row, in the weights, in the summary."""
+    """The first write fails: that of a row, of the weights, or of the summary."""
 
     def fails(*args, **_):
         raise OSError(number, os.strerror(number), str(tmp_path / "run" / "file"))
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, of, fails)
-        if of == "append_row":  # the second: the first one makes the file
+        if of == "append_row":  # the second call fails: the first creates the file
             calls = []
             patch.setattr(run_module, of, lambda *args: fails() if calls else calls.append(append_row(*args)))
         said = refused(capsys, command)
@@ -62,7 +62,7 @@ def test_a_write_that_fails_is_one_line_and_the_run_goes_on(of, number, command,
 
 
 def test_a_checkpoint_that_fails_says_so_itself(command, capsys, monkeypatch):
-    """What TensorStore says of a full disk begins as what XLA says of memory."""
+    """TensorStore's message about a full disk begins like XLA's message about memory."""
 
     def fails(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
@@ -155,11 +155,11 @@ def test_kernels_of_other_machines_are_refused(command, capsys):
 @pytest.mark.parametrize("options", ["--steps 1000000000000", f"--steps 1{'0' * 31}", "--batch-size 1000000000"])
 def test_more_than_32_bits_count_is_refused(options, command, capsys):
     said = refused(capsys, [*command, *options.split()])
-    assert "which are counted in 32 bits" in said or "must be less than 2**31 tokens" in said
+    assert "because they are counted in 32 bits" in said or "must be less than 2**31 tokens" in said
 
 
 def test_ctrl_c_during_imports_is_one_line():
-    """Python's own start, of some hundredths of a second, is not ours."""
+    """The package cannot handle an interrupt during Python's own start, some hundredths of a second."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from adalomo_jax.cli import main; print(flush=True); main(['finetune'])"],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The learning-rate range test: what it suggests, and what it leaves."""
+"""The learning-rate range test suggests a good rate, and leaves its rows and a picture."""
 
 import contextlib
 import dataclasses
@@ -22,14 +22,14 @@ RATES = np.geomspace(1e-5, 1.0, STEPS)
 
 
 def rates_of(loss, noise=0.0):
-    """The test whose loss is a function of the rate's power of ten, from -5 to 0."""
+    """A range test whose loss is a function of the rate's power of ten, from -5 to 0."""
     losses = loss(np.log10(RATES)) + noise * np.random.default_rng(0).normal(size=STEPS)
     smoothed = smooth(losses.tolist())
     return [Rate(i + 1, *row) for i, row in enumerate(zip(RATES.tolist(), losses.tolist(), smoothed))]
 
 
 def valley(x):
-    """Falls fastest at 10**-3, by 2 nats in all, is least soon after 10**-2 and explodes above."""
+    """A loss that falls fastest at 10**-3, by 2 nats in all, is smallest soon after 10**-2 and explodes above."""
     return 5 - 1 / (1 + np.exp(-5 * (x + 3))) * 2 + np.minimum(np.exp(6 * (x + 1.5)), 20)
 
 
@@ -68,7 +68,7 @@ def test_rates_rise_by_the_same_factor_around_the_optimizer_s_own():
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Options of a run of a very small model."""
+    """The options for a run of a very small model."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(6):
         (folder / f"{i}.txt").write_text(f"line {i} of a text that repeats itself\n" * 40)
@@ -80,7 +80,7 @@ def small(tmp_path_factory):
 
 
 def range_test(folder, *options):
-    """The folder of a test and what it printed."""
+    """The folder of a range test and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         main(["finetune", "--find-lr", *options, "--output", str(folder)])

@@ -1,4 +1,4 @@
-"""The command: what it leaves, and how it refuses."""
+"""The command finetune leaves the files of a run, and refuses wrong input."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ SMALL = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--warmup-steps
 
 @pytest.fixture(autouse=True, scope="module")
 def programs():
-    """What runs compile alike is compiled once."""
+    """Runs that need the same program compile it once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "build_program", keeping_programs())
         yield
@@ -80,7 +80,7 @@ def read_metrics(folder):
 
 
 def model_from(folder):
-    """The model, from the exported files alone."""
+    """The model, loaded from the exported files alone."""
     found = open_checkpoint(folder)
     params = load_params(found.config, found.source, "float32")
     return decoder_of(found.config, params)
@@ -193,7 +193,7 @@ def test_exported_weights_are_the_trained_ones(finished, corpus):
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_fused_and_unfused_train_alike(finished, corpus, tmp_path):
-    """So they do, in the fast tier, where one goes on from the other's checkpoint."""
+    """The fast tier checks this too: there, one run continues from the other's checkpoint."""
     main(["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *SMALL, "--no-fused"])
     losses, other = ([row["loss"] for row in read_metrics(folder)[0]] for folder in (finished, tmp_path / "run"))
     np.testing.assert_allclose(losses, other, rtol=1e-4)
@@ -235,7 +235,7 @@ def places(tmp_path, corpus, finished):
         ("--data {tmp}/short.txt", "less than one sequence"),
         ("--seq-len 513", "--seq-len 513 is longer than the 512 positions of tiny"),
         ("--seq-len 1", "--seq-len must be at least 2"),
-        ("--steps 0", "--steps must be from 1 to 2147483647, which are counted in 32 bits, got 0"),
+        ("--steps 0", "--steps must be from 1 to 2147483647, because they are counted in 32 bits, got 0"),
         ("--batch-size 0", "--batch-size must be at least 1"),
         (
             "--batch-size 6 --microbatches 4",

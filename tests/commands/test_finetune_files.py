@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the Hugging Face layout."""
+"""Files are whole or absent, and the configuration has the Hugging Face layout."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command generate: what it prints, from which checkpoints, and how it refuses."""
+"""The command generate continues a prompt from a run or its checkpoint, and refuses wrong input."""
 
 import dataclasses
 import shutil
@@ -42,7 +42,7 @@ def params(small):
 
 @pytest.fixture(scope="module")
 def folder(small, params, tmp_path_factory):
-    """As finetune leaves it."""
+    """A folder as finetune leaves it."""
     folder = tmp_path_factory.mktemp("run")
     export_params(folder, params, small.config)
     export_rest(folder, small, "float32")
@@ -93,7 +93,7 @@ def test_a_checkpoint_within_a_run_is_restored(small, folder, params, tmp_path, 
 
 
 class Words:
-    """One word a token, and 0 ends a text; a chat has marks around a message."""
+    """Each word is one token, and 0 ends a text; a chat has a mark before each message."""
 
     vocab_size, eos, stops = 256, 0, (0, 1)
 
@@ -126,7 +126,7 @@ def test_a_chat_is_put_in_its_template_and_stops_at_each_end(small, params, caps
 
 
 def test_whoever_reads_it_may_stop(folder):
-    """As head does: no traceback, and what was asked for."""
+    """A reader such as head gets what it asked for, and there is no traceback."""
     arguments = ["generate", "--model", str(folder), "--length", "30", "--prompt", PROMPT]
     command = [sys.executable, "-c", f"from adalomo_jax.cli import main; main({arguments})"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -159,7 +159,7 @@ def test_pieces_are_whole_characters():
 
 
 class Pieced(ByteTokenizer):
-    """Each token is a word with the space before it, which a text does not begin with."""
+    """Each token is a word with a space before it; a text does not begin with that space."""
 
     def decode(self, tokens):
         return "".join(f" {int(token)}" for token in tokens).removeprefix(" ")

@@ -1,4 +1,4 @@
-"""Every option of every command with values that nobody should give: one line, or a run that comes to the compiler."""
+"""For every option of every command, a bad value is refused in one line, or the run reaches the compiler."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ NOT_TRIED = {("memory", "device"), ("bench", "rows")}
 
 
 class Reached(Exception):
-    """What is compiled then, or run."""
+    """Raised when the command would compile or run."""
 
 
 def options_of(command: str) -> list[str]:
@@ -49,7 +49,7 @@ ALWAYS = [("finetune", name) for name in ("steps", "mesh", "seed", "output", "le
 
 @pytest.fixture
 def reaching(monkeypatch, tmp_path):
-    """Nothing is compiled, and no other process is waited for."""
+    """The command compiles nothing, and waits for no other process."""
 
     def reached(*_: Any, **__: Any):
         raise Reached

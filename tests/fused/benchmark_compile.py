@@ -2,9 +2,9 @@
 
     python tests/fused/benchmark_compile.py
 
-A fused step also measures the norm of the gradient, and writes nothing that is not finite. So it is compared with the
-bare step, and with one that does the same: ``optax.tree.norm`` and ``optax.apply_if_finite``. Each figure is a median
-of compilations in one process, all kinds in turn. Below 1 is in favour of fused.
+A fused step also measures the norm of the gradient, and never writes non-finite values. So it is compared with the
+bare step, and with one that does the same work: ``optax.tree.norm`` and ``optax.apply_if_finite``. Each figure is a
+median of compilations in one process, in which all kinds take turns. Figures below 1 favour the fused step.
 """
 
 import platform
@@ -25,7 +25,7 @@ LAYERS, DIM, TIMES = 8, 64, 5
 
 
 def plain_step(loss_fn: Callable, tx: optax.GradientTransformation, *, same_work: bool) -> Callable:
-    """A step as Optax's users write it."""
+    """A step as users of Optax write it."""
 
     def step(params: Any, state: Any, x: jax.Array) -> Any:
         loss, grads = jax.value_and_grad(loss_fn)(params, x)
@@ -62,7 +62,7 @@ def seconds_of(step: Callable, args: Any) -> float:
 
 
 def compare(loss_fn: Callable, params: Any, x: jax.Array, tx: Any, plain_tx: Any) -> tuple[float, float]:
-    """The ratios to the bare step and to that which does the same."""
+    """The ratios to the bare step and to the one that does the same work."""
     fused, guarded = fuse(loss_fn, tx), optax.apply_if_finite(plain_tx, 10**6)
     placed = fused.place(params, x)
     cases = [

@@ -1,9 +1,9 @@
-"""Prints what few layers in a list need over their weights, in MB: unfused, fused in their list, and fused as a stack.
+"""Prints the MB that a few layers in a list need beyond their weights: unfused, fused in a list, and fused as a stack.
 
     python tests/fused/benchmark_few_layers.py tpu-v5e 3 4 5 6    (targets of `adalomo_jax.memory`, numbers of layers)
 
-What lies under no `jax.checkpoint` is saved, and of it XLA saves less of a list than of a scan: so `fuse` stacks such
-layers only from a number on at which that is outweighed. Nothing is allocated or run.
+Residuals outside of any `jax.checkpoint` are saved, and XLA saves fewer of them for a list than for a scan. So `fuse`
+stacks such layers only if there are enough of them to outweigh this. Nothing is allocated or run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LAYERS: dict[str, Layer] = {
     "a checkpoint in part": in_part,
     "a checkpoint of the layer": lambda params, p, x: jax.checkpoint(apply)(p, x),
 }
-"""By kind, of all parameters, those of a layer, and what it receives."""
+"""Layers by kind: functions of all parameters, the layer's own, and its input."""
 
 
 def model(layer: Layer, n: int) -> lists.ListModel:
@@ -55,7 +55,7 @@ def model(layer: Layer, n: int) -> lists.ListModel:
 
 
 def measure(target: str, layer: Layer, n: int) -> tuple[int, list[float]]:
-    """Bytes of weights, and what each way needs over them."""
+    """Bytes of the weights, and the bytes that each way needs beyond them."""
     found: list[lists.ListModel] = []
     params = jax.eval_shape(lambda: found.append(model(layer, n)) or found[0].params)
     args, step = jax.eval_shape(lambda: lists.data(0)), fuse_lists(found[0].loss_fn, adalomo(1e-2))

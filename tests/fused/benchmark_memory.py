@@ -1,9 +1,9 @@
-"""Prints what steps of models as found, and of lists of layers, need: fused, unfused, and fused with lists placed.
+"""Prints the memory that steps of found models and of lists need: unfused, fused, and fused with placed lists.
 
     python tests/fused/benchmark_memory.py [--json] [--dim 1024] tpu-v5e [name ...]
 
-Targets are those of `adalomo_jax.memory`; nothing is allocated but what a model is made of, and nothing is run. Rows
-that end in "MORE" are of models whose fused step needs more than the unfused one, which should be none.
+Targets are those of `adalomo_jax.memory`. Only a model's own arrays are allocated, and nothing is run. A row that ends
+in "MORE" is a model whose fused step needs more than the unfused one; there should be no such row.
 """
 
 import argparse
@@ -37,18 +37,18 @@ class Row(NamedTuple):
     unfused: int
     fused: int
     placed: int | None
-    """With lists of layers stacked; None where there are none."""
+    """The fused step with lists of layers stacked; None if there are no such lists."""
 
     @property
     def excess(self) -> int:
-        """What the fused step, placed or not, needs more than the unfused one; negative where it needs less."""
+        """The bytes that the fused step, placed or not, needs beyond the unfused one; negative if it needs fewer."""
         return max(self.fused, self.fused if self.placed is None else self.placed) - self.unfused
 
 
 def models(dim: int, length: int) -> dict[str, Callable[[], Model]]:
-    """All models, by name: as found, in a list as found, and of the lists that reroll is tested with."""
+    """All models, by name: the found ones, the found ones with lists, and the lists that test reroll."""
     scanned = Sizes(layers=LAYERS, dim=dim, batch=1, length=length)
-    # Of twice the width, since they have fewer layers: each more takes seconds to compile.
+    # Lists are twice as wide because they have fewer layers: each further layer takes seconds to compile.
     listed = Sizes(layers=LAYERS_OF_LIST, dim=2 * dim, batch=1, length=length)
     lists_of_layers.DIM, lists_of_layers.LENGTH, lists_of_layers.BATCH = 2 * dim, length, 1
     found = {name: partial(make, scanned) for name, make in models_as_found.MODELS.items()}
@@ -58,13 +58,13 @@ def models(dim: int, length: int) -> dict[str, Callable[[], Model]]:
 
 
 def of_list(make: Callable[[], lists_of_layers.ListModel]) -> Model:
-    """As the other models are described."""
+    """A list model in the form of the other models."""
     model = make()
     return Model(model.loss_fn, model.params, lists_of_layers.data, {})
 
 
 def abstract(make: Callable[[], Model]) -> Model:
-    """A model whose parameters are shapes. It is made of arrays: its loss may hold some, as running means."""
+    """A model with shapes as parameters. It is made with arrays: its loss may hold some, such as running means."""
     model = make()
     return model._replace(params=jax.eval_shape(lambda: model.params))
 
@@ -85,17 +85,17 @@ def measure(name: str, model: Model, target: Target) -> Row:
 
 
 def rows(target: Target, names: list[str], dim: int, length: int) -> Iterator[Row]:
-    """Of each model."""
+    """Yields a row for each model."""
     makers = models(dim, length)
     for name in names or makers:
         try:
             yield measure(name, abstract(makers[name]), target)
-        except Exception as error:  # one model's compiler error leaves the others
+        except Exception as error:  # one model's compiler error does not stop the others
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
 
 def line(row: Row) -> str:
-    """In MB, but marked by bytes."""
+    """A row in MB; the mark goes by bytes."""
     in_mb = lambda x: f"{x / 1e6:12.2f}" if x is not None else f"{'-':>12}"
     numbers = "".join(map(in_mb, (row.weights, row.unfused, row.fused, row.placed)))
     return f"{row.target:10}{row.model:32}{numbers}" + (f"  MORE, {row.excess:,} bytes" if row.excess > 0 else "")

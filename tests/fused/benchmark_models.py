@@ -1,8 +1,8 @@
-"""Prints, of models as found, what the fused step costs over the unfused one: compile time, and time of a step.
+"""Prints what the fused step of each found model costs over the unfused one, in compile time and step time.
 
     python tests/fused/benchmark_models.py [--dim 512] [name ...]
 
-All are medians of paired runs in one process, the two in turn first. Ratios below 1 are in favour of fused.
+Both are medians of paired runs in one process; the two steps take turns to go first. Ratios below 1 favour fused.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def compiled(fn, args):
 
 
 def in_turn(times, run):
-    """The median of the ratios of the seconds that ``run(0)`` and ``run(1)`` return, each pair in the other order."""
+    """The median ratio of the seconds that ``run(0)`` and ``run(1)`` return; their order alternates between pairs."""
     ratios = []
     for i in range(times):
         seconds = {k: run(k) for k in ((0, 1) if i % 2 else (1, 0))}

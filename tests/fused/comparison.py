@@ -14,11 +14,11 @@ RULES = {
     "sgd with momentum": optax.sgd(1e-2, momentum=0.9),
 }
 RELATIVE_ERROR = 1e-5
-"""Allowed between fused and unfused float32 parameters, state and loss after ten steps."""
+"""The difference allowed between fused and unfused float32 parameters, state and loss after ten steps."""
 
 
 def relative_error(actual, expected):
-    """The largest over the leaves of ``|actual - expected| / |expected|``, norms taken over a leaf."""
+    """The largest ``|actual - expected| / |expected|`` of all leaves, with norms taken over a leaf."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     errors = [0.0]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
@@ -30,12 +30,12 @@ def relative_error(actual, expected):
 
 
 def copied(tree):
-    """By NumPy: JAX would compile a program for each shape."""
+    """A copy made by NumPy: JAX would compile a program for each shape."""
     return jax.tree.map(lambda x: jnp.asarray(np.array(x)), tree)
 
 
 def run_both(loss_fn, tx, params, batches, **options):
-    """The results of the last of some steps, fused and unfused, each from its own results."""
+    """The results of the last step, fused and unfused; each kind continues from its own results."""
     step = fuse(loss_fn, tx, **options)
     state = jax.jit(step.init)(params, *batches[0])
     run_unfused = jax.jit(step.unfused)

@@ -1,4 +1,4 @@
-"""What a compiled program says of its memory."""
+"""Reads from a compiled program what memory it uses."""
 
 import re
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from adalomo_jax import fuse
 
 
 class Memory(NamedTuple):
-    """Bytes of a model's fused step, donating parameters and state, and of its unfused twin; and what was cast."""
+    """Bytes of a model's fused step and its unfused twin, both donating parameters and state; and the cast stacks."""
 
     params_and_state: int
     stacks: int
-    """Of the parameters that one expects to be updated layer by layer."""
+    """Bytes of the parameters that should be updated layer by layer."""
     updated_in_place: int
-    """The arguments that results share their memory with, fused."""
+    """Bytes of the arguments whose memory the fused step's results reuse."""
     temporaries: int
     temporaries_unfused: int
     narrow_stacks: list[str]
@@ -27,20 +27,20 @@ class Memory(NamedTuple):
 
     @property
     def saved(self) -> float:
-        """How much smaller the fused step's temporaries are, as a part of the stacks: 1 is all of their gradients."""
+        """How much smaller the fused step's temporaries are, as a part of the stacks: 1 means all their gradients."""
         return (self.temporaries_unfused - self.temporaries) / self.stacks
 
 
 class Compiled(NamedTuple):
-    """A model's step, fused and unfused, each donating parameters and state."""
+    """A model's step, fused and unfused; both donate parameters and state."""
 
     model: Model
     state: Any
-    """Before the first step, for where the arguments are placed."""
+    """The state before the first step, not yet placed."""
     fused: Any
     unfused: Any
     flops: tuple[int, int]
-    """Of the products in each."""
+    """FLOPs of the products, fused and unfused."""
 
     @property
     def memory(self) -> Memory:
@@ -59,7 +59,7 @@ class Compiled(NamedTuple):
 def compile_steps(
     model: Model, tx: optax.GradientTransformation, place: Callable[[Any], Any] = lambda args: args
 ) -> Compiled:
-    """Compiles a model's step, fused and unfused, for where ``place`` puts the arguments."""
+    """Compiles a model's step, fused and unfused, for arguments as ``place`` places them."""
     step = fuse(model.loss_fn, tx, has_aux=model.has_aux)
     args = model.batch(0)
     state = jax.jit(step.init)(model.params, *args)
@@ -88,9 +88,9 @@ def copies_of_stacks(compiled, stacks):
 
 
 def narrow_stacks(compiled, stacks):
-    """Arrays of 16 bits of the shape of a float32 stack, its axes in any order: all layers, cast at once.
+    """16-bit arrays with the shape of a float32 stack, its axes in any order: all layers, cast at once.
 
-    What a fusion computes on its way is no array; what it makes is one.
+    A value inside a fusion does not count as an array, but the fusion's result does.
     """
     shapes = [sorted(x.shape) for x in jax.tree.leaves(stacks) if x.dtype == "float32"]
     text = compiled.as_text()

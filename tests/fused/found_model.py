@@ -1,4 +1,4 @@
-"""What a model as found consists of, and the data that all of them are trained on."""
+"""The description of a found model, and the data that all found models are trained on."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Sizes(NamedTuple):
-    """Of a model and its batch."""
+    """The sizes of a model and its batch."""
 
     layers: int = 3
     dim: int = 8
@@ -23,24 +23,24 @@ class Sizes(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A loss, what it is called with, and what one expects of it."""
+    """A loss, its arguments, and how its parameters should be updated."""
 
     loss_fn: Callable[..., Any]
     """``loss_fn(params, *batch(i))``."""
     params: Any
     batch: Callable[[int], tuple[Any, ...]]
     layered: Mapping[str, int]
-    """Paths of leaves, or of what they are in, that are updated layer by layer, with their layers. Others are whole."""
+    """Paths (or prefixes) of leaves that are updated layer by layer, and their layers. Others are updated whole."""
     has_aux: bool = False
 
     def layers_of(self, path: str) -> int | None:
-        """The layers of a leaf; None where it is expected to be updated whole."""
+        """The number of layers of a leaf; None if it should be updated whole."""
         lengths = [n for prefix, n in self.layered.items() if path == prefix or path.startswith(f"{prefix}/")]
         return lengths[0] if lengths else None
 
     @property
     def stacks(self) -> list[jax.Array]:
-        """The leaves that are expected to be updated layer by layer."""
+        """The leaves that should be updated layer by layer."""
         leaves = jax.tree_util.tree_leaves_with_path(self.params)
         return [x for path, x in leaves if self.layers_of(jax.tree_util.keystr(path, simple=True, separator="/"))]
 
@@ -52,5 +52,5 @@ def inputs(sizes: Sizes, i: int) -> jax.Array:
 
 
 def error(y: Any, x: jax.Array) -> jax.Array:
-    """The mean squared error of the model's ``y``, which should be a function of ``x``, in float32."""
+    """The mean squared error, in float32, of the model's ``y``; the target is a function of ``x``."""
     return jnp.mean(jnp.square(y.astype(jnp.float32) - jnp.sin(3 * x)))

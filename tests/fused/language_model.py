@@ -19,7 +19,7 @@ REMATS = {
 def init_params(
     layers: int | list[int] = 4, *, dim=DIM, hidden=HIDDEN, vocab=VOCAB, tied=False, dtype=jnp.float32, seed=0
 ):
-    """Parameters; ``layers`` is a number, or one for each of several stacks."""
+    """The parameters; ``layers`` is one number, or one for each of several stacks."""
     counts = [layers] if isinstance(layers, int) else layers
     rng = np.random.default_rng(seed)  # JAX's would compile a program for each shape
     normal = lambda *shape: jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
@@ -55,7 +55,7 @@ def layer(x, w):
 
 
 def make_loss(remat="remat", *, aux=False, in_jit=False, unroll=1):
-    """``loss_fn(params, tokens)``: mean next-token cross-entropy, the layers scanned."""
+    """``loss_fn(params, tokens)``: mean next-token cross-entropy, with scanned layers."""
 
     def loss_fn(params, tokens):
         body = REMATS[remat](lambda x, w: (layer(x, w), None))

@@ -1,4 +1,4 @@
-"""Models whose layers are in a list, as one finds them in each framework: functions of their sizes, by name."""
+"""Models with their layers in a list, as users of each framework write them: functions of their sizes, by name."""
 
 import equinox as eqx
 import haiku as hk
@@ -31,7 +31,7 @@ class LinenLoop(nn.Module):
 
 
 def linen(sizes: Sizes) -> Model:
-    """Layers made in a loop."""
+    """A loop makes the layers."""
     model = LinenLoop(sizes)
     params = jax.jit(model.init)(jax.random.key(0), inputs(sizes, 0))["params"]
     loss_fn = lambda params, x: error(model.apply({"params": params}, x), x)
@@ -41,7 +41,7 @@ def linen(sizes: Sizes) -> Model:
 class Attention(nn.Module):
     """The shape of Flax's lm1b example: attention and a feed-forward layer behind norms, with a mask and dropout.
 
-    Without biases in attention: a key's has no gradient but rounding errors, which AdaLomo makes steps of.
+    Attention has no biases: the gradient of a key's bias is only rounding errors, which AdaLomo would turn into steps.
     """
 
     hidden: int
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
 
 
 def lm1b(sizes: Sizes) -> Model:
-    """The key of dropout is a constant."""
+    """The dropout key is a constant."""
     model = LanguageModel(sizes)
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
     params = jax.jit(model.init)(keys, inputs(sizes, 0))["params"]
@@ -81,7 +81,7 @@ def lm1b(sizes: Sizes) -> Model:
 
 
 def haiku(sizes: Sizes) -> Model:
-    """Modules that Haiku counts."""
+    """Haiku numbers the modules."""
 
     def forward(x):
         for _ in range(sizes.layers):
@@ -96,7 +96,7 @@ def haiku(sizes: Sizes) -> Model:
 
 
 class EquinoxBlock(eqx.Module):
-    """A residual layer of one token."""
+    """A residual layer for one token."""
 
     up: eqx.nn.Linear
     down: eqx.nn.Linear
@@ -124,7 +124,7 @@ class EquinoxModel(eqx.Module):
 
 
 def equinox(sizes: Sizes) -> Model:
-    """Trained is what is inexact. The batch is mapped."""
+    """The inexact arrays are trained. The loss maps the model over the batch."""
     keys = jax.random.split(jax.random.key(0), sizes.layers)
     params, static = eqx.partition(EquinoxModel([EquinoxBlock(sizes, key) for key in keys]), eqx.is_inexact_array)
 

@@ -1,4 +1,4 @@
-"""What steps of lists of layers need at the widths of a 7B model, by a compiler; one JSON line for each.
+"""Prints the memory that a compiler reports for steps of lists at the widths of a 7B model, as one JSON line each.
 
 python tests/fused/lists_at_width.py tpu-v5e 2 4    (targets of `adalomo_jax.memory.TARGETS`, numbers of layers)
 
@@ -20,7 +20,7 @@ from adalomo_jax.memory import TARGETS, compile_usage
 
 DIM, HIDDEN, HEADS, HEAD, LENGTH = 4096, 11008, 32, 128, 2048
 SAVED_BYTES = 2 * LENGTH * DIM
-"""Of a layer: its input."""
+"""The bytes that a layer saves: its input."""
 
 
 def kernels() -> dict[str, tuple[int, ...]]:
@@ -55,7 +55,7 @@ def loss_fn(params: dict[str, list[dict[str, jax.Array]]], x: jax.Array) -> jax.
 
 
 def measure(target: str, layers: int, step: str) -> dict[str, int | str]:
-    """What one step needs over the weights: ``in a list``, ``stacked`` or ``unfused``."""
+    """The bytes that one step needs beyond the weights: ``in a list``, ``stacked`` or ``unfused``."""
     one = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in kernels().items()}
     params, x = {"layers": [dict(one) for _ in range(layers)]}, jax.ShapeDtypeStruct((LENGTH, DIM), jnp.bfloat16)
     fused = fuse(loss_fn, adalomo(1e-3))

@@ -1,4 +1,4 @@
-"""Models as somebody else wrote them, in each framework's usual manner: functions of their sizes, by name."""
+"""Models as others write them, in each framework's usual style: functions of their sizes, by name."""
 
 import models_bodies
 import models_jax

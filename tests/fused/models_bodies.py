@@ -1,4 +1,4 @@
-"""Models in plain JAX, Haiku and Equinox, as one finds them: what a layer computes, and of what its parameters are."""
+"""Models in plain JAX, Haiku and Equinox, as users write them, with various kinds of layers and parameters."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def convolutions(sizes: Sizes) -> Model:
 
 
 def experts(sizes: Sizes, top_1: bool) -> Model:
-    """Four experts in each layer, matrices of shape ``[layers, experts, in, out]``; mixed, or one for each token."""
+    """Each layer has four experts (``[layers, experts, in, out]``), and mixes them or picks one for each token."""
 
     @jax.checkpoint
     def body(y, w):
@@ -65,7 +65,7 @@ def _attention_forward(q, k, v):
 
 
 def _attention_backward(saved, d_out):
-    """As kernels do it: the probabilities are computed again from what the forward pass saved of each row."""
+    """Recomputes the probabilities, as kernels do, from the log-sum that the forward pass saved for each row."""
     q, k, v, out, log_sums = saved
     scale = q.shape[-1] ** -0.5
     p = jnp.exp(q @ k.mT * scale - log_sums)
@@ -85,7 +85,7 @@ squareplus.defjvps(lambda d_x, y, x: d_x * y / jnp.sqrt(x * x + 4))
 
 
 def handwritten_derivatives(sizes: Sizes) -> Model:
-    """A function with a backward pass of its own, and one with a derivative of its own, in the layer."""
+    """The layer calls a function with its own backward pass, and one with its own derivative."""
 
     @jax.checkpoint
     def body(y, w):
@@ -98,7 +98,7 @@ def handwritten_derivatives(sizes: Sizes) -> Model:
 
 
 def scalars_and_empty(sizes: Sizes) -> Model:
-    """Layers have a scalar, a layer's leaf of size 0, and so has the rest of the model."""
+    """Each layer has a scalar and a leaf of size 0, and so has the rest of the model."""
 
     @jax.checkpoint
     def body(y, w):
@@ -114,7 +114,7 @@ def scalars_and_empty(sizes: Sizes) -> Model:
 
 
 def integers_and_bools(sizes: Sizes) -> Model:
-    """A table of positions, a count and which layers are on: leaves of params that have no gradient."""
+    """Some leaves have no gradient: a table of positions, a count, and flags for the layers that are on."""
 
     @jax.checkpoint
     def body(y, w):
@@ -139,7 +139,7 @@ def integers_and_bools(sizes: Sizes) -> Model:
 
 
 def haiku(sizes: Sizes) -> Model:
-    """`hk.layer_stack`."""
+    """Uses `hk.layer_stack`."""
 
     class Block(hk.Module):
         def __call__(self, x):
@@ -158,7 +158,7 @@ def haiku(sizes: Sizes) -> Model:
 
 
 class EquinoxBlock(eqx.Module):
-    """A residual layer, of one token."""
+    """A residual layer for one token."""
 
     norm: eqx.nn.LayerNorm
     mlp: eqx.nn.MLP
@@ -189,7 +189,7 @@ class EquinoxNet(eqx.Module):
 
 
 def equinox(sizes: Sizes) -> Model:
-    """Trained is what is inexact; the rest is closed over. The batch is mapped."""
+    """The inexact arrays are trained; the loss closes over the rest, and maps the model over the batch."""
     params, static = eqx.partition(EquinoxNet(sizes, jax.random.key(0)), eqx.is_inexact_array)
 
     def loss_fn(params, x):

@@ -1,4 +1,4 @@
-"""Models in plain JAX, as one finds them: what is scanned over, by which scans, and what stands beside them."""
+"""Models in plain JAX, as users write them, with various scans, scanned inputs and code around the scans."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from jax import lax
 
 
 def matrix(seed, *shape):
-    """Normally distributed, for inputs of width ``shape[-2]``. By NumPy: JAX would compile a program for each shape."""
+    """A normal matrix for inputs of width ``shape[-2]``, made by NumPy: JAX would compile a program for each shape."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-2])))
 
 
@@ -49,7 +49,7 @@ def readout(params, y, x):
 
 
 def model(sizes: Sizes, loss_fn, layered=("layers",), **params) -> Model:
-    """One stack, a head and what else there is; some of it updated layer by layer."""
+    """A model with one stack, a head and ``params``; the paths in ``layered`` are updated layer by layer."""
     params = {
         "layers": feed_forward_stack(sizes),
         "head": matrix(1, sizes.dim, sizes.dim),
@@ -59,7 +59,7 @@ def model(sizes: Sizes, loss_fn, layered=("layers",), **params) -> Model:
 
 
 def encoder_decoder(sizes: Sizes) -> Model:
-    """Each layer of the decoder attends to what the encoder made, a constant of its scan."""
+    """Each layer of the decoder attends to the encoder's output, a constant of the decoder's scan."""
 
     @jax.checkpoint
     def encode(x, w):
@@ -83,7 +83,7 @@ def encoder_decoder(sizes: Sizes) -> Model:
 
 
 def read_by_two_scans(sizes: Sizes) -> Model:
-    """The same layers twice over."""
+    """Two scans read the same layers."""
 
     def loss_fn(params, x):
         y, _ = lax.scan(layer, x, params["layers"])
@@ -94,7 +94,7 @@ def read_by_two_scans(sizes: Sizes) -> Model:
 
 
 def shared_layer(sizes: Sizes) -> Model:
-    """ALBERT's: one layer, applied again and again."""
+    """As in ALBERT, one layer is applied again and again."""
 
     def loss_fn(params, x):
         return readout(params, lax.scan(lambda y, _: layer(y, params["layer"]), x, None, length=sizes.layers)[0], x)
@@ -105,12 +105,12 @@ def shared_layer(sizes: Sizes) -> Model:
 
 
 def plain(sizes: Sizes, **options) -> Model:
-    """Options are `lax.scan`'s."""
+    """A scan with options of `lax.scan`."""
     return model(sizes, lambda params, x: readout(params, lax.scan(layer, x, params["layers"], **options)[0], x))
 
 
 def gated_and_fed(sizes: Sizes) -> Model:
-    """Scanned over beside the layers: gates that a softmax makes, and inputs of each layer that another leaf makes."""
+    """The scan also runs over gates from a softmax, and over inputs of each layer that depend on another leaf."""
 
     @jax.checkpoint
     def body(y, w_gate_fed):
@@ -126,7 +126,7 @@ def gated_and_fed(sizes: Sizes) -> Model:
 
 
 def every_layer_in_the_loss(sizes: Sizes) -> Model:
-    """Deep supervision: the output of each layer is read out."""
+    """Deep supervision: the loss reads the output of each layer."""
 
     def loss_fn(params, x):
         ys = lax.scan(lambda y, w: (layer(y, w)[0],) * 2, x, params["layers"])[1]
@@ -136,7 +136,7 @@ def every_layer_in_the_loss(sizes: Sizes) -> Model:
 
 
 def branches_and_loops(sizes: Sizes) -> Model:
-    """A branch that the batch decides, a loop of a fixed length, and one without gradients, beside the scan."""
+    """Beside the scan: a branch that depends on the batch, a loop of fixed length, and a loop without gradients."""
 
     def loss_fn(params, x):
         y = lax.cond(jnp.mean(x) > 0, lambda x: x @ params["into"], lambda x: jnp.tanh(x @ params["into"]), x)

@@ -1,4 +1,4 @@
-"""Models in Flax Linen, as one finds them."""
+"""Models in Flax Linen, as users write them."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from found_model import Model, Sizes, error, inputs
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer; without heads, the feed-forward half of one."""
+    """A pre-norm transformer layer; without heads, only its feed-forward half."""
 
     hidden: int
     dtype: Any = None
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class NormedBlock(nn.Module):
-    """A residual layer with batch normalization, without the bias that it would take away."""
+    """A residual layer with batch normalization, without the bias that this would cancel."""
 
     hidden: int
 
@@ -40,7 +40,7 @@ class NormedBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Two layers, scanned: one layer of an outer scan."""
+    """A scan over two layers, as one layer of an outer scan."""
 
     hidden: int
 
@@ -62,7 +62,7 @@ class Net(nn.Module):
 
 
 def scanned(layer: Any, length: int, axis: int = 0) -> Any:
-    """A module of layers under remat, their parameters stacked on an axis."""
+    """A module of layers under remat, with their parameters stacked on an axis."""
     return nn.scan(
         nn.remat(layer, prevent_cse=False),
         variable_axes={"params": axis, "batch_stats": 0},
@@ -72,7 +72,7 @@ def scanned(layer: Any, length: int, axis: int = 0) -> Any:
 
 
 def stacked(sizes: Sizes, *, axis: int = 0, dtype: Any = None, heads: int = 0, cast_tree: bool = False) -> Model:
-    """Layers stacked on an axis; computes in ``dtype``, cast by the modules, or the tree before they are called."""
+    """Layers stacked on an axis. They compute in ``dtype``: the modules cast, or the loss casts the tree first."""
     net = Net(partial(scanned(Block, sizes.layers, axis), sizes.hidden, dtype, heads), dtype)
 
     def loss_fn(params, x):
@@ -85,7 +85,7 @@ def stacked(sizes: Sizes, *, axis: int = 0, dtype: Any = None, heads: int = 0, c
 
 
 def dropout(sizes: Sizes) -> Model:
-    """The batch has the key of the layers' dropout."""
+    """The batch contains the key for the layers' dropout."""
     net = Net(partial(scanned(Block, sizes.layers), sizes.hidden, dropout=0.2))
 
     def loss_fn(params, x, key):
@@ -98,7 +98,7 @@ def dropout(sizes: Sizes) -> Model:
 
 
 def batch_norm(sizes: Sizes) -> Model:
-    """The batch has the running statistics, and the new ones are returned beside the loss."""
+    """The batch contains the running statistics, and the loss returns the new ones as aux."""
     net = Net(partial(scanned(NormedBlock, sizes.layers), sizes.hidden))
 
     def loss_fn(params, batch_stats, x):

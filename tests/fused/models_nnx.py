@@ -1,4 +1,4 @@
-"""Models in Flax NNX, as one finds them."""
+"""Models in Flax NNX, as users write them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -73,18 +73,18 @@ class Unrolled(nnx.Module):
 
 
 def scanned(sizes: Sizes) -> Model:
-    """Layers made by vmap and scanned."""
+    """Layers that vmap makes and a scan runs."""
     graphdef, params = nnx.split(Scanned(Block, sizes, rngs=nnx.Rngs(0)), nnx.Param)
     loss_fn = lambda params, x: error(nnx.merge(graphdef, params)(x), x)
     return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {"blocks": sizes.layers})
 
 
 def with_state(sizes: Sizes) -> Model:
-    """The batch has what is not trained, and what became of it is returned beside the loss."""
+    """The batch contains the untrained variables, and the loss returns their new values as aux."""
     graphdef, params, rest = nnx.split(Scanned(NormedBlock, sizes, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
     def loss_fn(params, rest, x):
-        model = nnx.merge(graphdef, params, rest, copy=True)  # its variables are assigned to
+        model = nnx.merge(graphdef, params, rest, copy=True)  # the model assigns to its variables
         loss = error(model(x), x)
         return loss, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -92,7 +92,7 @@ def with_state(sizes: Sizes) -> Model:
 
 
 def unrolled(sizes: Sizes) -> Model:
-    """Layers in a list, called in a loop in Python."""
+    """Layers in a list, called in a Python loop."""
     graphdef, params = nnx.split(Unrolled(sizes, rngs=nnx.Rngs(0)), nnx.Param)
     loss_fn = lambda params, x: error(nnx.merge(graphdef, params)(x), x)
     return Model(loss_fn, params, lambda i: (inputs(sizes, i),), {})

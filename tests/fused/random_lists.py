@@ -1,4 +1,4 @@
-"""Random loops over lists of layers, alike or nearly so: descriptions, and the losses and parameters that they mean."""
+"""Random loops over lists of layers that are alike or nearly so: descriptions, and their losses and parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ DEFAULTS = {
     "frozen": "none",
     "decoder": 0,
 }
-"""Of a description, what is said where nothing is."""
+"""The values that a description has by default."""
 EXTRAS = {
     "key": "carried, and split in each layer",
     "split": "keys that are split at first",
@@ -63,7 +63,7 @@ CHANGES = {
 
 @st.composite
 def loops(draw: Any) -> dict[str, Any]:
-    """A description: activations of a period, what each layer does besides, and what single layers do otherwise."""
+    """A description: a period's activations, extra operations of each layer, and changes to single layers."""
     layers = draw(st.integers(3, 7))
     return {
         "layers": layers,
@@ -92,7 +92,7 @@ def params_of(loop: dict[str, Any]) -> dict[str, Any]:
 
 
 def trainable_of(loop: dict[str, Any]) -> Callable[[str], bool]:
-    """Whether a parameter of a path is trained."""
+    """A function that says whether the parameter at a path is trained."""
     frozen = {f"layers/{i}" for i, change in loop["changes"].items() if change == "frozen"}
 
     def is_trained(path: str) -> bool:
@@ -105,14 +105,14 @@ def trainable_of(loop: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def with_derivative(factor: float) -> Callable[[jax.Array], jax.Array]:
-    """The tangent function, whose derivative is multiplied by a factor."""
+    """The hyperbolic tangent, with its derivative multiplied by a factor."""
     fn = jax.custom_vjp(jnp.tanh)
     fn.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d: (factor * d / jnp.cosh(x) ** 2,))
     return fn
 
 
 def loss_of(loop: dict[str, Any]) -> Callable[..., jax.Array]:
-    """The loss of a description, of parameters, inputs and a key."""
+    """A description's loss, a function of parameters, inputs and a key."""
     n, changes = loop["layers"], loop["changes"]
 
     def loss(params, x, key):
@@ -138,14 +138,14 @@ def loss_of(loop: dict[str, Any]) -> Callable[..., jax.Array]:
 
 
 class _Static:
-    """A description, as an argument that is no array."""
+    """A description as an argument that is not an array."""
 
     def __init__(self, loop: dict[str, Any]):
         self.loop = loop
 
 
 def _run(static: _Static, params: dict[str, Any], given: dict[str, Any]) -> tuple[jax.Array, Any, list[jax.Array]]:
-    """The last layer's output, the penalty, and all outputs."""
+    """The last layer's output, the penalty, and all layers' outputs."""
     loop, n = static.loop, static.loop["layers"]
     state = {"x": given["x"], "before": given["x"], "two before": given["x"], "key": given["key"]}
     state |= {"total": jnp.float32(0), "seen": 0, "first": None}
@@ -177,7 +177,7 @@ def _without_seen(result: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], A
 def _layer(
     loop: dict[str, Any], i: int, params: dict[str, Any], given: dict[str, Any], state: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a layer hands on."""
+    """The state that a layer hands on."""
     n, extras, change = loop["layers"], loop["extras"], loop["changes"].get(i)
     p, x, key, total = params["layers"][i], state["x"], state["key"], state["total"]
     if change == "tie":

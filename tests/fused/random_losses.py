@@ -31,7 +31,7 @@ def stored_axis(stack: Stack, rank: int) -> int:
 
 
 def parameters(program: RandomProgram) -> dict[str, Any]:
-    """By part of the program."""
+    """The parameters, by part of the program."""
     params: dict[str, Any] = {}
     for p, part in enumerate(program.parts):
         of_part = _of_scan(part) if isinstance(part, Scan) else {f"w{i}": (DIM, DIM) for i in range(part.layers)}
@@ -49,7 +49,7 @@ def parameters(program: RandomProgram) -> dict[str, Any]:
 
 
 def _of_scan(scan: Scan) -> dict[str, Any]:
-    """Its parameters; of those that are whole leaves, the shape."""
+    """The scan's own parameters."""
     params: dict[str, Any] = {}
     for i, stack in enumerate(scan.stacks):
         layer, layers = _stored_layer(scan, stack), _stored_layers(scan, stack)
@@ -69,12 +69,12 @@ def _of_scan(scan: Scan) -> dict[str, Any]:
 
 
 def _layer_shape(scan: Scan, stack: Stack) -> tuple[int, ...]:
-    """Of what the scan runs over."""
+    """The shape of one layer, as the scan reads it."""
     return (2,) * (scan.group != "none") + _LAYER_SHAPES[stack.kind]
 
 
 def _shape_change(scan: Scan, stack: Stack) -> str:
-    """The change of shape, where there is one that this stack allows."""
+    """The stack's change of shape, or "none" if the stack does not allow it."""
     layer, shape = _layer_shape(scan, stack), stack.shape
     if shape == "group":
         return shape if scan.group != "none" else "none"
@@ -100,7 +100,7 @@ def _stored_layers(scan: Scan, stack: Stack) -> int:
 
 
 def _prepare(scan: Scan, i: int, params: dict[str, Any], whole: dict[str, Any]) -> jax.Array:
-    """What the scan runs over, made of the stored stack."""
+    """The array that the scan runs over, made from the stored stack."""
     stack, w = scan.stacks[i], params[f"stack {i}"]
     axis, layer, change = stored_axis(stack, w.ndim - 1), _layer_shape(scan, stack), _shape_change(scan, stack)
     if change == "reshape before" and axis == 0:
@@ -151,7 +151,7 @@ def _norm(c: jax.Array) -> jax.Array:
 
 
 def _use(use: str, kind: str, c: jax.Array, w: jax.Array, key: jax.Array) -> jax.Array:
-    """One layer's operation, on one parameter."""
+    """One layer's operation with one parameter."""
     tanh = lambda c, w: (jnp.tanh(c @ w).astype(c.dtype), None)
     if kind != "matrix":
         w = 0.5 * w
@@ -208,7 +208,7 @@ def _layer(scan: Scan, constant: jax.Array | None, carry: dict[str, Any], x: dic
 
 
 def _run_scan(scan: Scan, params: dict[str, Any], whole: dict[str, Any], c: jax.Array, key: jax.Array) -> Any:
-    """The carry after the scan, and what it adds to the loss."""
+    """The carry after the scan, and the scan's part of the loss."""
     n = scan.length
     dtype = c.dtype
     prepare = lambda params: [_prepare(scan, i, params, whole) for i in range(len(scan.stacks))]

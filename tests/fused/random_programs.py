@@ -1,4 +1,4 @@
-"""Random programs: values that say what a loss, its parameters and the step's options are, and a strategy for them."""
+"""Random programs: values that describe a loss, its parameters and the step's options, and a strategy for them."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -13,7 +13,7 @@ OPERATIONS = {
     "scalar": ("scale", "stop"),
 }
 OF_THE_WHOLE_BATCH = ("cond on carry",)
-"""Of a matrix; of microbatches they compute something else than of the whole batch."""
+"""Operations with a matrix whose result on microbatches differs from that on the whole batch."""
 KEPT_LAYERWISE = ("bfloat16", "float32", "negate", "scale", "square", "tanh", "gain", "gain of a layer")
 NOT_LAYERWISE = ("flip", "cumsum", "temperature", "scale of each layer")
 SHAPES = ("none", "reshape", "reshape before", "slice", "slice before", "first layers", "group")
@@ -21,7 +21,7 @@ SHAPES = ("none", "reshape", "reshape before", "slice", "slice before", "first l
 
 @dataclass(frozen=True, repr=False)
 class Described:
-    """Prints what is not as usual."""
+    """Prints the fields that differ from their defaults."""
 
     def __repr__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -31,21 +31,21 @@ class Described:
 
 @dataclass(frozen=True, repr=False)
 class Stack(Described):
-    """A parameter, and what is done with it until a layer of it is used."""
+    """A parameter, and the operations on it until the scan uses a layer."""
 
     kind: str
-    """Of one layer: matrix, vector or scalar."""
+    """The kind of one layer: matrix, vector or scalar."""
     use: str
     """One of `OPERATIONS`."""
     axis: int = 0
-    """Of its layers, the first, second or last."""
+    """Its layer axis: the first, second or last."""
     dtype: str = "float32"
     shape: str = "none"
-    """One of `SHAPES`: how it is stored otherwise than it is used."""
+    """One of `SHAPES`: how its stored shape differs from the used one."""
     before: tuple[str, ...] = ()
-    """What is done to it before the scan."""
+    """The operations on it before the scan."""
     moved_after: int = 0
-    """After how many of those its layer axis is moved to the front."""
+    """How many of these operations come before its layer axis moves to the front."""
     trained: bool = True
     beside: bool = False
     """Whether it is also read outside of the scan."""
@@ -61,9 +61,9 @@ class Scan(Described):
     stacks: tuple[Stack, ...]
     carry_dtype: str = "float32"
     carry: frozenset[str] = frozenset()
-    """Of counter, accumulator, key."""
+    """Any of counter, accumulator, key."""
     xs: frozenset[str] = frozenset()
-    """Of index, keys, leaf, flags: what else it runs over."""
+    """Any of index, keys, leaf, flags: what else it runs over."""
     constant: str = "none"
     """none, bias or tied: a whole leaf that each iteration reads."""
     ys: str = "none"
@@ -75,7 +75,7 @@ class Scan(Described):
     around: str = "none"
     """none, jit, checkpoint, policy: around the scan."""
     prepared: str = "outside"
-    """inside or outside of what is around the scan: the operations before it."""
+    """inside, outside: where the operations before the scan are, relative to ``around``."""
     reverse: bool = False
     unroll: int = 1
     again: bool = False
@@ -95,7 +95,7 @@ class Unrolled(Described):
 
 @dataclass(frozen=True, repr=False)
 class Options(Described):
-    """Of the step."""
+    """The options of the step."""
 
     rule: str = "sgd with momentum"
     max_grad_norm: float | None = None
@@ -114,16 +114,16 @@ class RandomProgram(Described):
 
     parts: tuple[Scan | Unrolled, ...]
     begin: str = "x"
-    """x, x times a leaf, embedding: what the first carry is made of."""
+    """x, x times a leaf, embedding: the first carry."""
     end: str = "head"
     """head, tied, or none."""
     whole_dtype: str = "float32"
-    """Of the parameters that are no stacks."""
+    """The dtype of parameters that are not stacks."""
     whole_trained: bool = True
     integers: bool = False
     """Whether there is a parameter of integers."""
     vmapped: bool = False
-    """Whether the loss is of one example, mapped over the batch."""
+    """Whether the loss takes one example and is mapped over the batch."""
     options: Options = Options()
 
     @property
@@ -132,13 +132,13 @@ class RandomProgram(Described):
 
 
 def is_layered(scan: Scan, stack: Stack) -> bool | None:
-    """Whether the stack must be updated layer by layer; None where the plan may do either."""
+    """Whether the stack must be updated layer by layer; None if the plan may do either."""
     if not stack.trained:
         return False
     across_layers = not set(stack.before).isdisjoint(("flip", "cumsum"))
     if scan.again or across_layers or (stack.shape == "group" and scan.group != "none"):
         return False if scan.length > 1 else None
-    if stack.beside:  # what reads one layer at a time is computed by the scan
+    if stack.beside:  # the scan computes whatever reads one layer at a time
         return None
     if scan.around in ("checkpoint", "policy") and any(s.before or s.shape != "none" or s.axis for s in scan.stacks):
         return None
@@ -150,12 +150,12 @@ def is_layered(scan: Scan, stack: Stack) -> bool | None:
 
 
 def _maybe(rarely: st.SearchStrategy, usually: object) -> st.SearchStrategy:
-    """The usual two times out of three, and what is simplest."""
+    """The usual value two times out of three; it is also the simplest."""
     return st.one_of(st.just(usually), st.just(usually), rarely)
 
 
 def _some(elements: st.SearchStrategy) -> st.SearchStrategy:
-    """One, more rarely two, rarely three."""
+    """One element, less often two, rarely three."""
     return st.sampled_from((1, 1, 1, 2, 2, 3)).flatmap(lambda n: st.lists(elements, min_size=n, max_size=n))
 
 

@@ -15,9 +15,9 @@ class Spread(NamedTuple):
     """A way to spread the model."""
 
     sizes: tuple[int, int]
-    """Of the mesh axes ``fsdp``, over which the batch is spread, and ``tensor``."""
+    """The sizes of the mesh axes ``fsdp``, over which the batch is spread, and ``tensor``."""
     specs: dict[str, Any]
-    """Of the parameters."""
+    """The partition specs of the parameters."""
 
     def mesh(self, axis_type: AxisType) -> Mesh:
         return jax.make_mesh(self.sizes, ("fsdp", "tensor"), axis_types=(axis_type,) * 2)
@@ -53,7 +53,7 @@ def put(tree, specs, mesh):
 
 
 def make_loss(explicit=False):
-    """``loss_fn(params, x, y)``. On an explicit mesh it says when to gather, and how results are spread."""
+    """``loss_fn(params, x, y)``. On an explicit mesh the loss says when to gather, and how to spread results."""
     gather = jax.sharding.reshard if explicit else lambda w, spec: w
 
     def dot(x, w, *spec):

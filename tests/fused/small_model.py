@@ -1,4 +1,4 @@
-"""A loss of the names and ranks of the language model's, compiled in a fraction of the time."""
+"""A loss with the language model's parameter names and ranks that compiles in a fraction of the time."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def small_loss(params, tokens, *, aux=False, unroll=1):
 
 
 def small_params(layers: int | list[int] = 4, **sizes):
-    """Those of the language model that it reads."""
+    """The parameters of the language model that the loss reads."""
     params = init_params(layers, **sizes)
     stacks = {name: stack for name, stack in params.items() if name.startswith("layers")}
     of_layers = {name: {part: stack[part] for part in ("mix", "scale")} for name, stack in stacks.items()}

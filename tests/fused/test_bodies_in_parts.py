@@ -1,4 +1,4 @@
-"""A scan's body with several checkpoints: each is pulled back by itself, and what it reads is updated at once."""
+"""The step pulls back each checkpoint of a scan's body by itself, and updates at once the parameters that it reads."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def part(x, w):
 
 
 def loss_of(remat, read=lambda w, k: w[NAMES[k]]):
-    """Under ``jax.checkpoint`` each part, the whole layer, or nothing."""
+    """A loss with each part, the whole layer, or nothing under ``jax.checkpoint``."""
     one = jax.checkpoint(part) if remat == "parts" else part
 
     def layer(x, w):
@@ -49,7 +49,7 @@ def test_gradients_alive_at_once(remat, alive):
 
 
 def test_the_compiled_step_has_fewer_gradients_at_once():
-    """Its temporaries, but for the inputs of the parts that are saved, of which there are more."""
+    """Its temporaries are smaller, except for the saved inputs of the parts, of which there are more."""
     temporaries = {}
     for remat in ("parts", "layer"):
         step = fuse(loss_of(remat), optax.sgd(1e-2))
@@ -62,12 +62,12 @@ def test_the_compiled_step_has_fewer_gradients_at_once():
 
 
 def shared_by_parts(w, k):
-    """The first part and the last read one matrix."""
+    """The first and the last part read one matrix."""
     return w[NAMES[0 if k == PARTS - 1 else k]]
 
 
 def of_two_matrices(w, k):
-    """The second part reads a matrix that is made, outside of its checkpoint, of two that others read, too."""
+    """The second part reads a product, made outside of its checkpoint, of its own matrix and the third part's."""
     return w[NAMES[1]] @ w[NAMES[2]] if k == 1 else w[NAMES[k]]
 
 
@@ -89,7 +89,7 @@ def test_equals_optax(read, options):
 
 
 def test_stacks_that_are_made_into_one_value_before_the_scan_are_updated_together():
-    """Their gradients are there only when the last part that reads either has been pulled back."""
+    """Their gradients are complete only when the last part that reads either has been pulled back."""
 
     def loss(params, x):
         both = params["part0"] + params["part1"]
@@ -105,7 +105,7 @@ def test_stacks_that_are_made_into_one_value_before_the_scan_are_updated_togethe
 
 
 def test_a_period_of_layers_without_remat_is_pulled_back_layer_by_layer():
-    """It saves what it would in one part, as its layers hand on what they save: their inputs."""
+    """It saves the same as in one part, because its layers save only what they hand on: their inputs."""
     found = MODELS["local and global"]()
     step = fuse_lists(found.loss_fn, optax.sgd(1e-2))
     placed = step.place(found.params, *data(0))
@@ -114,7 +114,7 @@ def test_a_period_of_layers_without_remat_is_pulled_back_layer_by_layer():
 
 
 def test_a_layer_of_unlike_parts_without_remat_is_pulled_back_as_one():
-    """What lies between its parts would have to be saved, too."""
+    """Otherwise the values between its parts would have to be saved, too."""
     found = MODELS["in parts"]()
     step = fuse_lists(found.loss_fn, optax.sgd(1e-2))
     placed = step.place(found.params, *data(0))

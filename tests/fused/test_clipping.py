@@ -1,4 +1,4 @@
-"""`max_grad_norm`: Optax's clipping by the global norm, by a second backward pass instead of a tree of gradients."""
+"""`max_grad_norm` clips by the global norm like Optax, by a second backward pass instead of a tree of gradients."""
 
 import functools
 
@@ -18,11 +18,11 @@ from adalomo_jax import adalomo, fuse
 
 BATCHES = [(batch(i),) for i in range(4)]
 LOW, BETWEEN, HIGH = 0.5, 3.1, 100.0
-"""Below the norms of the gradients of the small model's first steps, among them, and above them."""
+"""Thresholds below, among and above the gradient norms of the small model's first steps."""
 DIM, HIDDEN = 64, 128
 TOKENS = {"scanned": (2, 32), "unrolled": (1, 4)}
-"""Batch and length. Few where the layers are unrolled: XLA's CPU compiler (of JAX 0.10) drops the barriers of remat,
-recomputes the layers on the way forward, and keeps what it has computed; so that gradients are seen beside it."""
+"""Batch and length. Unrolled layers get few tokens: XLA's CPU compiler (of JAX 0.10) drops the barriers of remat,
+recomputes the layers in the forward pass and keeps the results, which must not hide the gradients."""
 DEPTHS = {"scanned": (4, 16), "unrolled": (2, 6)}
 
 
@@ -40,7 +40,7 @@ def test_equals_optax_on_the_layers_apart(rule, most):
     chained = optax.chain(optax.clip_by_global_norm(most), tx)
     expected, _, norms = apart.train(make_loss(), chained, params, BATCHES)
     assert relative_error(results[-1].params, expected) < RELATIVE_ERROR
-    np.testing.assert_allclose(apart.norms_of(results), norms, rtol=1e-5)  # of the gradient before it is clipped
+    np.testing.assert_allclose(apart.norms_of(results), norms, rtol=1e-5)  # of the gradient before clipping
 
 
 def test_the_thresholds_clip_always_sometimes_and_never():
@@ -50,7 +50,7 @@ def test_the_thresholds_clip_always_sometimes_and_never():
 
 @pytest.mark.parametrize("most", [LOW, BETWEEN, slow(HIGH)])
 def test_the_comparison_sees_whether_it_was_clipped(most):
-    """Where it clips, and only there, another threshold is another result."""
+    """If the step clips, and only then, another threshold gives another result."""
     params, tx = init_params(3), optax.sgd(0.1)
     clipped, other = (
         apart.train(make_loss(), optax.chain(optax.clip_by_global_norm(m), tx), params, BATCHES)[0]
@@ -71,7 +71,7 @@ def test_equals_the_unfused_step(rule, remat):
 
 
 def test_the_norm_is_of_all_parameters():
-    """Of whole ones, of stacks, and of those that the loss does not read, which add nothing."""
+    """It covers whole parameters and stacks; parameters that the loss does not read add nothing."""
     params = init_params(3) | {"unread": jnp.ones(3)}
     result = apart.run_fused(fuse(make_loss(), adalomo(1e-2), max_grad_norm=1.0), params, BATCHES[:1])[0]
     grads = jax.jit(jax.grad(make_loss()))(params, *BATCHES[0])
@@ -99,7 +99,7 @@ def backward_flops(fn, params, *args):
 
 
 def added_flops(loss_fn, params, *args, **options):
-    """What clipping costs, in FLOPs of matrix multiplications."""
+    """The FLOPs of matrix multiplications that clipping adds."""
     counts = []
     for most in (None, 1.0):
         step = fuse(loss_fn, RULES["lomo"], max_grad_norm=most, **options)
@@ -120,7 +120,7 @@ def test_costs_one_backward_pass_over_the_saved_forward_pass(remat):
 def test_the_count_sees_a_second_forward_pass():
     params, tokens = init_params(4), batch()
     costs = [backward_flops(trunk(remat), params, tokens) for remat in ("no remat", "remat")]
-    # Of each layer's three matrix multiplications the way back needs the last one's inputs, but not its result.
+    # Of each layer's three matrix multiplications, the backward pass needs the last one's inputs, but not its result.
     again = 4 * 2 * tokens.size * (params["layers0"]["mix"][0].size + params["layers0"]["up"][0].size)
     assert costs[1] - costs[0] == again
 
@@ -146,7 +146,7 @@ LAYER_WEIGHTS = 4 * (DIM + DIM * DIM + 2 * DIM * HIDDEN)
 
 
 def added_by_layers(form, *args, **options):
-    """Of temporaries, by the layers that a deep model has more than a shallow one; and how many these are."""
+    """The temporaries that a deep model's additional layers add to a shallow one's, and the number of these layers."""
     few, many = DEPTHS[form]
     return temporaries(many, form, *args, **options) - temporaries(few, form, *args, **options), many - few
 
@@ -163,7 +163,7 @@ def test_no_gradient_tree_where_layers_are_scanned(rule, most):
 @pytest.mark.uncached
 @pytest.mark.parametrize("most", [None, 1.0])
 def test_no_gradient_tree_where_layers_are_unrolled(most):
-    """In either pass: they are not merged, and none waits for the other with what it has computed."""
+    """Neither pass has one: XLA does not merge the passes, and neither keeps its results until the other has run."""
     added, layers = added_by_layers("unrolled", max_grad_norm=most)
     assert added <= layers * LAYER_WEIGHTS / 4
 
@@ -179,7 +179,7 @@ def test_unrolled_layers_save_their_inputs_only(most):
 @pytest.mark.uncached
 @pytest.mark.parametrize("form", ["scanned", slow("unrolled")])
 def test_clipping_takes_no_more_than_the_gradients_of_the_ends(form):
-    """Those of what is pulled back once for both passes, and kept from one to the other."""
+    """The ends are pulled back once for both passes, and their gradients are kept from one to the other."""
     layers = DEPTHS[form][1]
     _, params, _ = a_model(layers, form, None)
     without, clipping = (temporaries(layers, form, "lomo", max_grad_norm=most) for most in (None, 1.0))

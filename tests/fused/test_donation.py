@@ -1,4 +1,4 @@
-"""`step.jit` takes the memory of parameters and state: each array needs its own."""
+"""`step.jit` donates parameters and state, so each of their arrays needs memory of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_refuses_parameters_among_the_arguments_of_the_loss():
     with pytest.raises(ValueError, match=r"params\['in'\] and args\[0\]\['kept'\] are one array.*jnp.copy"):
         step.jit(now, step.init(now, {"kept": now["in"]}), {"kept": now["in"]})
     kept = jnp.copy(now["in"])
-    assert np.isfinite(step.jit(now, step.init(now, kept, kept), kept, kept).loss)  # among them one may be there twice
+    assert np.isfinite(step.jit(now, step.init(now, kept, kept), kept, kept).loss)  # arguments may repeat an array
 
 
 def test_refuses_a_state_with_one_array_twice():

@@ -1,4 +1,4 @@
-"""What a loss does beside its value: prints, callbacks and checks happen as they do without `fuse`."""
+"""The side effects of a loss (prints, callbacks and checks) happen as they do without `fuse`."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ OPTIONS = [{}, {"microbatches": 2}, {"max_grad_norm": 1.0}, {"microbatches": 2, 
 
 
 def telling(calls, *, ordered):
-    """A loss that tells, before its scan, in it and after it, of the batch, of weights and of nothing."""
+    """A loss that calls back before, in and after its scan, with the batch, with weights and with nothing."""
 
     def tell(name, *values):
         note = lambda *values: calls.append((name, *(round(float(v), 5) for v in values)))
@@ -70,7 +70,7 @@ def test_callbacks_are_those_of_the_loss(options, ordered):
 
 
 def test_what_is_the_same_in_each_layer_is_told_of_in_each():
-    """As in the loss itself: its gradient by JAX tells once."""
+    """The step calls back in each layer, as the loss itself does; JAX's gradient of the loss calls back once."""
     calls = []
 
     def loss(params, x):
@@ -86,7 +86,7 @@ def test_what_is_the_same_in_each_layer_is_told_of_in_each():
 
 
 def test_results_of_callbacks_count():
-    """Those of weights, too, differ between microbatches: the callback is called for each."""
+    """Even those of weights can differ between microbatches, so each microbatch calls the callback."""
     calls = []
 
     def double(x):
@@ -123,7 +123,7 @@ def test_checks_are_made(options):
 
 
 def test_without_jit_updates_are_the_same():
-    """`jax.disable_jit` makes a Python loop of a scan, in which layers are no tensors of their own."""
+    """`jax.disable_jit` turns a scan into a Python loop, in which layers are not tensors of their own."""
     loss = lambda p, x: jnp.mean(scan(lambda h, w: (h + jnp.tanh(h @ w), None), x * p["b"], p["layers"])[0] ** 2)
     params, tx = {"layers": PARAMS["w"], "b": PARAMS["b"]}, adalomo(1e-2)
     step = fuse(loss, tx, microbatches=2)

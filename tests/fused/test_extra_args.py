@@ -1,4 +1,4 @@
-"""`tx.update` is given the loss, as `value`, and what a step is given by name."""
+"""`tx.update` gets the loss as `value`, and the arguments that the step gets by name."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def loss_fn(params, x):
 
 
 def scaled_by(*names):
-    """Plain descent, its rate a sum of extra arguments, where they are given; the last rate is kept."""
+    """Plain descent whose rate is the sum of the extra arguments that are given; it keeps the last rate."""
 
     def update(updates, state, params=None, **extra_args):
         rate = sum(0.01 * extra_args.get(name, 0.0) for name in names)
@@ -40,12 +40,12 @@ def demands_scale():
     def update(updates, state, params=None, *, scale, **extra_args):
         return jax.tree.map(lambda g: -scale * g, updates), state
 
-    untyped: Any = update  # Optax's types know of no argument that is demanded
+    untyped: Any = update  # Optax's types do not know required arguments
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), untyped)
 
 
 def plain(rate):
-    """One step of descent, at a rate of the loss."""
+    """One step of descent, at a rate that depends on the loss."""
     loss, grads = jax.value_and_grad(loss_fn)(params(), X)
     return jax.tree.map(lambda p, g: p - rate(loss) * g, params(), grads), loss
 

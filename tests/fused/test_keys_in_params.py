@@ -1,4 +1,4 @@
-"""Typed PRNG keys among the parameters: left alone, as integers are."""
+"""Typed PRNG keys among the parameters are left alone, as integers are."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ KEYS = {
 
 
 def loss_fn(params, x):
-    """Drops entries by each layer's key."""
+    """Drops entries with each layer's key."""
     keys = jnp.broadcast_to(params["key"], 3) if params["key"].ndim == 0 else params["key"]
 
     def layer(h, layer):

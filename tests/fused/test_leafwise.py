@@ -1,4 +1,4 @@
-"""A transformation that mixes leaves is refused, by name; one that does not is not."""
+"""`fuse` refuses a transformation that mixes leaves, by name, and accepts one that does not."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def loss_fn(params):
 
 
 def share_momentum():
-    """Mixes leaves through the state only: this step's update of one depends on earlier gradients of all."""
+    """Mixes leaves through the state only: a leaf's update depends on earlier gradients of all leaves."""
 
     def update(updates, state, params=None):
         del params
@@ -29,7 +29,7 @@ def share_momentum():
 
 
 def record_norm():
-    """Leaves the updates alone, but keeps the norm of all of them."""
+    """Leaves the updates unchanged, but keeps their global norm."""
     return optax.GradientTransformation(
         lambda params: jnp.zeros([]), lambda updates, state, params=None: (updates, optax.tree.norm(updates))
     )
@@ -41,7 +41,7 @@ def by_number():
 
 
 def init_from_all():
-    """Mixes leaves in ``init`` only: their norm, kept for each."""
+    """Mixes leaves in ``init`` only: it keeps their global norm for each."""
 
     def init(params):
         norm = optax.tree.norm(params)
@@ -71,7 +71,7 @@ def draws_in_init():
 
 
 def counts_by_leaf():
-    """Keeps for no leaf how many steps all leaves have taken."""
+    """Counts the steps of all leaves, in state that belongs to no leaf."""
 
     def update(updates, state, params=None):
         del params
@@ -110,7 +110,7 @@ def add_next(updates):
 
 
 def clips_the_stack():
-    """A norm of one leaf, but a leaf of many layers."""
+    """Clips by the norm of one leaf, but this leaf has many layers."""
     rules: Any = {"x": optax.clip_by_global_norm(1.0), "y": optax.sgd(1.0)}
     return optax.multi_transform(rules, {"a": "y", "layers": "x"})
 
@@ -118,7 +118,7 @@ def clips_the_stack():
 MIXING = {
     "global norm": (optax.clip_by_global_norm(1.0), "the update of 'a' depends on the gradient of 'layers'"),
     "late in a chain": (optax.chain(adalomo(1e-2), optax.clip_by_global_norm(1.0)), "the update of 'a'"),
-    "by their number": (by_number(), "the update of 'a' is computed otherwise among all leaves"),
+    "by their number": (by_number(), "the update of 'a' is computed differently among all leaves"),
     "in init": (init_from_all(), "the update of 'a' depends on the parameter 'layers'"),
     "random numbers in a branch": (draws_in_a_branch(), "draws random numbers"),
     "random numbers in init": (draws_in_init(), "draws random numbers"),
@@ -191,7 +191,7 @@ def test_refuses_what_mixes_the_layers_of_the_only_leaf(tx):
 
 
 def test_state_for_no_leaf_is_of_the_dtype_that_optax_gives_it():
-    """Optax goes by the dtypes of all parameters, not of those that are updated first."""
+    """Optax goes by the dtypes of all parameters, not just of those that are updated first."""
     params = {"a": PARAMS["a"], "layers": PARAMS["layers"].astype(jnp.bfloat16)}
     loss = lambda p: loss_fn({"a": p["a"], "layers": p["layers"].astype(jnp.float32)})
     tx = optax.contrib.reduce_on_plateau()

@@ -1,4 +1,4 @@
-"""What the plan says of leaves in lists of layers: which were stacked, every how many, and why others were not."""
+"""The plan says which leaves in lists of layers were stacked, with which period, and why others were not."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from adalomo_jax.fused.plan.lists import nth, period_of
 
 
 def reasons(loss_fn, params, tx=None, *, placed=True, **options):
-    """Of each leaf why it is updated where it is."""
+    """The reason why each leaf is updated where it is."""
     step = fuse_lists(loss_fn, adalomo(1e-2) if tx is None else tx, **options)
     plan = step.plan(step.place(params, *data(0)) if placed else params, *data(0))
     found = dict(zip((leaf.path for leaf in plan.leaves), plan.reasons, strict=True))
@@ -38,7 +38,7 @@ def narrow_in_the_middle():
 
 
 def reads_another_value():
-    """The last layer reads the first input, too, where the others read their own."""
+    """The last layer also reads the first layer's input; each other layer reads its own instead."""
 
     def loss(params, x, key):
         first = x = x @ params["into"]
@@ -50,7 +50,7 @@ def reads_another_value():
 
 
 def all_in_one_checkpoint():
-    """Layers of which none is like the next, under one remat."""
+    """Layers under one remat, none of them like the next."""
     activations = [jax.nn.relu, jnp.tanh, jnp.sin]
 
     def loss(params, x, key):
@@ -65,7 +65,7 @@ def all_in_one_checkpoint():
 
 
 def all_in_one_list():
-    """Scales and matrices by turns, as Keras has them."""
+    """Alternating scales and matrices in one list, as in Keras."""
 
     def loss(params, x, key):
         for scale, w in zip(params["all"][::2], params["all"][1::2]):
@@ -75,7 +75,7 @@ def all_in_one_list():
     return model(0, loss, {}, all=[x for i in range(2) for x in (jnp.ones(DIM), matrix(i, DIM, DIM))])
 
 
-STACKED = "a scan runs over its 3 layers, which a list had"
+STACKED = "a scan runs over its 3 layers, stacked from a list"
 CASES = {
     "three alike": (lambda: model(3, loop(lambda i: jnp.sin), {}), {"layers/0/up": STACKED}),
     "two alike": (
@@ -85,13 +85,13 @@ CASES = {
     "another operation": (
         MODELS["interrupted"],
         {"layers/0/up": STACKED}
-        | {f"layers/3/{name}": "layers/3 computes `sin` where layers/2 computes `max`" for name in ("up", "down")},
+        | {f"layers/3/{name}": "layers/3 computes `sin`, but layers/2 computes `max`" for name in ("up", "down")},
     ),
     "the first and the last": (
         MODELS["other ends"],
         {
-            "layers/0/up": "layers/0 computes `sin` where layers/1 computes `max`",
-            "layers/5/up": "layers/5 computes `sin` where layers/4 computes `max`",
+            "layers/0/up": "layers/0 computes `sin`, but layers/1 computes `max`",
+            "layers/5/up": "layers/5 computes `sin`, but layers/4 computes `max`",
         },
     ),
     "tied": (
@@ -124,13 +124,13 @@ CASES = {
     ),
     "another order in a checkpoint": (
         lambda: with_checkpoints(lambda i, p, x: apply(p, x / jnp.exp(x) if i == 3 else jnp.exp(x) / x)),
-        {"layers/3/up": "layers/3 computes `checkpoint` otherwise than layers/2"},
+        {"layers/3/up": "layers/3 computes `checkpoint` differently than layers/2"},
     ),
     "another shape": (
         narrow_in_the_middle,
         {
             "layers/3/up": "it is float32[8,8], and layers/2/up is float32[8,16]",
-            "layers/3/scale": "layers/3 computes `dot_general` of float32[2,5,8] and float32[8,8] where layers/2 "
+            "layers/3/scale": "layers/3 computes `dot_general` of float32[2,5,8] and float32[8,8], but layers/2 "
             "computes `dot_general` of float32[2,5,8] and float32[8,16]",
         },
     ),
@@ -158,7 +158,7 @@ def test_why(case):
 
 @pytest.mark.parametrize("placed", [True, False])
 def test_a_layer_that_a_mask_names(placed):
-    """`trainable` freezes one leaf of it, and the whole layer stays by itself."""
+    """If `trainable` freezes one leaf of a layer, the whole layer stays by itself."""
     found = MODELS["plain, remat layer"]()
     of_leaves = reasons(
         found.loss_fn, found.params, placed=placed, trainable=lambda path: not path.startswith("layers/3/up")
@@ -173,7 +173,7 @@ def test_frozen_leaves_that_are_not_stacked():
     found = MODELS["interrupted"]()
     of_leaves = reasons(found.loss_fn, found.params, trainable=lambda path: not path.endswith("up"))
     assert of_leaves["layers/0/up"] == "it is not trained"
-    expected = "it is not trained, nor stacked: layers/3 computes `sin` where layers/2 computes `max`"
+    expected = "it is not trained, nor stacked: layers/3 computes `sin`, but layers/2 computes `max`"
     assert of_leaves["layers/3/up"] == expected
 
 
@@ -199,7 +199,7 @@ def test_strict_refuses_only_what_place_would_stack():
 
 
 def test_a_stack_for_another_loss_has_no_reasons_of_this_one():
-    """Where the search does not find what was stacked, the plan says less."""
+    """If the search does not find the stacked layers, the plan says less."""
     found, other = MODELS["plain, remat layer"](), model(4, loop(lambda i: jnp.sin if i == 1 else jax.nn.relu), {})
     step = fuse_lists(found.loss_fn, adalomo(1e-2), trainable=lambda path: "3" not in path)
     placed = step.place(found.params, *data(0))

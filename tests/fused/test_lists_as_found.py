@@ -1,4 +1,4 @@
-"""Models with lists of layers as libraries make them: two lines more, and equal to plain Optax on their own trees."""
+"""Library models with lists of layers take two more lines and equal plain Optax on their own trees."""
 
 import jax
 import optax

@@ -1,4 +1,4 @@
-"""What the compilers for chips that are not there say of lists of layers at the widths of a 7B model."""
+"""Lists of layers at a 7B model's widths need no more memory than unfused, by the compilers for absent chips."""
 
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.parametrize("target", INSTALLED)]
 
 @functools.cache
 def over_weights(target):
-    """Bytes over those of the weights, by layers and step; by a process that sets JAX up for itself."""
+    """The bytes beyond the weights, by layers and step. A process that sets up JAX for itself measures them."""
     if importlib.util.find_spec(INSTALLED[target]) is None:
         pytest.skip(f"{INSTALLED[target]} is not installed")
     command = [sys.executable, lists_at_width.__file__, target, str(FEW), str(MORE)]
@@ -40,7 +40,7 @@ def test_nor_does_it_stacked(target):
 
 
 def test_a_layer_more_of_a_list_costs_little_more_than_its_saved_input(target):
-    """The rest is its state, and what the compiler keeps."""
+    """The rest is the layer's state and what the compiler keeps."""
     found = over_weights(target)
     per_layer = (found[MORE, "in a list"] - found[FEW, "in a list"]) / (MORE - FEW)
     assert per_layer - lists_at_width.SAVED_BYTES <= 0.03e9

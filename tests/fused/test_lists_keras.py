@@ -1,4 +1,4 @@
-"""Keras 3 models, as they are: two lines more, and equal to plain Optax on the list of variables that Keras takes."""
+"""Unchanged Keras 3 models take two more lines and equal plain Optax on the list of variables that Keras takes."""
 
 import os
 
@@ -19,7 +19,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, DIM)), jnp.float32)
 
 
 def functional():
-    """A causal transformer with dropout: each layer that draws has a seed of its own, which each call moves on."""
+    """A causal transformer with dropout. Each layer that draws has its own seed, which each call advances."""
     x = inputs = keras.Input(X.shape[1:])
     for _ in range(LAYERS):
         y = keras.layers.LayerNormalization()(x)
@@ -31,7 +31,7 @@ def functional():
 
 
 class Block(keras.layers.Layer):
-    """A residual layer with running means, and a source of random numbers that all blocks share."""
+    """A residual layer with running means. All blocks share one source of random numbers."""
 
     def __init__(self, seed):
         super().__init__()
@@ -59,15 +59,15 @@ class Subclassed(keras.Model):
 
 
 MODELS = {"functional": (functional, 10), "subclassed": (Subclassed, 3)}
-"""With the number of a layer's variables that are trained."""
+"""Each model, with the number of trained variables of a layer."""
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_optax_on_the_models_own_list(name):
-    """The weights, the seeds, the running means."""
+    """The weights, the seeds and the running means are equal."""
     keras.utils.set_random_seed(0)
     model, of_layer = MODELS[name][0](), MODELS[name][1]
-    model(X)  # which makes its variables
+    model(X)  # creates its variables
 
     def loss_fn(params, others, x):
         y, others = model.stateless_call(params, others, x, training=True)

@@ -1,4 +1,4 @@
-"""`loss_scale`: float16 gradients kept in range, unscaled in each layer's update."""
+"""`loss_scale` keeps float16 gradients in range, and each layer's update unscales them."""
 
 import chex
 import jax
@@ -34,7 +34,7 @@ def test_a_power_of_two_changes_nothing_in_float32(rule, options):
 
 
 def test_it_does_multiply_the_loss_that_is_differentiated():
-    """Else nothing above would have been tested: at a scale near the end of float32 the gradients overflow."""
+    """The gradients overflow at a scale near the end of float32. Otherwise the test above would check nothing."""
     params = init_params(3)
     step = fuse(lambda p, tokens: 100 * make_loss()(p, tokens), RULES["lomo"], loss_scale=3e38)
     assert jax.jit(step)(params, step.init(params, *BATCHES[0]), *BATCHES[0]).metrics["unwritten"] > 0
@@ -46,7 +46,7 @@ def half_params():
 
 
 def small_gradients(params, x):
-    """Of about 2 ** -30, which float16 does not hold."""
+    """The gradients are about 2 ** -30, too small for float16."""
     y, _ = jax.lax.scan(jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), None)), x, params["layers"])
     return jnp.sum((y * jnp.float16(2.0**-12)) @ params["head"] * jnp.float16(2.0**-12)).astype(jnp.float32)
 
@@ -106,7 +106,7 @@ def test_equals_the_unfused_step(most):
 
 
 def large_gradients(params, x):
-    """Of about 2 ** 4: they overflow with a scale of 2 ** 14, and do not with one of 2 ** 11."""
+    """The gradients are about 2 ** 4: they overflow with a scale of 2 ** 14, but not with 2 ** 11."""
     y, _ = jax.lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), x, params["layers"])
     return jnp.sum(y @ params["head"] * jnp.float16(16.0)).astype(jnp.float32)
 
@@ -142,7 +142,7 @@ def test_the_scale_halves_until_gradients_are_finite_and_grows_again(most, twin)
 
 @TWINS
 def test_steps_in_which_nothing_was_written_did_not_happen(twin):
-    """While the scale is searched for, Adam's count and a schedule stay; then the first step is Optax's first."""
+    """Adam's count and a schedule stay while the scale is searched for. Then the first step is Optax's first."""
     params = half_params() | {"head": jnp.ones(4, jnp.float16)}
     rate = lambda count: jnp.where(count < 1, 2.0**-6, 1.0)
     tx = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(rate))

@@ -1,4 +1,4 @@
-"""What the compiler says of the fused step: memory, copies, FLOPs."""
+"""The compiler confirms the memory, copies and FLOPs of the fused step."""
 
 import flops
 import jax
@@ -47,14 +47,14 @@ def compiled_flops(fn, args):
 def test_parameters_and_state_are_updated_in_place(rule, remat, dtype):
     compiled, params, state = compile_step(LAYERS, rule, remat, dtype)
     assert memory_of(compiled).alias_size_in_bytes >= tree_bytes((params, state))
-    # In bfloat16, which the CPU computes in float32, its compiler does copy a stack of vectors (adamw, 1 kB).
+    # The CPU computes bfloat16 in float32, and its compiler then does copy a stack of vectors (adamw, 1 kB).
     least_rank = 2 if dtype == jnp.float32 else 3
     stacks = [x for x in jax.tree.leaves((params, state)) if x.ndim >= least_rank and x.shape[0] == LAYERS]
     assert len(stacks) >= 3 and copies_of_stacks(compiled, stacks) == []
 
 
 def test_the_search_for_copies_finds_one():
-    """As of a program that reads the old stack after it has written the new one in its place."""
+    """The program reads the old stack after it has written the new one in its place."""
     stack = jnp.ones((5, DIM, HIDDEN))
     compiled = jax.jit(lambda s: (s.at[0].add(1.0), s * 2.0), donate_argnums=0).lower(stack).compile()
     assert copies_of_stacks(compiled, [stack]) != []
@@ -68,7 +68,7 @@ def test_temporaries_grow_by_the_saved_layer_inputs(rule):
 
 
 def test_what_is_the_same_in_each_layer_is_not_saved_for_each():
-    """Without remat: a table made in the body of constants alone, and needed again on the way back."""
+    """Without remat, the backward pass again needs a table that the body makes from constants alone."""
     table_bytes = 4 * LENGTH * LENGTH
 
     def loss_fn(params, x):
@@ -113,7 +113,7 @@ def test_recomputation_is_counted():
 
 @pytest.mark.parametrize("remat", [slow("remat"), slow("no remat"), slow("dots saved")])
 def test_compiled_flops_are_those_of_the_unfused_step(remat):
-    """Of all operations, by XLA's count, which takes a loop's body once however often it runs: so of one layer each."""
+    """XLA counts all operations, but a loop's body only once however often it runs: so the model has one layer."""
     params = init_params(1, dim=DIM, hidden=HIDDEN)
     tokens = batch(length=LENGTH)
     step = fuse(make_loss(remat), adalomo(1e-2))

@@ -1,4 +1,4 @@
-"""What a step reports is what was computed."""
+"""A step's metrics are the values that it computed."""
 
 import apart
 import jax
@@ -54,7 +54,7 @@ def rms(x, axes=None):
     ],
 )
 def test_rms_of_updates_and_parameters_per_layer(rule, options):
-    """Of updates by plain Optax on the layers apart, from gradients by `jax.grad`."""
+    """Plain Optax makes the expected updates on separate layers, from gradients by `jax.grad`."""
     params, most = init_params(3), OPTIONS[options].get("max_grad_norm")
     tx = RULES[rule] if most is None else optax.chain(optax.clip_by_global_norm(most), RULES[rule])
     layers = apart.unstack(params)
@@ -97,7 +97,7 @@ def test_rms_is_of_the_trained_only_and_of_parameters_before_the_step():
 
 
 def test_float16_weights_are_measured_in_float32():
-    params = {"w": jnp.full((2, 8), 300.0, jnp.float16)}  # whose squares float16 does not hold
+    params = {"w": jnp.full((2, 8), 300.0, jnp.float16)}  # their squares overflow float16
     step = fuse(lambda p: jnp.sum(p["w"].astype(jnp.float32)), RULES["lomo"], rms_metrics=True)
     metrics = jax.jit(step)(params, step.init(params)).metrics
     assert metrics["param_rms"]["w"] == 300.0 and metrics["param_rms"]["w"].dtype == jnp.float32

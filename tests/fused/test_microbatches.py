@@ -1,4 +1,4 @@
-"""`microbatches`: the gradient of the whole batch, with the activations of a part and no tree of gradients."""
+"""`microbatches` gives the gradient of the whole batch with the activations of a part and no tree of gradients."""
 
 import functools
 from typing import Any
@@ -51,7 +51,7 @@ def test_equals_the_unfused_step():
 
 @pytest.mark.parametrize("most", [slow(0.5), slow(100.0)])
 def test_with_clipping(most):
-    """Clipped is the gradient of the whole batch, not that of each microbatch."""
+    """The step clips the gradient of the whole batch, not that of each microbatch."""
     params, tx = init_params(3), RULES["lomo"]
     results = apart.run_fused(fuse(make_loss(), tx, microbatches=4, max_grad_norm=most), params, BATCHES)
     chained = optax.chain(optax.clip_by_global_norm(most), tx)
@@ -137,7 +137,7 @@ LOSSES = [
     ids=lambda x: x.__name__.replace("_", " ") if callable(x) else str(x),
 )
 def test_equals_the_mean_over_microbatches_of_jax_grad(loss_fn, most):
-    """These losses are means over the batch, so that this is the gradient of the whole batch."""
+    """These losses are means over the batch, so this is the gradient of the whole batch."""
     step = fuse(loss_fn, KEEPS, microbatches=4, max_grad_norm=most)
     result = jax.jit(step)(PARAMS, step.init(PARAMS, X), X)
     of_whole = lambda p: jnp.mean(jnp.stack([loss_fn(p, x) for x in X.reshape(4, 2, 4)]))
@@ -182,7 +182,7 @@ def test_arguments_that_are_not_sliced_nested_batches_and_aux(twin):
 
 @pytest.mark.parametrize("name", ["w", "b", "c"])
 def test_bfloat16_gradients_are_summed_in_float32(name):
-    """One large and many small: in bfloat16 their sum stays at the large one. `tx` writes 64 times the gradient."""
+    """In bfloat16 one large term plus many small ones stays at the large one. `tx` writes 64 times the gradient."""
     s = jnp.asarray([1.0] + [2.0**-9] * 255, jnp.bfloat16)
 
     def loss_fn(p, s):
@@ -201,7 +201,7 @@ def test_bfloat16_gradients_are_summed_in_float32(name):
 
 
 DIM, HIDDEN, LENGTH = 64, 128, 16
-LAYER_INPUT = 2 * LENGTH * DIM * 4  # bytes, of a microbatch of two sequences
+LAYER_INPUT = 2 * LENGTH * DIM * 4  # bytes for a microbatch of two sequences
 LAYER_WEIGHTS = 4 * (DIM + DIM * DIM + 2 * DIM * HIDDEN)
 
 
@@ -217,13 +217,13 @@ def temporaries(layers, m, *, unfused=False, unrolled=False, **options):
 
 
 DEPTHS = {False: (4, 16), True: (2, 8)}
-"""By whether the layers are unrolled, which takes long to compile."""
+"""The depths, by whether the layers are unrolled: unrolled layers take long to compile."""
 
 
 @pytest.mark.uncached
 @pytest.mark.parametrize(("unrolled", "most"), [(False, 1.0), slow(True, None), slow(False, None), slow(True, 1.0)])
 def test_no_gradient_tree(unrolled, most):
-    """Over the same microbatch alone, and over fewer layers, temporaries grow by what layers save, and by no more."""
+    """Temporaries exceed those of one microbatch alone, or of fewer layers, only by what the layers save."""
     shallow, deep = DEPTHS[unrolled]
     few, many = (temporaries(n, 4, unrolled=unrolled, max_grad_norm=most) for n in (shallow, deep))
     assert many - few <= 1.1 * 4 * (deep - shallow) * LAYER_INPUT < (deep - shallow) * LAYER_WEIGHTS
@@ -274,7 +274,7 @@ def test_refuses_before_compiling(case):
 
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, slow(jnp.float16)])
 def test_gradients_of_weights_that_are_cast_before_use_are_summed_in_float32(narrow):
-    """What comes out is the sum of what each microbatch's plain gradient is, to float32's digits.
+    """The result is the sum of the microbatches' plain gradients, to float32's digits.
 
     The weights are sums of few powers of two, so no product in the model is rounded, in whatever order XLA adds.
     """

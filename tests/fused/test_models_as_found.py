@@ -1,6 +1,6 @@
-"""Models as others wrote them: equal to the unfused step, updated where one expects, in the memory of one layer.
+"""Models as others wrote them equal the unfused step, are updated where expected, and need one layer's memory.
 
-Of each model one pair of programs is compiled, fused and unfused, and all is asked of these.
+The tests compile one fused and one unfused program for each model and check everything on these.
 """
 
 import functools
@@ -31,7 +31,7 @@ ALWAYS = [
     "encoder-decoder",
     "read by two scans",
 ]
-"""Those that share the least with each other; the others are as slow, and find the same."""
+"""These models share the least with each other. The others are as slow and find the same."""
 WITHOUT_STACKS = ["nnx list", "read by two scans", "shared layer"]
 WITH_STACKS = [name for name in MODELS if name not in WITHOUT_STACKS]
 
@@ -57,7 +57,7 @@ def memory(name):
 
 @each_of(MODELS)
 def test_equals_the_unfused_step(name):
-    """Also where layers compute in bfloat16: fused and unfused round alike, and no bit was seen to differ."""
+    """This also holds if layers compute in bfloat16: fused and unfused round alike, and no bit was seen to differ."""
     (_, params, batch, *_), state, fused, unfused, _ = compiled(name)
     results = []
     for program in (fused, unfused):
@@ -111,13 +111,13 @@ def test_no_stack_is_cast_at_once(name):
 
 
 def test_gradients_of_what_is_updated_whole_do_exist():
-    """The comparison of temporaries, of a stack that two scans read."""
+    """The comparison of temporaries shows them for a stack that two scans read."""
     found, both = model("read by two scans"), memory("read by two scans")
     assert both.temporaries_unfused - both.temporaries < 0.1 * tree_bytes(found.params["layers"])
 
 
 def test_the_search_for_casts_finds_them():
-    """In the unfused step of a loss that casts the tree."""
+    """The unfused step of a loss that casts the tree has them."""
     name = "linen axis 1 cast"
     shapes = [sorted(x.shape) for x in model(name).stacks]
     found = memory(name).narrow_stacks_unfused

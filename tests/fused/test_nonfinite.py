@@ -1,4 +1,4 @@
-"""What is not finite is not written: neither to parameters nor to state."""
+"""The step writes non-finite values neither to parameters nor to state."""
 
 import chex
 import jax
@@ -27,13 +27,13 @@ def small_params():
 
 
 def root_loss(params, x):
-    """Finite at ``root = 0``, where its derivative is not."""
+    """The loss is finite at ``root = 0``, but its derivative is not."""
     body = lambda x, layer: (jnp.tanh(x @ layer["w"]) + jnp.sqrt(layer["root"]), None)
     return jnp.mean(jax.lax.scan(body, x, params["layers"])[0] @ params["head"])
 
 
 def start(loss_fn, rule, params, twin, *args, **options):
-    """The state after a finite step, and the step."""
+    """The jitted step, and the parameters and state after one finite step."""
     step = fuse(loss_fn, RULES[rule], **options)
     run = jax.jit(step if twin == "fused" else step.unfused)
     result = run(params, step.init(params, *args), *args)
@@ -42,7 +42,7 @@ def start(loss_fn, rule, params, twin, *args, **options):
 
 
 def plant(params, *path, layer=None):
-    """NaN in the first entry of a leaf, or of one layer of it."""
+    """Puts NaN in the first entry of a leaf, or of one of its layers."""
     key, *rest = path
     if rest:
         return params | {key: plant(params[key], *rest, layer=layer)}
@@ -80,7 +80,7 @@ def test_nan_in_the_data(rule, twin):
     run, params, state = start(root_loss, rule, small_params(), twin, X)
     result = run(params, state, X.at[1, 2].set(NAN))
     assert_nothing_is_written(result, params, state)
-    again = run(result.params, result.state, X)  # and on it goes, as if that batch had not been
+    again = run(result.params, result.state, X)  # training goes on as if that batch had not come
     chex.assert_trees_all_equal(again.params, run(params, state, X).params)
     assert again.state.skipped == 1 and again.state.count == state.count + 1
 
@@ -96,12 +96,12 @@ def test_a_tensor_whose_gradient_is_not_finite_is_not_written_while_others_are(r
     is_root = lambda path: "root" in jax.tree_util.keystr(path)
     roots = 0
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(result[:2]), jax.tree.leaves((params, state))):
-        is_used = new.shape[1:] != (1,)  # AdaLomo keeps such zeros in the place of what it has no use for
+        is_used = new.shape[1:] != (1,)  # AdaLomo keeps such zeros in place of state that it does not use
         if new.ndim and is_used and "head" not in jax.tree_util.keystr(path):
             changed = [bool(np.any(new[i] != old[i])) for i in range(4)]
             assert changed == [True, True, not is_root(path), True]
             roots += is_root(path)
-    assert roots == 1 + (2 if rule == "adamw" else 1)  # the parameter, and what the rule keeps for it
+    assert roots == 1 + (2 if rule == "adamw" else 1)  # the parameter, and the rule's state for it
     assert np.all(result.params["head"] != params["head"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))
 
@@ -140,7 +140,7 @@ def huge_params():
 
 
 def huge_loss(params, x):
-    """Its gradients are made of HUGE entries and small ones."""
+    """Its gradients have HUGE entries and small ones."""
     layer = lambda h, w: (h + jnp.sum(w * jnp.array([[HUGE, 1.0], [-2.0, 3e-3]])), None)
     total = jax.lax.scan(layer, x, params["w"])[0]
     of_others = {"b": jnp.array([HUGE, 1e-3]), "h": jnp.array([[2.0, 3.0], [0.0, 0.5]])}
@@ -169,7 +169,7 @@ def test_a_finite_gradient_whose_square_is_beyond_float32_is_written(twin):
 @TWINS
 @pytest.mark.parametrize("most", [2.0, 1e30])
 def test_such_a_gradient_is_clipped_by_its_norm(twin, most):
-    """Whatever `tx` keeps of it: what it sees is clipped."""
+    """`tx` sees the clipped gradient, whatever it keeps of it."""
     params, step = huge_params(), fuse(huge_loss, optax.trace(decay=0.0), max_grad_norm=most)
     run = jax.jit(step if twin == "fused" else step.unfused)
     result = run(params, step.init(params, 0.0), 0.0)
@@ -184,7 +184,7 @@ def test_such_a_gradient_is_clipped_by_its_norm(twin, most):
 @TWINS
 @pytest.mark.parametrize("rule", RULES)
 def test_moments_that_cannot_hold_it_stay_finite(rule, twin):
-    """Without a norm to clip by, a rule that keeps squares would keep infinity: such tensors are left as they are."""
+    """Without a norm to clip by, a rule that keeps squares would keep infinity: such tensors stay unchanged."""
     params, step = huge_params(), fuse(huge_loss, RULES[rule])
     result = jax.jit(step if twin == "fused" else step.unfused)(params, step.init(params, 0.0), 0.0)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((result.params, result.state.inner)))

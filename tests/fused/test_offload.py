@@ -1,6 +1,6 @@
-"""Stacks and saved activations in host memory: the numbers of the step without, and the memory each array is in.
+"""With stacks and saved activations in host memory, a step keeps its numbers, and each array is where it should be.
 
-The CPU backend has the memory kinds; what that saves only the compiler of an accelerator can say: test_tpu_offload.py.
+The CPU backend has the memory kinds. Only an accelerator's compiler can say what they save: test_tpu_offload.py.
 """
 
 import functools
@@ -37,7 +37,7 @@ CASES += [slow(BOTH, case) for case in OPTIONS if case != "adalomo"]
 
 
 def run(offload, *, dtype=jnp.float32, remat="remat", tx=None, spread=lambda params: params, **options):
-    """The result of the last of some steps, and the parameters before the first."""
+    """The result of the last step, and the parameters before the first."""
     step = fuse(make_loss(remat), tx or adalomo(1e-2), offload=offload, **options)
     params = init_params(3, dtype=dtype)
     before = jax.tree.map(np.asarray, params)
@@ -74,7 +74,7 @@ def test_equals_the_step_without(offload, case):
     (result, _), (expected, before) = run(offload, **OPTIONS[case]), plain(case)
     assert_equal(result, expected)
     assert paths_on_host(result.params) == (MATRICES if "params" in offload else [])
-    with pytest.raises(AssertionError):  # it has moved, and the comparison sees it
+    with pytest.raises(AssertionError):  # the parameters moved, and the comparison sees it
         assert_equal(result.params, before)
 
 
@@ -163,7 +163,7 @@ def test_place_refuses_a_backend_without_such_memory(monkeypatch):
 
 
 def on_axis_1(params, x):
-    """Layers of one matrix stacked on axis 1, and of two matrices: only of the latter a layer is whole matrices."""
+    """Stacks on axis 1, with layers of one and of two matrices: only a layer of two consists of whole matrices."""
     one, two = (jnp.moveaxis(params[name], 1, 0) for name in ("one", "two"))
     layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w[0] + x @ w[1][0] - x @ w[1][1]), None))
     return jnp.mean(jax.lax.scan(layer, x, (one, two))[0])

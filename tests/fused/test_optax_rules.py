@@ -1,4 +1,4 @@
-"""Optax's optimizers in the fused step: each equals plain Optax on the layers apart, or is refused by name."""
+"""Each of Optax's optimizers in the fused step equals plain Optax on separate layers, or is refused by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def every_second(step, **_):
 
 
 def plateau():
-    """The loss grows, so that the scale falls in the second step."""
+    """The loss grows, so the scale falls in the second step."""
     return optax.chain(optax.sgd(-0.5), contrib.reduce_on_plateau(patience=1, factor=0.5))
 
 
@@ -72,7 +72,7 @@ ALWAYS = [
     *("contrib.reduce_on_plateau", "contrib.schedule_free_adamw", "conditionally_mask", "MultiSteps"),
     *("inject_hyperparams", "masked by path", "clips each tensor", "centralize"),
 ]
-"""Of distinct kinds: what each keeps, what it asks for, and what of a tensor it looks at."""
+"""These differ in what they keep, what they ask for, and which parts of a tensor they look at."""
 MIXES = "tx mixes leaves: the update of 'a' depends on the gradient of"
 REFUSED: dict[str, tuple[Callable[[], optax.GradientTransformation], str]] = {
     "polyak_sgd": (lambda: optax.polyak_sgd(0.1), MIXES),
@@ -129,7 +129,7 @@ def loss_fn(params):
 
 
 def train_apart(tx):
-    """Plain Optax: the parameters, and the state by path."""
+    """The parameters, and the state by path, by plain Optax."""
     tx, params = optax.with_extra_args_support(tx), params_apart()
     state = tx.init(params)
 
@@ -145,7 +145,7 @@ def train_apart(tx):
 
 
 def stacked_state(like, state):
-    """The state of layers apart, with the paths of that of stacks."""
+    """The state of separate layers, under the paths of the stacks' state."""
     of_layer = lambda path, name: tuple(jax.tree_util.DictKey(name) if k == stack else k for k in path)
     stack = jax.tree_util.DictKey("layers")
     in_stack = lambda path: jnp.stack([state[of_layer(path, name)] for name in LAYERS])

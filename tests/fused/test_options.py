@@ -77,7 +77,7 @@ def test_refuses_a_dynamic_scale_that_cannot_work(name, value):
 
 
 NO_TRANSFORMATION = {
-    "a function": (adalomo, "got the function adalomo. Call what makes it: fuse\\(loss_fn, adalomo\\(1e-3\\)\\)"),
+    "a function": (adalomo, "got the function adalomo. Call the function that makes it: fuse\\(loss_fn, adalomo\\(1e-3\\)\\)"),
     "optax's": (optax.adam, "got the function adam. Call"),
     "None": (None, "got None. Call"),
     "a number": (1e-3, "got 0.001. Call"),
@@ -164,5 +164,5 @@ def test_strict_refuses_a_stack_that_has_to_be_updated_whole(case):
 
 @pytest.mark.parametrize("tied", [slow(False), True])
 def test_strict_takes_an_ordinary_language_model(tied):
-    """Embeddings, heads and norms are no layers."""
+    """Embeddings, heads and norms are not layers."""
     fuse(make_loss(), adalomo(1e-2), strict=True).init(init_params([3, 2], tied=tied), batch())

@@ -1,4 +1,4 @@
-"""Which results of a function are inputs as they came."""
+"""Origins tell which results of a function are unchanged inputs."""
 
 import jax
 import jax.numpy as jnp

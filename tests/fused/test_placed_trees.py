@@ -1,4 +1,4 @@
-"""Trees of `step.place` that are not what it returned any more, or that meet another state; functions among leaves."""
+"""Steps refuse trees of `step.place` that were changed or meet another state, and functions among leaves."""
 
 import re
 
@@ -72,7 +72,7 @@ def test_another_size_is_not_taken_for_a_stack():
 
 @pytest.mark.parametrize("call", ["place", "init", "plan"])
 def test_functions_among_the_parameters_are_refused(call):
-    """As a whole Equinox model has them."""
+    """A whole Equinox model has such leaves."""
     params = FOUND.params | {"activation": jax.nn.relu}
     with pytest.raises(ValueError, match=r"'activation' is the function relu. .*eqx.partition\(model, eqx.is_inexact"):
         getattr(STEP, call)(params, *data(0))

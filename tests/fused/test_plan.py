@@ -91,7 +91,7 @@ def test_planning_computes_nothing():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_bytes(tied):
-    """Tied: the embedding's gradient waits for the layers. Untied: the head's is gone before they begin."""
+    """If tied, the embedding's gradient waits for the layers. If not, the head's is gone before the layers begin."""
     params = init_params(4, dim=16, hidden=24, vocab=32, tied=tied)
     plan = plan_of(make_loss(), params, batch())
     layer = 4 * (16 + 16 * 16 + 2 * 16 * 24)

@@ -1,6 +1,6 @@
-"""Random loops over lists of layers, alike or nearly so: whatever is rolled up has the numbers of the loop.
+"""Random loops over lists of equal or nearly equal layers keep their numbers if the step rolls them up.
 
-``RANDOM_PROGRAMS=500 RANDOM_SEED=1 pytest tests/fused/test_random_lists.py`` runs others.
+``RANDOM_PROGRAMS=500 RANDOM_SEED=1 pytest tests/fused/test_random_lists.py`` runs other loops.
 """
 
 import os
@@ -22,7 +22,7 @@ EXAMPLES = os.environ.get("RANDOM_PROGRAMS")
 
 
 def unstacked(placed):
-    """The leaves of the tree that was placed, by NumPy."""
+    """The leaves, in the order of the tree that was placed, as NumPy arrays."""
     found = {}
     for layers, leaf in zip(layers_of(placed), map(np.asarray, jax.tree.leaves(placed)), strict=True):
         found |= zip(layers, leaf if len(layers) > 1 else [leaf])
@@ -30,13 +30,13 @@ def unstacked(placed):
 
 
 def check(loop):
-    """The step of LOMO on what was rolled up, and on the loop's own list; how many layers were rolled."""
+    """Compares a LOMO step on the rolled layers with the loop on its own list; returns how many layers were rolled."""
     loop = DEFAULTS | loop
     loss, params, is_trained = loss_of(loop), params_of(loop), trainable_of(loop)
     step = fuse_lists(loss, lomo(1.0), trainable=is_trained)
     placed = step.place(params, *data(0))
     result = jax.jit(step)(placed, step.init(placed, *data(0)), *data(0))
-    loss_of_list, gradient = jax.value_and_grad(loss)(params, *data(0))  # one operation at a time: nothing to compile
+    loss_of_list, gradient = jax.value_and_grad(loss)(params, *data(0))  # runs op by op, so nothing compiles
     np.testing.assert_allclose(result.loss, loss_of_list, rtol=1e-5)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, old), new, g in zip(leaves, unstacked(result.params), jax.tree.leaves(gradient), strict=True):
@@ -51,7 +51,7 @@ def check(loop):
 
 
 def rolled_at_least(loop):
-    """How many layers should be rolled, of a loop without changes."""
+    """How many layers of a loop without changes should be rolled."""
     begin, end = loop["ends"]
     layers, period = loop["layers"] - begin - end, len(loop["period"])
     return layers - layers % period if layers >= 2 * period else 0
@@ -73,7 +73,7 @@ def test_numbers_are_those_of_the_loop(loop):
 
 
 def test_finds_layers_that_are_taken_for_alike(monkeypatch: pytest.MonkeyPatch):
-    """The check can fail: where derivatives of their own do not count, one layer's is another's."""
+    """The check can fail: if a layer's own derivative does not count, it gets another layer's."""
     loop = {"period": ["own derivative"], "changes": {2: "derivative"}}
     check(loop)
     monkeypatch.setattr(signatures, "pullback_of", lambda equation: program_of(jax.make_jaxpr(jnp.sin)(1.0)))

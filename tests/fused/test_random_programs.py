@@ -1,6 +1,6 @@
 """Random programs: the fused step equals the unfused one, and its gradients are those of ``jax.grad``.
 
-``RANDOM_PROGRAMS=2000 RANDOM_SEED=1 pytest tests/fused/test_random_programs.py`` runs more of them, and others.
+``RANDOM_PROGRAMS=2000 RANDOM_SEED=1 pytest tests/fused/test_random_programs.py`` runs more and other programs.
 """
 
 import os
@@ -21,7 +21,7 @@ from adalomo_jax.fused.run import passes
 EXAMPLES, SEED = os.environ.get("RANDOM_PROGRAMS"), int(os.environ.get("RANDOM_SEED", "0"))
 FAST = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
 LEARNING_RATE = 1e-2
-# A rule that divides by a gradient makes steps of its rounding errors: adamw's `eps` is above them.
+# A rule that divides by a gradient turns its rounding errors into steps: adamw's `eps` is above them.
 RULES = {
     "adalomo": adalomo(LEARNING_RATE),
     "lomo": lomo(LEARNING_RATE),
@@ -29,9 +29,9 @@ RULES = {
     "sgd with momentum": optax.sgd(LEARNING_RATE, momentum=0.9),
 }
 TOLERANCE = {False: 1e-5, True: 3e-2}
-"""Relative to a leaf's norm, by whether something is rounded to bfloat16."""
+"""The tolerance relative to a leaf's norm, by whether something is rounded to bfloat16."""
 NOISE = 1e-2
-"""Of the norm of all leaves, what counts as part of a leaf's: errors of sums are relative to the largest summands."""
+"""The part of the norm of all leaves that counts as a leaf's: errors of sums are relative to the largest summands."""
 
 
 def keep_gradients() -> optax.GradientTransformation:
@@ -79,7 +79,7 @@ def step_of(program: RandomProgram) -> FusedStep:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Each leaf, to a norm relative to its own, and to a small part of that of all."""
+    """Each leaf's error is small relative to its norm plus a small part of the norm of all leaves."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(expected)
     norms = [np.linalg.norm(np.asarray(x, np.float64)) for _, x in paths_and_leaves]
@@ -91,7 +91,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 
 
 def all_gradients(program: RandomProgram, params: Any, *args: Any) -> Any:
-    """By ``jax.grad`` of the whole batch, clipped; of what is not trained, zeros."""
+    """The norm, and the clipped gradients of the trained leaves, by ``jax.grad`` of the whole batch."""
     leaves, treedef = jax.tree.flatten(params)
     paths = list(by_path(params))
     trained = {i: leaf for i, (path, leaf) in enumerate(zip(paths, leaves)) if is_trained(program, path)}
@@ -109,13 +109,13 @@ def all_gradients(program: RandomProgram, params: Any, *args: Any) -> Any:
 
 
 def kept_gradients(plan: Plan, result: StepResult) -> dict[str, np.ndarray]:
-    """By path, the layers of stacks on the axis where the parameter has them."""
+    """The kept gradients by path, with a stack's layers on the parameter's layer axis."""
     kept, axes = by_path(result.state.inner[0]), {leaf.path: leaf.axis for leaf in plan.leaves}
     return {path: np.moveaxis(np.asarray(x), 0, axes[path] or 0) if np.ndim(x) else x for path, x in kept.items()}
 
 
 def check_plan(program: RandomProgram, plan: Plan) -> None:
-    """Stacks are updated where they must be by the program's description."""
+    """Stacks are updated where the program's description says they must be."""
     layers = {leaf.path: leaf.layers for leaf in plan.leaves}
     for p, part in enumerate(program.parts):
         expected = [is_layered(part, stack) for stack in part.stacks] if isinstance(part, Scan) else []
@@ -126,7 +126,7 @@ def check_plan(program: RandomProgram, plan: Plan) -> None:
 
 
 def check(program: RandomProgram) -> None:
-    """Two steps, each begun from the fused results of the one before."""
+    """Checks two steps. The second starts from the fused results of the first."""
     step, params = step_of(program), parameters(program)
     before = jax.tree.map(np.asarray, params)
     plan = step.plan(params, *batch(0))
@@ -152,7 +152,7 @@ def check(program: RandomProgram) -> None:
 
 
 def check_moved(before: Any, after: Any, gradients: dict[str, Any]) -> None:
-    """Whatever has a gradient that is no rounding error, and is not rounded itself; and nothing else."""
+    """A leaf moves if its gradient is no rounding error and it is not rounded itself. Untrained leaves stay."""
     for (name, old), new in zip(by_path(before).items(), jax.tree.leaves(after)):
         if name not in gradients:
             assert (np.asarray(new) == old).all(), f"{name} is not trained, and moved"
@@ -174,7 +174,7 @@ _TANH = Stack("matrix", "tanh")
 @seed(SEED)
 @settings(
     max_examples=int(EXAMPLES or 12),
-    phases=[phase for phase in Phase if EXAMPLES or phase != Phase.shrink],  # which compiles for minutes
+    phases=[phase for phase in Phase if EXAMPLES or phase != Phase.shrink],  # shrinking compiles for minutes
     derandomize=EXAMPLES is None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     deadline=None,
@@ -185,7 +185,7 @@ def test_equals_the_unfused_step_and_jax_grad(program: RandomProgram):
 
 
 def test_finds_cotangents_that_are_not_summed(monkeypatch: pytest.MonkeyPatch):
-    """The check can fail: of a leaf that is read at both ends only one end counts."""
+    """The check can fail: without the sum, a leaf that is read at both ends counts only one of them."""
     program = RandomProgram((Scan(2, (_TANH,)),), begin="embedding", end="tied")
     check(program)
     monkeypatch.setattr(passes, "accumulate", lambda cotangents, more: cotangents.update(more))

@@ -1,4 +1,4 @@
-"""What reads a stack beside its scan, one layer at a time, is computed by the scan; what does not is told of."""
+"""The scan computes other reads of its stack that take one layer at a time; the step warns of reads that do not."""
 
 import warnings
 
@@ -59,7 +59,7 @@ def axes(step, params, *args):
 
 
 def moved(step, *args):
-    """What LOMO at a rate of 1 subtracts: the gradient."""
+    """The gradient, which LOMO subtracts at a rate of 1, and the result."""
     result = jax.jit(step)(PARAMS, step.init(PARAMS, *args), *args)
     return jax.tree.map(lambda old, new: old - new, PARAMS, result.params), result
 
@@ -117,7 +117,7 @@ def test_with_clipping_microbatches_and_results_beside_the_loss():
 
 
 def test_what_is_printed_of_a_norm_comes_before_what_the_layers_print():
-    """A norm that the scan computes is known after it: what is printed of it would come too late."""
+    """A norm that the scan computes is known only after the scan, too late to print it in order."""
     calls = []
 
     def loss(p, x):
@@ -139,7 +139,7 @@ def test_what_is_printed_of_a_norm_comes_before_what_the_layers_print():
 
 @pytest.mark.uncached
 def test_a_penalty_costs_no_memory_of_a_stack():
-    """The stack is updated in place, and the layers' part in the penalty is not saved for the way back."""
+    """The stack is updated in place, and the layers' part in the penalty is not saved for the backward pass."""
     w = jax.ShapeDtypeStruct((16, 64, 64), jnp.float32)
     plain = lambda w, x: jnp.mean(scan(jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w), None)), x, w)[0])
     temporaries = []

@@ -1,45 +1,16 @@
 """Layers in Python lists: stacked between the steps, scanned over within them, and the caller's tree in all else."""
 
-import flops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from comparison import RULES, copied, relative_error
+from list_training import STEPS, by_fuse, by_optax
 from lists_of_layers import DIM, MODELS, apply, data, error, fuse_lists, loop, matrix, model, of_layer
 from tiers import always, slow
 
 from adalomo_jax import adalomo, fuse
-
-STEPS = 5
-
-
-def by_optax(loss_fn, tx, params, trainable=lambda path: True):
-    """The parameters after some steps of plain Optax, on the tree as it is."""
-    tx, path_of = optax.with_extra_args_support(tx), lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: trainable(path_of(path)), params)
-    tx = optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), jax.tree.map(lambda x: not x, mask)))
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, *args):
-        loss, grads = jax.value_and_grad(loss_fn)(params, *args)
-        updates, state = tx.update(grads, state, params, value=loss)
-        return optax.apply_updates(params, updates), state
-
-    for i in range(STEPS):
-        params, state = step(params, state, *data(i))
-    return params
-
-
-def by_fuse(step, params):
-    """The parameters after some steps, as the caller has them, and the plan."""
-    placed = step.place(params, *data(0))
-    plan, state, placed = step.plan(placed, *data(0)), step.init(placed, *data(0)), copied(placed)
-    for i in range(STEPS):
-        placed, state, *_ = step.jit(placed, state, *data(i))
-    return step.unplace(placed), plan
 
 
 def by_plan(step, params):
@@ -215,7 +186,7 @@ def test_few_layers_without_checkpoints_stay_in_their_list():
     step = fuse(few.loss_fn, adalomo(1e-2))
     assert jax.tree.structure(step.place(few.params, *data(0))) == jax.tree.structure(few.params)
     plan = step.plan(few.params, *data(0))
-    assert "\n5 layers in a list repeat, too few for a stack to save memory" in str(
+    assert "\n5 layers in a list repeat, but too few for a stack to save memory" in str(
         plan
     ) and "fuse(..., roll=5)" in str(plan)
     assert "it is one of 5 layers in a list that repeat" in plan.reasons
@@ -291,76 +262,3 @@ def test_a_loop_under_remat_over_a_tree_that_was_cast_before():
     cast = lambda params: jax.tree.map(lambda w: (w * 1.0).astype(jnp.bfloat16), params)
     loss = lambda params, x, key: found.loss_fn(cast(params), x.astype(jnp.bfloat16), key)
     assert stacks_in(by_plan(fuse_lists(loss, adalomo(1e-2)), found.params)) == found.stacks
-
-
-def test_what_repeats_around_larger_parameters_stays():
-    """Two scans over one stack, each before a matrix: rolled up, the sums of the stack's gradients would be carried."""
-
-    def loss(params, x, key):
-        layer = jax.checkpoint(lambda x, w: (jnp.tanh(normalize(x) @ w), None))
-        for name in ("between", "head"):
-            x = normalize(jax.lax.scan(layer, x, params["layers"])[0]) @ params[name]
-        return error(x)
-
-    normalize = lambda x: x / (1 + jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True)))
-    matrices = {name: matrix(i, 8 * DIM, 8 * DIM) for i, name in enumerate(("between", "head"))}
-    params = {"layers": jnp.stack([matrix(3 + i, 8 * DIM, 8 * DIM) for i in range(4)]), **matrices}
-    x = jnp.ones((2, 8 * DIM))
-    placed = fuse_lists(loss, adalomo(1e-2)).place(params, x, None)
-    assert jax.tree.structure(placed) == jax.tree.structure(params)
-
-
-def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
-    """Of a gelu all that its derivative reads would be: side by side, XLA computes such things again."""
-    found = model(4, loop(lambda i: jax.nn.gelu), {})
-    step = fuse_lists(found.loss_fn, adalomo(1e-2))
-    placed = step.place(found.params, *data(0))
-    rows = data(0)[0].size // DIM
-    of_rows = 2 * 4  # the mean and the root of a norm
-    assert step.saved_bytes(placed, *data(0)) <= 4 * rows * (4 * (DIM + 2 * DIM) + of_rows) + 1000
-    calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, found.params)]
-    assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
-
-
-def test_what_layers_make_of_a_shared_matrix_is_not_saved():
-    """It is made again: its transpose, say, else saved by each layer."""
-    with_shared, found = MODELS["shared"](), MODELS["plain, remat None"]()
-    steps = [fuse_lists(each.loss_fn, adalomo(1e-2)) for each in (with_shared, found)]
-    calls = [(step.place(each.params, *data(0)), *data(0)) for step, each in zip(steps, (with_shared, found))]
-    saved, without = (step.saved_bytes(*call) for step, call in zip(steps, calls))
-    products = 4 * data(0)[0].nbytes
-    assert saved - without == products
-
-
-@pytest.mark.parametrize("read_twice", [False, True])
-def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
-    """A checkpoint saves what it is given: the cast is made again, and the layer no more often than without."""
-
-    def loss(params, x, key):
-        params, x = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (params, x))
-        x = x @ params["into"]
-        for p in params["layers"]:
-            x = jax.checkpoint(apply)(p, x)
-            x = jnp.tanh(x @ p["up"] @ p["down"]) if read_twice else x
-        return error(x @ params["head"])
-
-    params = model(4, loss, {}).params
-    step = fuse_lists(loss, adalomo(1e-2))
-    placed, rows = step.place(params, *data(0)), data(0)[0].size // DIM
-    calls = [(tree, step.abstract_state(tree, *data(0)), *data(0)) for tree in (placed, params)]
-    assert flops.count(step, *calls[0]) == flops.count(step.unfused, *calls[1]) > 0
-    saved_rows = 2 * 4 * rows * (DIM + (2 * DIM + 2 * DIM if read_twice else 0))
-    assert step.saved_bytes(placed, *data(0)) <= saved_rows + 1000
-    assert relative_error(by_fuse(step, params)[0], by_optax(loss, adalomo(1e-2), params)) < 0.02
-
-
-def test_the_step_does_not_grow_with_the_layers():
-    """So neither does the time to compile it."""
-
-    def equations(layers, roll):
-        found = model(layers, loop(lambda i: jax.nn.gelu), {})
-        step = fuse(found.loss_fn, optax.sgd(1e-2), roll=roll)
-        params = step.place(found.params, *data(0))
-        return step.jit.lower(params, step.abstract_state(params, *data(0)), *data(0)).as_text().count("\n")
-
-    assert equations(6, True) == equations(12, True) < equations(12, False) / 2

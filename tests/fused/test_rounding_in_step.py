@@ -1,4 +1,4 @@
-"""Narrow weights in the fused step: stochastic rounding by default, the same bits as unfused."""
+"""The fused step rounds narrow weights stochastically by default, to the same bits as unfused."""
 
 import functools
 
@@ -15,7 +15,7 @@ from adalomo_jax import fuse, lomo
 
 
 def unit_distance(a, b):
-    """How many representable numbers apart 16-bit floats are."""
+    """The distance between 16-bit floats, in representable numbers."""
 
     def ordinal(x):
         bits = np.asarray(x).view(np.int16).astype(np.int32)
@@ -28,7 +28,7 @@ def unit_distance(a, b):
 
 @functools.cache
 def one_step(rule, *, dtype=jnp.bfloat16, remat=None, unfused=False, count=0, **options):
-    """Of the language model with a remat, else of the small one."""
+    """The parameters after a step of the language model if `remat` is given, otherwise of the small model."""
     make_params, loss_fn = (init_params, make_loss(remat)) if remat else (small_params, small_loss)
     params, tokens = make_params(4, dim=32, hidden=48, tied=True, dtype=dtype), batch(length=32)
     step = fuse(loss_fn, rule, **options)
@@ -63,7 +63,7 @@ def test_bits_come_from_seed_and_step(change):
 
 
 def test_layers_and_leaves_are_rounded_with_their_own_keys():
-    """Equal weights with equal updates: where two layers or leaves had the same key, they would stay equal."""
+    """Weights and updates are equal. Two layers or leaves with the same key would stay equal."""
     layers = {name: jnp.full((3, 64), 1.0, jnp.bfloat16) for name in "ab"}
 
     def loss_fn(params):

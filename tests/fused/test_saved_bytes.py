@@ -1,4 +1,4 @@
-"""What the forward pass saves, from shapes alone."""
+"""`saved_bytes` sizes the residuals from shapes alone."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_of_microbatches_the_inputs_of_all(microbatches):
 
 
 def test_checkpointed_layers_of_a_list_save_their_inputs():
-    """All but the first, whose input is the batch, and the last one's residuals, which are used at once."""
+    """The first layer's input is the batch, and the last layer's residuals are used at once: neither counts."""
 
     def loss_fn(params, x):
         for w in params:

@@ -33,7 +33,7 @@ def other_scanned_inputs(p):
 
 
 def constants(p):
-    """Read before the scan, in it and after it."""
+    """`b` is read before the scan, in it and after it."""
     y, _ = scan(lambda c, w: (jnp.tanh(c @ w + p["b"]), None), X * p["b"], p["w"])
     return jnp.sum((y * p["b"]) ** 2)
 
@@ -87,7 +87,7 @@ LOSSES = {
 }
 
 SLOW = ["only ys", "keys scanned over", "a custom_jvp function", "stopped gradients", "a branch in the body"]
-"""Of these the others have something alike: ys in the loss, keys in the carry, a scan in the body."""
+"""The other losses have something similar to these: ys in the loss, keys in the carry, a scan in the body."""
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in LOSSES])
@@ -106,7 +106,7 @@ def test_the_stack_is_updated_layer_by_layer(name):
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_layers_on_another_axis(axis):
-    """Equal to the same layers on the first."""
+    """The result equals that of the same layers on the first axis."""
     w = jnp.asarray(np.random.default_rng(1).standard_normal((3, 4, 4), np.float32) / 3)
     results = []
     for a in (0, axis):

@@ -1,4 +1,4 @@
-"""The step within ``jax.shard_map``: data parallel as with plain Optax, or refused in a sentence."""
+"""In ``jax.shard_map`` the step is data parallel as plain Optax is, or is refused in a sentence."""
 
 import functools
 
@@ -40,7 +40,7 @@ def sharded(fn, *specs, **options):
 
 @functools.cache
 def by_optax(clips):
-    """The parameters after two steps, and the norm of the last gradient: without shards, or any of this package."""
+    """The parameters after two steps, and the norm of the last gradient, without shards and without this package."""
     tx = optax.chain(optax.clip_by_global_norm(0.1), SGD) if clips else SGD
 
     @jax.jit
@@ -75,7 +75,7 @@ def test_equals_optax_on_the_whole_batch(options):
 
 
 def test_without_types_of_what_varies_gradients_are_averaged_in_tx():
-    """``check_vma=False``: JAX then sums nothing by itself, in `jax.grad` neither."""
+    """With ``check_vma=False`` JAX sums nothing by itself, not even in `jax.grad`."""
     mean = optax.stateless(lambda g, _: jax.tree.map(lambda g: lax.pmean(g, "batch"), g))
     actual, _ = run(fuse(mean_loss, optax.chain(mean, SGD)), check_vma=False)
     assert relative_error(actual, by_optax(clips=False)[0]) < 1e-6
@@ -95,7 +95,7 @@ def test_refuses_parameters_that_differ_from_device_to_device():
 
 
 def in_place(w, x):
-    """Right by `jax.grad`, with a part of the gradient that passes through the reference."""
+    """`jax.grad` gives the right gradient, a part of which passes through the reference."""
 
     def layer(h, w):
         total = jax.new_ref(jnp.zeros([]))

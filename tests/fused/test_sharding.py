@@ -1,4 +1,4 @@
-"""The step on eight devices: the numbers of one, parameters and state spread as they were, gradients too."""
+"""The step on eight devices has the numbers of one. Parameters, state and gradients stay spread as they were."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def run(step, params, place, steps=5):
-    """The result after some steps, and the losses."""
+    """The result of the last step, and all losses."""
     state, losses = step.init(params, *place(batch(0))), []
     for i in range(steps):
         result = step.jit(params, state, *place(batch(i)))
@@ -98,7 +98,7 @@ def test_parameters_and_state_stay_spread(axis_type):
 
 
 def trim(spec):
-    """Without what it does not say: trailing Nones."""
+    """The spec without trailing Nones, which say nothing."""
     while spec and spec[-1] is None:
         spec = spec[:-1]
     return spec
@@ -115,7 +115,7 @@ def test_arguments_are_donated_where_they_lie(rule):
 
 
 def compile_on_mesh(spread, tx, **options):
-    """By shapes alone, as for devices that are not there."""
+    """Compiles from shapes alone, as for absent devices."""
     mesh = SPREADS[spread].mesh(AxisType.Auto)
     described = lambda tree, specs: jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s)), tree, specs
@@ -134,7 +134,7 @@ def all_reduced_shapes(compiled):
 
 @pytest.mark.uncached
 def test_gradients_of_matrices_are_never_whole():
-    """Under FSDP each is summed only where it is kept."""
+    """Under FSDP each gradient is summed only where it is kept."""
     compiled, *_ = compile_on_mesh("fsdp", RULES["adalomo"])
     matrices = {(DIM, HIDDEN), (HIDDEN, DIM)}
     assert not matrices.intersection(all_reduced_shapes(compiled))
@@ -153,7 +153,7 @@ def test_abstract_state_is_what_init_makes():
 
 
 def test_bfloat16_weights_get_the_same_bits():
-    """Each device rounds its part with the bits that one device would have taken."""
+    """Each device rounds its part with the bits that a single device would use."""
     spread, mesh = SPREADS["fsdp and tensor"], SPREADS["fsdp and tensor"].mesh(AxisType.Auto)
     params = init_params(jnp.bfloat16)
     loss_fn = lambda params, x: sum(jnp.sum(p.astype(jnp.float32)) for p in jax.tree.leaves(params)) * jnp.sum(x)
@@ -194,7 +194,7 @@ def test_says_that_the_state_was_made_for_parameters_that_were_spread_otherwise(
 
 
 def test_spread_alike_by_another_name_is_the_same():
-    """What a mesh and its axes are called does not matter, nor an axis of one device."""
+    """The names of a mesh and its axes do not matter, nor does an axis of one device."""
     mesh = jax.make_mesh((4, 1), ("d", "e"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     other = jax.make_mesh((4,), ("f",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     step = fuse(lambda w, x: jnp.mean(x @ w), lomo(1e-2))

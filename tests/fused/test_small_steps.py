@@ -1,4 +1,4 @@
-"""Small steps of narrow weights arrive, on average, as large as the rule intends: against NumPy in float64."""
+"""Small steps of narrow weights are on average as large as the rule intends, compared with NumPy in float64."""
 
 from functools import partial
 
@@ -31,7 +31,7 @@ RULES = {
     "lomo": (lomo(schedule), lambda p, g, lr: p - lr * g),
     "adamw": (optax.adamw(schedule, weight_decay=0.0), lambda p, g, lr: p - lr * np.sign(g)),
 }
-"""Each with the weights after a step. Gradients are the same in each step: so are AdaLomo's and Adam's directions."""
+"""Each rule, with the weights after a step. Each step has the same gradients, so AdaLomo and Adam keep a direction."""
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_mean_movement_is_the_intended_one(rule, dtype):
 
 
 def share_that_arrived(before, now, grads, after, dtype):
-    """Of the intended movement, along its direction; and the standard error of a fair rounding."""
+    """The share of the intended movement, along its direction, and the standard error of a fair rounding."""
     intended = np.stack([after(p, g) - p for p, g in zip(before, grads)])
     spacing = float(jnp.finfo(dtype).eps) * 2.0 ** np.floor(np.log2(np.abs(before) + 2.0**-20))
     rest = np.abs(intended) % spacing
@@ -74,7 +74,7 @@ def share_that_arrived(before, now, grads, after, dtype):
 
 
 def test_state_that_tx_gives_back_as_it_was_is_not_written():
-    """Of a matrix AdaLomo's `v` is not used, of a vector `v_row` and `v_col`: each would be a write for each layer."""
+    """AdaLomo uses no `v` for a matrix, and no `v_row` and `v_col` for a vector: each would cost a write per layer."""
     params, x = {"bias": jnp.ones((3, 4)), "w": jnp.ones((3, 4, 4))}, jnp.ones((2, 4))
     body = lambda x, p: (jnp.tanh(x @ p["w"] + p["bias"]), None)
     step = fuse(lambda params, x: jnp.sum(jax.lax.scan(body, x, params)[0]), adalomo(1e-3))
@@ -86,7 +86,7 @@ def test_state_that_tx_gives_back_as_it_was_is_not_written():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_tx_is_given_float32_gradients_of_what_is_rounded_stochastically(dtype):
-    """So a step that the weights' dtype does not hold is not lost before it is rounded."""
+    """A step that the weights' dtype cannot represent is therefore not lost before it is rounded."""
     given = []
 
     def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""What a step is called with is refused where it is known to be wrong: before anything is compiled, in one line."""
+"""A step refuses arguments that it knows to be wrong, before anything is compiled, in one line."""
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ RETURNED = {
     "a string beside it": (
         lambda p, x: (loss_fn(p, x), {"n": "a"}),
         {"has_aux": True},
-        r"the leaf .*'n'\] of it is 'a'",
+        r"its leaf .*'n'\] is 'a'",
     ),
-    "a function": (lambda p, x: (loss_fn(p, x), loss_fn), {"has_aux": True}, r"the leaf \[1\] of it is the function"),
+    "a function": (lambda p, x: (loss_fn(p, x), loss_fn), {"has_aux": True}, r"its leaf \[1\] is the function"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Nothing is promoted unsaid: steps trace under ``jax_numpy_dtype_promotion=strict`` and rank promotion ``raise``."""
+"""No step promotes implicitly: steps trace under ``jax_numpy_dtype_promotion=strict`` and rank promotion ``raise``."""
 
 import jax
 import jax.numpy as jnp

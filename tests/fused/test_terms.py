@@ -1,4 +1,4 @@
-"""Values of two programs have one term where they are the same function of the same inputs."""
+"""Values of two programs have the same term if they are the same function of the same inputs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the compiler for a TPU v5e says of models as found: no chip is needed, but libtpu is."""
+"""The compiler for a TPU v5e confirms the memory of models as found. It needs libtpu, but no chip."""
 
 import importlib.util
 import json
@@ -13,13 +13,13 @@ from compiled import Memory
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 LIBTPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""So that it compiles for a chip that is not there."""
+"""These let libtpu compile for an absent chip."""
 NAMES = ["linen bfloat16", "linen axis 1 cast", "nnx scan", "encoder-decoder", "experts mixed"]
 
 
 @pytest.fixture(scope="module")
 def memory():
-    """Of each model, from one process for all: it is slow to start, and has to set JAX up for itself."""
+    """The memory of each model, from one process for all: it starts slowly and has to set up JAX for itself."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *sys.path])
     command = [sys.executable, str(tests / "tpu_memory.py"), *NAMES]
@@ -40,7 +40,7 @@ def test_gradients_of_stacks_never_exist(memory, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_temporaries_are_small_beside_the_stacks(memory, name):
-    """The unfused step makes more than gradients here, stacks in bfloat16: one copy of a stack would not show above."""
+    """The unfused step also makes stacks in bfloat16 here, so one copy of a stack would not show in the test above."""
     assert memory[name].temporaries < 0.1 * memory[name].stacks
 
 
@@ -50,5 +50,5 @@ def test_no_stack_is_cast_at_once(memory, name):
 
 
 def test_the_search_for_casts_finds_them(memory):
-    """In the unfused step, where the compiler takes the casts that layers make out of the loop."""
+    """The unfused step has them, because the compiler moves the layers' casts out of the loop."""
     assert any(array.startswith("bf16[32,") for array in memory["linen bfloat16"].narrow_stacks_unfused)

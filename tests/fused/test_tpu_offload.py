@@ -1,4 +1,4 @@
-"""What the compiler for a TPU v5e says of offloading: no chip is needed, but libtpu is."""
+"""The compiler for a TPU v5e confirms what offloading saves. It needs libtpu, but no chip."""
 
 import importlib.util
 import json
@@ -12,14 +12,14 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 LIBTPU = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-"""So that it compiles for a chip that is not there."""
+"""These let libtpu compile for an absent chip."""
 OF_PARAMS = ["params", "both", "both, clipped microbatches"]
 OF_ACTIVATIONS = ["activations", "both", "both, clipped microbatches"]
 
 
 @pytest.fixture(scope="module")
 def sizes():
-    """Of each case, from one process for all: it is slow to start, and has to set JAX up for itself."""
+    """The sizes of each case, from one process for all: it starts slowly and has to set up JAX for itself."""
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), *sys.path])
     command = [sys.executable, str(tests / "tpu_offload.py")]
@@ -45,7 +45,7 @@ def test_temporaries_hold_neither_stacks_nor_layer_inputs(sizes, case):
 
 
 def test_the_stream_of_layers_costs_little(sizes):
-    """Layer by layer: no stack, nor a part of one that grows with the depth, is fetched."""
+    """The step fetches single layers, neither a stack nor a part of one that grows with the depth."""
     fetched = sizes["params"]["temporaries"] - sizes["plain"]["temporaries"]
     assert fetched < 3 * sizes["params"]["matrices"] / sizes["params"]["layers"]
 

@@ -1,4 +1,4 @@
-"""`trainable`: what is frozen costs no gradient, no state and no write."""
+"""A parameter that `trainable` freezes costs no gradient, no state and no write."""
 
 import functools
 
@@ -29,7 +29,7 @@ CHOICES = {
 
 
 def flags(params, trainable):
-    """The choice as a tree of bools, by means of `jax.tree` alone."""
+    """The choice as a tree of bools, made with `jax.tree` alone."""
     if callable(trainable):
         name = lambda path: "/".join(key.key for key in path)
         return jax.tree_util.tree_map_with_path(lambda path, _: trainable(name(path)), params)
@@ -37,7 +37,7 @@ def flags(params, trainable):
 
 
 def frozen_by_optax(tx, chosen):
-    """Of the layers apart."""
+    """`tx` for the chosen parameters of separate layers; the others are frozen."""
 
     def labels(params):
         of = lambda name: chosen[name] if not name.startswith("layers") else [chosen[name]] * len(params[name])
@@ -56,7 +56,7 @@ def test_equals_optax_with_the_rest_set_to_zero(choice):
     expected, _, _ = train(make_loss(), frozen_by_optax(RULES["adamw"], chosen), params, BATCHES)
     assert relative_error(result.params, expected) < RELATIVE_ERROR
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), result.params, params)
-    assert moved == chosen  # the frozen are the very same, and all others are not
+    assert moved == chosen  # frozen parameters are unchanged, and all others moved
 
 
 @pytest.mark.parametrize("choice", always(CHOICES, ["a tree", "a predicate", "no stack"]))
@@ -139,7 +139,7 @@ def lora_memory(layers, loss_fn=lora_loss):
 
 @pytest.mark.uncached
 def test_a_frozen_stack_is_neither_copied_nor_cast():
-    """Temporaries grow by the saved layer inputs, far less than by the stack in either dtype."""
+    """Temporaries grow by the saved layer inputs, which are far smaller than the stack in either dtype."""
     (few, _), (many, params) = lora_memory(4), lora_memory(16)
     saved = (16 - 4) * 2 * LORA_LENGTH * LORA_DIM * 4
     added = many.temp_size_in_bytes - few.temp_size_in_bytes
@@ -170,7 +170,7 @@ PATHS = {
     + [slow("masked", lambda path: path != "norm")],
 )
 def test_transformations_by_path_are_as_in_plain_optax(name, trainable):
-    """Labels by the names in a path, which are the same for a layer apart and for its stack."""
+    """The labels use the names in a path, which are the same for a separate layer and for its stack."""
 
     def label(params):
         is_a = lambda path: any(getattr(key, "key", None) in ("mix", "embed") for key in path)

@@ -1,4 +1,4 @@
-"""Compiles models as found for a TPU that is not there, by libtpu; prints what their steps need, one JSON line a model.
+"""Compiles models as found for an absent TPU with libtpu and prints what their steps need, one JSON line per model.
 
 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python tpu_memory.py NAME ...
 """
@@ -17,7 +17,7 @@ from adalomo_jax import adalomo
 SIZES = Sizes(layers=32, dim=1024, batch=1, length=128)
 """Each stack of matrices is larger than the chip's 128 MiB of VMEM, which `temp_size_in_bytes` does not count.
 
-And all are multiples of the tiles that arrays are padded to.
+All are also multiples of the tiles that arrays are padded to.
 """
 
 

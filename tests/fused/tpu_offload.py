@@ -1,8 +1,8 @@
-"""Compiles a step for a TPU that is not there, by libtpu, with stacks and saved activations in host memory.
+"""Compiles a step for an absent TPU with libtpu, with stacks and saved activations in host memory.
 
 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 python tpu_offload.py
 
-Prints one JSON line a case: its name and bytes.
+Prints one JSON line per case: its name and bytes.
 """
 
 import json
@@ -26,7 +26,7 @@ CASES = {
 
 
 def bytes_of(offload, options, device):
-    """What the compiler says of the step, and the bytes of the stacks of matrices and of the saved layer inputs."""
+    """The compiler's sizes for the step, and the bytes of the stacks of matrices and of the saved layer inputs."""
     init = lambda: init_params(LAYERS, dim=DIM, hidden=HIDDEN, vocab=VOCAB, dtype=jnp.bfloat16)
     sharding = jax.sharding.SingleDeviceSharding(device)
     on_device = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""Runs the command in a process of its own, as it has to set JAX up for itself."""
+"""Runs the command in a process of its own, because it must set JAX up for itself."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 
 
 def installed(module):
-    """Whether a plugin is."""
+    """Whether a plugin is installed."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -22,9 +22,9 @@ needs_cuda = pytest.mark.skipif(not installed("jax_plugins.xla_cuda13"), reason=
 
 
 def memory_rows(*options):
-    """The rows that the command prints, by name. Its environment is a user's: nothing about platforms is set.
+    """The rows that the command prints, by name. The command runs in a user's environment, which sets no platform.
 
-    Its figures are of what has been compiled for them, not of what was kept.
+    The command compiles for its figures: it reads no compilation cache.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     environment |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

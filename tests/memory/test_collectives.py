@@ -1,4 +1,4 @@
-"""What devices send each other, counted in compiled programs."""
+"""``collectives_in`` counts what devices send each other in a compiled program."""
 
 import jax
 import jax.numpy as jnp

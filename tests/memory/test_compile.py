@@ -1,4 +1,4 @@
-"""What the compiler for this machine's CPU says of steps, and what it is made into."""
+"""``compile_usage`` turns what the compiler for this machine's CPU says about a step into figures."""
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def test_the_size_that_a_refusal_names(message, size):
 
 @pytest.mark.parametrize("usage_of", [compile_usage, estimate_usage])
 def test_a_key_among_the_arguments(params, x, usage_of):
-    """As dropout's: its bytes are counted."""
+    """The bytes of a key, such as dropout's, are counted."""
     of_key = lambda params, x, key: loss_fn(params, x + jax.random.normal(key, x.shape))
     usage = usage_of(fuse(of_key, adalomo(1e-2)), params, x, jax.random.key(0), target=CPU)
     without = usage_of(fuse(loss_fn, adalomo(1e-2)), params, x, target=CPU)

@@ -1,4 +1,4 @@
-"""The estimate is a lower bound of what the compilers say."""
+"""The estimate is a lower bound of the figure that the compilers report."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_what_a_bound_does_not_rule_out_may_fit():
 @pytest.mark.uncached
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_bound_is_below_the_compiled_figure(fused):
-    """On a CPU; presets on accelerators are compared where slow."""
+    """This holds on a CPU; slow tests compare presets on accelerators."""
     step = fuse(loss_fn, adalomo(1e-2))
     estimated = estimate_usage(step, PARAMS, batch(8), target=TARGETS["cpu"], fused=fused)
     compiled = compile_usage(step, PARAMS, batch(8), target=TARGETS["cpu"], fused=fused)

@@ -1,4 +1,4 @@
-"""The command ``memory``: what it prints and draws, and how it refuses."""
+"""The command ``memory`` prints and draws its figures, and refuses unusable input."""
 
 import ast
 import dataclasses
@@ -46,7 +46,7 @@ def json_rows(capsys, *options):
 
 
 def made_up(config, model, target, step):
-    """A usage without a compiler: the unfused one is refused."""
+    """A usage without a compiler; the unfused step is refused."""
     refused = not step.fused
     size = None if refused else 10**9
     return Usage(
@@ -69,7 +69,7 @@ def made_up(config, model, target, step):
 
 @pytest.mark.parametrize("how", [["--estimate"], slow([])], ids=" ".join)
 def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
-    """Compiled, in the fast tier, are the rows of the tests below, one at a time."""
+    """In the fast tier, the tests below compile the rows, one at a time."""
     rows = json_rows(capsys, "--compare", *how)
     assert [row["name"] for row in rows] == [
         "adalomo, fused",
@@ -89,7 +89,7 @@ def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
 
 
 def test_it_is_the_step_that_finetune_runs(capsys):
-    """The figure in finetune's report is that of the same program."""
+    """The figure in finetune's report comes from the same program."""
     (row,) = json_rows(capsys, "--dtype", "float32", "--batch-size", "4", "--optimizer", "lomo", "--microbatches", "2")
     config = FinetuneConfig(model="tiny", batch_size=4, seq_len=16, optimizer="lomo", microbatches=2, steps=600)
     program = build_program(config, find_model("tiny"))
@@ -113,7 +113,7 @@ def test_a_table_and_a_picture(capsys, monkeypatch, tmp_path):
         "the chip's limit": ("16.00 GB",) * 3,
         "fits": ("yes", "refused", "yes"),
         "to spare": ("4.00 GB", "0 B", "4.00 GB"),
-        "too much": ("0 B", "4.00 GB", "0 B"),
+        "over the limit": ("0 B", "4.00 GB", "0 B"),
         "in the host's memory": ("500.00 MB",) * 3,
     }
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

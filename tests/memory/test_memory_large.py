@@ -1,4 +1,4 @@
-"""What fits where, by the compilers for chips that are not there: minutes each, so only with ``-m slow``."""
+"""Compilers say what fits which chip, without the chip; tests take minutes each, so they run only with ``-m slow``."""
 
 import pytest
 from on_targets import memory_rows, needs_cuda, needs_libtpu
@@ -10,7 +10,7 @@ SEVEN_B = ["--model", "llama-2-7b"]
 
 
 WEIGHTS = {"llama-3-8b": 2 * 8_030_261_248}
-"""Bytes in bfloat16."""
+"""Bytes of the weights in bfloat16."""
 
 
 def one_row(*options):
@@ -46,7 +46,7 @@ def test_a_large_vocabulary_adds_little_to_the_weights():
 
 @needs_libtpu
 def test_65b_fits_16_chips():
-    """Gradients are summed where they are kept, and no stack is gathered: a layer's matrices are, and the head."""
+    """Devices sum gradients where they keep them, and gather a layer's matrices and the head, but no whole stack."""
     options = ["--model", "llama-65b", "--device", "tpu-v5e", "--batch-size", "16", "--chips", "16"]
     row = one_row(*options, "--shard", "fsdp=16")
     assert row["fits"] and row["peak_bytes"] <= 14.0 * GB
@@ -74,7 +74,7 @@ def test_65b_on_512_chips():
 def test_7b_on_gpus(device):
     rows = memory_rows(*SEVEN_B, "--device", device, "--compare")
     assert rows["adalomo, fused"]["fits"] and rows["adalomo, fused"]["peak_bytes"] <= 15.6 * GB
-    assert rows["lomo, fused"]["peak_bytes"] <= 15.6 * GB  # its state is smaller, but not what the compiler makes of it
+    assert rows["lomo, fused"]["peak_bytes"] <= 15.6 * GB  # its state is smaller, but the compiler's figure is not
     for name in ("adalomo, unfused", "adafactor (optax, float32 moments), unfused"):
         assert 27 * GB < rows[name]["peak_bytes"] < 30 * GB
     moments = rows["adamw (optax, float32 moments), unfused"]

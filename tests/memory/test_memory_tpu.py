@@ -1,4 +1,4 @@
-"""The command and a TPU's compiler, with no TPU."""
+"""The command uses a TPU's compiler with no TPU present."""
 
 import json
 
@@ -9,7 +9,7 @@ pytestmark = needs_libtpu
 
 SIZES = dict(model_type="llama", vocab_size=512, hidden_size=1024, intermediate_size=2048, num_hidden_layers=96)
 SIZES |= dict(num_attention_heads=8, max_position_embeddings=256)
-"""Each stack of matrices is larger than the 128 MiB of VMEM in a chip, which is not counted."""
+"""Each stack of matrices is larger than the 128 MiB of VMEM in a chip, which the figures leave out."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Which chips there are to compile for, and what is said where their compilers are missing."""
+"""Each target is a chip to compile for, and an error says what to install if its compiler is missing."""
 
 import re
 

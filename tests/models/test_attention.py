@@ -1,4 +1,4 @@
-"""Attention in blocks, in tiles, and by the TPU's kernel, against plain attention."""
+"""Attention in blocks, in tiles and by the TPU's kernel equals plain attention."""
 
 from functools import partial
 
@@ -66,7 +66,7 @@ def test_the_kernel_for_tpus_equals_plain_attention():
 
 
 def apart(q, k, v, bounds):
-    """Plain attention of each document alone."""
+    """Apply plain attention to each document alone."""
     parts = [slice(a, b) for a, b in zip(bounds, bounds[1:])]
     return jnp.concatenate([plain(q[:, part], k[:, part], v[:, part]) for part in parts], axis=1)
 
@@ -126,7 +126,7 @@ def test_what_the_kernel_for_tpus_does_not_take_is_refused():
 
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_in_bfloat16_no_further_from_the_truth_than_plain_attention(kind):
-    """Twice as far would be a sum, or an exponential, in bfloat16."""
+    """A sum or an exponential in bfloat16 would be twice as far."""
     inputs = make_inputs(200, width=16)
     narrow = [x.astype(jnp.bfloat16) for x in inputs]
     truth = values_and_gradients(plain, [x.astype(jnp.float32) for x in narrow])
@@ -149,7 +149,7 @@ def test_tiles_on_a_mesh_that_need_not_divide_the_heads(kv_heads):
 
 
 def test_what_suits_a_cpu():
-    """Beyond some length the tiles would hold more than the blocks."""
+    """Beyond some length, tiles would hold more than blocks."""
     assert kind_for("cpu", 512, 64, jnp.float32) == kind_for("cpu", 2048, 64, jnp.float32) == "tiles"
     assert kind_for("cpu", 2049, 64, jnp.float32) == "blocks"
 
@@ -157,7 +157,7 @@ def test_what_suits_a_cpu():
 @pytest.mark.uncached
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_only_the_scores_of_one_block_are_held(kind):
-    """Of a gradient; where scores of all queries are held, temporaries grow by them."""
+    """A gradient that held the scores of all queries would need temporaries of their size."""
     length, heads = 8 * BLOCK, 2
     inputs = make_inputs(length, heads=heads, kv_heads=1, batch=1)[:3]
     temporaries = []

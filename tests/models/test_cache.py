@@ -1,4 +1,4 @@
-"""Reading in parts, with a cache, equals the forward pass over the whole."""
+"""Reading a sequence in parts, with a cache, equals the forward pass over the whole."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 24)))
 
 
 def model_of(config):
-    """With weights so large that every part of it is seen in the logits."""
+    """Make a model with weights so large that every part of it affects the logits."""
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
     draw = lambda w: jnp.asarray(random.normal(0.1, 0.3, w.shape).astype(np.float32))
@@ -38,7 +38,7 @@ cached_hidden_jitted = jax.jit(cached_hidden)
 
 
 def in_parts(model, tokens, lengths):
-    """The logits of all positions, read in parts of these lengths."""
+    """Return the logits of all positions, read in parts of these lengths."""
     cache = empty_cache(model, tokens.shape[0], tokens.shape[1])
     found, start = [], 0
     for length in lengths:
@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_whole_at_every_position(family):
 
 @pytest.mark.parametrize("family", ["llama-3", "linear", "mistral"])
 def test_each_of_the_family_s_parts_is_seen(family):
-    """The twin: were positions, scaling or window forgotten on the way, the test above would fail."""
+    """The test above would fail if the cache ignored positions, scaling or window."""
     config = FAMILIES[family]
     changed = dataclasses.replace(config, rope_scaling=None, sliding_window=None)
     whole, other = (jax.jit(lambda model: model(TOKENS))(model_of(c)) for c in (config, changed))

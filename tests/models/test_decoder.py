@@ -1,4 +1,4 @@
-"""Llama against its equations in plain NumPy, and what the fused step relies on."""
+"""Llama equals its equations in plain NumPy, and keeps what the fused step relies on."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ WEIGHT_COUNTS = {
 
 @functools.cache
 def make(config=SMALL, *, remat=True):
-    """A model whose weights are so large, and norms so uneven, that every part matters."""
+    """Make a model with weights so large and norms so uneven that every part matters."""
 
     def model():
         return Decoder(config, rngs=nnx.Rngs(0), remat=remat)
@@ -59,7 +59,7 @@ def make_tokens(batch=2, length=17, config=SMALL):
 
 
 def numpy_llama(params, tokens, config):
-    """The Llama equations, one sequence, one head and one pair of coordinates at a time."""
+    """Compute the Llama equations for one sequence, one head and one pair of coordinates at a time."""
     w = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     head = w["embed_tokens"]["embedding"].T if config.tie_word_embeddings else w["lm_head"]["kernel"]
 

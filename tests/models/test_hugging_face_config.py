@@ -1,4 +1,4 @@
-"""Sizes from a ``config.json``."""
+"""Sizes are read from a ``config.json``."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The CLI's own model promotes nothing unsaid: dtypes ``strict``, ranks ``raise``."""
+"""The CLI's own model promotes nothing implicitly: dtypes are ``strict``, and ranks ``raise``."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A Llama spread over a mesh: which axes are cut, and that it computes the same."""
+"""A Llama on a mesh is cut along the right axes and computes the same."""
 
 import dataclasses
 

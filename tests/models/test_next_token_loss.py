@@ -1,4 +1,4 @@
-"""The chunked loss against the direct one: value, gradient, memory."""
+"""The chunked loss has the value and gradient of the direct one, and takes less memory."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def make(config=CONFIG):
 
 
 def direct_loss(model, tokens, mask=None):
-    """By plain differentiation, without the model's own head and its backward pass."""
+    """Plain differentiation applies to this loss, without the model's own head and its backward pass."""
     tied = model.config.tie_word_embeddings
     head = model.embed_tokens.embedding[...].T if tied else model.lm_head.kernel[...]
     log_p = jax.nn.log_softmax(model.hidden(tokens)[:, :-1] @ head)
@@ -96,7 +96,7 @@ def test_logits_of_the_whole_sequence_never_exist():
 @pytest.mark.uncached
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_embedding_that_is_the_head_is_not_transposed(tied):
-    """For the products of the backward pass a transposed copy would be written out. An untied head has these axes."""
+    """The products of the backward pass would write out a transposed copy. An untied head has these axes."""
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     graphdef, params = make(config)
     gradient = jax.jit(jax.grad(lambda params: next_token_loss(nnx.merge(graphdef, params), TOKENS, chunk_size=8)))
@@ -124,7 +124,7 @@ SEGMENTS = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 4), jnp.diff(jnp.array(BOUN
 
 
 def loss_of_documents_apart(model, tokens, mask):
-    """The sum over the documents, each in a batch of its own, over their number of targets."""
+    """Sum over the documents, each in a batch of its own, and divide by their number of targets."""
     total, count = 0.0, 0.0
     for a, b in zip(BOUNDS, BOUNDS[1:]):
         if b - a > 1:

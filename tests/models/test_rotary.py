@@ -1,4 +1,4 @@
-"""Rotary frequencies, against the published formulas written in NumPy."""
+"""Rotary frequencies equal the published formulas written in NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ LLAMA_3_2 = RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
 
 
 def reference(head_dim, theta, scaling):
-    """Llama 3.1's own code, frequency by frequency."""
+    """Run Llama 3.1's own code, frequency by frequency."""
     scaled = []
     for frequency in theta ** -(np.arange(0, head_dim, 2) / head_dim):
         wavelength = 2 * np.pi / frequency

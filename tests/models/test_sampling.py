@@ -1,4 +1,4 @@
-"""Sampled text: greedy equals a plain loop, keys decide the rest, and nuclei are those of NumPy."""
+"""Greedy sampling equals a plain loop, keys decide all other text, and nuclei are those of NumPy."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def test_the_key_decides_and_the_prompt_stays(model):
 
 
 def plain_nucleus(logits, top_p):
-    """By the definition, a row at a time."""
+    """Follow the definition, one row at a time."""
     found = np.full(logits.shape, -np.inf, np.float32)
     for i, row in enumerate(logits):
         probabilities = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
@@ -65,7 +65,7 @@ def plain_nucleus(logits, top_p):
 @pytest.mark.parametrize("top_p", [1e-6, 0.31, 0.91, 0.999])
 def test_a_nucleus_is_the_smallest_set_of_that_probability(top_p):
     logits = np.random.default_rng(3).normal(0, 2, (5, 40)).astype(np.float32)
-    logits[1] = 0.0  # ties: of equals as few as are needed
+    logits[1] = 0.0  # ties: the nucleus takes only as many as it needs
     found = np.asarray(jax.jit(nucleus, static_argnums=1)(logits, top_p))
     expected = plain_nucleus(logits, top_p)
     assert np.array_equal(found, expected)
@@ -86,7 +86,7 @@ def test_sampled_tokens_are_in_the_nucleus_and_with_one_all_are(model):
             kept = plain_nucleus(logits[:, position - 1], 0.5 + 1e-4)
             assert np.all(np.isfinite(kept[np.arange(2), tokens[:, position]]))
     greedy = sampler(model, PROMPT, length=8, key=jax.random.key(0), temperature=0)
-    assert np.array_equal(draw(0, top_p=1e-6), greedy)  # a nucleus of one
+    assert np.array_equal(draw(0, top_p=1e-6), greedy)  # a nucleus of one token
     assert not np.array_equal(draw(0), draw(0, top_p=0.5))
 
 

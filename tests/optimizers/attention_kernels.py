@@ -1,4 +1,4 @@
-"""Kernels with an axis for heads, and the matrices that they are."""
+"""Kernels with an axis for heads, and the matrices that they stand for."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ LR = 0.1
 
 
 class Layout(NamedTuple):
-    """The letters of a kernel's axes, and those of its matrix: D the width, N and K heads, H the width of a head."""
+    """The letters of a kernel's and its matrix's axes: D is the width, N and K are heads, H is a head's width."""
 
     kernel: str
     batch: str
@@ -39,11 +39,11 @@ class Layout(NamedTuple):
 
 DNH, NHD = Layout("DNH", "", "D", "NH"), Layout("NHD", "", "NH", "D")
 QUERY, OUT = MatrixAxes(0, (1, 2)), MatrixAxes(rows=(0, 1), columns=2)
-"""Of those two."""
+"""The matrix axes of these two layouts."""
 
 
 def gaussian(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """With rows of different sizes, so that row statistics matter."""
+    """Random numbers in rows of different sizes, so that row statistics matter."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal(shape) * 2.0 ** rng.integers(-3, 3, shape[:-1] + (1,))).astype(np.float32)
 

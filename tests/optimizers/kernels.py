@@ -1,4 +1,4 @@
-"""The kernels of a program as a compiler for CPUs, GPUs or TPUs wrote it, and what each reads and makes."""
+"""Reads the kernels, their inputs and their results from a program that a compiler for CPUs, GPUs or TPUs wrote."""
 
 import math
 import re
@@ -19,8 +19,8 @@ MOVES = {
     "fusion-done",
     "ConcatBitcast",
 }
-"""What is no kernel. Copies and slices that start and are done later bring an array into a TPU's vector memory while
-kernels are at work, whole or in parts, which ConcatBitcast then takes as one."""
+"""Opcodes that are not kernels. Copies and slices that start first and are done later bring an array into a TPU's
+vector memory while kernels run. They bring it whole or in parts; ConcatBitcast then takes the parts as one array."""
 
 
 class Array(NamedTuple):
@@ -35,19 +35,19 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """Of a compiled program, outside of its fusions: a kernel, or a move."""
+    """An instruction of a compiled program, outside its fusions: a kernel or a move."""
 
     name: str
     opcode: str
-    """Of a call of what is not XLA's own, its target."""
+    """For a call to code that is not XLA's own, the target of the call."""
     arrays: list[Array]
     operands: list[str]
     contains: frozenset[str]
-    """Its opcode, or those of all that it fuses."""
+    """Its opcode, or the opcodes of everything that it fuses."""
     index: int | None
-    """Of get-tuple-element."""
+    """The index of a get-tuple-element."""
     computation: str
-    """That it stands in: the program, or a loop's body."""
+    """The computation that contains it: the program, or a loop's body."""
 
     @property
     def is_kernel(self) -> bool:
@@ -55,7 +55,7 @@ class Instruction(NamedTuple):
 
 
 def instructions_of(text: str) -> list[Instruction]:
-    """The instructions of a compiled program's text outside of its fusions, in order."""
+    """The instructions of a compiled program's text outside its fusions, in order."""
     lines: dict[str, list[tuple[str, str, str, str]]] = {}
     computation = ""
     for line in text.splitlines():

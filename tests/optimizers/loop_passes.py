@@ -1,12 +1,12 @@
-"""Prints how often the update passes over a layer's matrices in the fused step, as the compilers for chips write it.
+"""Prints how often the update passes over a layer's matrices in the fused step, as chips' compilers write it.
 
     python tests/optimizers/loop_passes.py tpu-v5e h100 rtx-4090
 
-The step is AdaLomo's of a LLaMA-7B with four layers, for chips that need not be there. Counted are the kernels in the
-body of the loop that pulls layers back and updates them, but not the model's own matrix products, which read the
-weights and make the gradients. The least is three reads of a gradient, as in adalomo_jax/optimizers/moments.py, or two
-where the product that makes it takes the first sums on the way; two reads of the weights, the first of which also cuts
-the layer out of its stack; and one write. Of other TPUs than v5e, JAX cannot read what libtpu 0.0.52 has compiled.
+The step is AdaLomo's for a LLaMA-7B with four layers. The chips need not be present. The script counts the kernels in
+the body of the loop that pulls layers back and updates them. It leaves out the model's own matrix products, which read
+the weights and make the gradients. The least is three reads of a gradient, as in adalomo_jax/optimizers/moments.py, or
+two if the product that makes it takes the first sums on the way; two reads of the weights, the first of which also cuts
+the layer out of its stack; and one write. JAX cannot read what libtpu 0.0.52 compiles for TPUs other than v5e.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from adalomo_jax.models.attention import kind_for
 
 LAYERS = 4
 TOKENS = 1536
-"""A multiple of what the kernel for attention takes, by which no activation has a matrix's number of entries."""
+"""A multiple of the length that the attention kernel takes, so that no activation has as many entries as a matrix."""
 PRODUCTS = {"dot", "convolution", "__cublas$gemm", "__cublas$lt$matmul"}
 WIDE = {"f32", "s32", "u32"}
 
@@ -47,19 +47,19 @@ class Step(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Over the matrices of a layer, the most of all of them; and what there should be none of in all of the program."""
+    """The most passes over any matrix of a layer, and copies, of which the whole program should have none."""
 
     reads_of_gradient: float
     reads_of_weights: int
     writes_of_weights: int
     stacks_copied: list[str]
-    """What makes an array of a stack's size, and does not update one in place."""
+    """Instructions that make an array of a stack's size without updating one in place."""
     wide_copies: list[str]
-    """What makes an array of 32 bits of the size of a parameter in 16 bits, or of one of its layers."""
+    """Instructions that make a 32-bit array of the size of a 16-bit parameter, or of one of its layers."""
 
 
 def compile_step(target: str, dtype: Any) -> Step:
-    """For a chip."""
+    """Compiles the step for a chip."""
     model = dataclasses.replace(PRESETS["llama-2-7b"], num_hidden_layers=LAYERS)
     attention = kind_for(TARGETS[target].platform, TOKENS, model.head_dim, jnp.dtype(dtype))
     make_model = lambda: Decoder(model, rngs=nnx.Rngs(0), dtype=dtype, attention=attention)
@@ -102,7 +102,7 @@ def passes_of(step: Step) -> Passes:
 
 
 class Body:
-    """The loop that updates stacks of these shapes in place: of all computations the one that does so most."""
+    """The loop that updates stacks of these shapes in place: the computation that does so most often."""
 
     def __init__(self, program: list[Instruction], shapes: set[tuple[int, ...]]):
         writers = [
@@ -117,7 +117,7 @@ class Body:
         self.stacks = {v for v in given if self.shape(v) in shapes}
 
     def origin(self, name: str, index: int = 0) -> Value:
-        """What an array was before it was moved: the result of a kernel, or what the loop carries."""
+        """The array before any moves: a kernel's result, or an entry of the loop's carry."""
         i = self.instructions[name]
         if i.is_kernel or not i.operands:
             return name, index
@@ -134,15 +134,15 @@ class Body:
         return [i for i in self.writers if writes(i) and value in map(self.origin, i.operands)]
 
     def readers(self, value: Value) -> list[Instruction]:
-        """The kernels that read an array, without those that update it in place."""
+        """The kernels that read an array, except those that update it in place."""
         return [i for i in self.kernels if value in map(self.origin, i.operands) and i not in self.writers_of(value)]
 
     def results(self, kernels: Iterable[Instruction], sizes: set[int]) -> list[Value]:
-        """What kernels make that has one of these numbers of entries."""
+        """The kernels' results that have one of these numbers of entries."""
         return [(i.name, n) for i in kernels for n, a in enumerate(i.arrays) if a.size in sizes]
 
     def gradients(self, sizes: set[int]) -> dict[Value, int]:
-        """What matrix products make of the size of a layer's matrices, and of how many: a compiler may join some."""
+        """Matrix products of the size of a layer's matrices, and how many each joins: a compiler may join some."""
         made = {(i.name, n): a.size for i in self.kernels if i.contains & PRODUCTS for n, a in enumerate(i.arrays)}
         counts = {value: next((k for k in (1, 2, 3) if size / k in sizes), 0) for value, size in made.items()}
         return {value: count for value, count in counts.items() if count}

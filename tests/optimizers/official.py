@@ -15,16 +15,16 @@ from adalomo_jax.optimizers import adalomo
 CASES = ["plain", "weight_decay", "clip_norm", "clip_value"]
 LAYERS = 3
 CONSTANTS = {"decay_rate": 0.8, "clipping_threshold": 1.0, "eps": 1e-30, "min_param_rms": 1e-3}
-"""Given one by one so that one compiled program serves for other constants too."""
+"""`step` takes them as arguments, so that one compiled program serves for other constants too."""
 
 
 class Case(NamedTuple):
     meta: dict[str, Any]
     initial: list[np.ndarray]
     constants: list[list[np.ndarray]]
-    """Of each step and tensor ``c``: the gradient is ``c + 0.1 p``."""
+    """The ``c`` of each step and tensor: the gradient is ``c + 0.1 p``."""
     coefficients: list[np.float32]
-    """Of each step: what clipping by the global norm multiplies the gradients by."""
+    """The factor by which clipping by the global norm multiplies the gradients, for each step."""
     trajectory: list[list[np.ndarray]]
     """The parameters after each step."""
 
@@ -43,7 +43,7 @@ def load(name: str) -> Case:
 
 
 class Problem(NamedTuple):
-    """What is fixed while compiling: a schedule, clipping by value, and where the layers are stacked."""
+    """The settings that are fixed while compiling: a schedule, clipping by value, and the layer axis."""
 
     lr: float
     lrsched: float
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 
 def transformation(problem: Problem, **constants: Any) -> optax.GradientTransformationExtraArgs:
-    """What the official code ran: `adalomo`, behind clipping by value where the case has it."""
+    """The transformation that the official code ran: `adalomo`, after clipping by value if the case has it."""
     schedule = optax.exponential_decay(problem.lr, 1, problem.lrsched)
     clip = optax.identity() if problem.clip_value is None else optax.clip(problem.clip_value)
     return optax.chain(clip, adalomo(schedule, layer_axes=problem.layer_axes, **constants))
@@ -71,7 +71,7 @@ compiled_step = jax.jit(step, static_argnums=0)
 def run(
     case: Case, *, layer_axes: int | None = None, jit: bool = True, steps_before: int = 0, **changed: Any
 ) -> list[list[jax.Array]]:
-    """The trajectory of `adalomo` with the case's constants, but for those changed: the parameters after each step."""
+    """The parameters after each step of `adalomo` with the case's constants, except for those in ``changed``."""
     meta = case.meta
     problem = Problem(meta["lr"], meta["lrsched"], meta["clip_value"], layer_axes)
     constants = CONSTANTS | {"weight_decay": meta["wd"]} | changed
@@ -86,7 +86,7 @@ def run(
 
 
 def worst_error(trajectory: Any, case: Case) -> float:
-    """Over all steps and tensors."""
+    """The largest error over all steps and tensors."""
     return relative_error(trajectory, case.trajectory)
 
 

@@ -1,11 +1,12 @@
-"""Prints how often the update of one matrix passes over it, as the compilers for chips that need not be there write it.
+"""Prints how often the update of one matrix passes over it, as compilers write it for chips that need not be present.
 
     python tests/optimizers/passes.py cpu tpu-v5e tpu-v6e h100 rtx-4090
 
-A pass is a kernel that reads or writes all of the gradient or of the weights; kernels are what a compiled program has
-outside of its fusions. The least that AdaLomo's equations allow is three reads of the gradient, two of the weights, and
-one write (adalomo_jax/optimizers/moments.py). Printed are also bytes a weight by the compiler's own count, where it has
-one, and its temporaries. Writes are all of the matrix's size: a float32 copy of bfloat16 weights would be one more.
+A pass is a kernel that reads or writes all of the gradient or of the weights. Kernels are the instructions of a
+compiled program outside its fusions. The least that AdaLomo's equations allow is three reads of the gradient, two of
+the weights, and one write (adalomo_jax/optimizers/moments.py). The script also prints bytes per weight by the
+compiler's own count, if it has one, and its temporaries. Every write of the matrix's size counts: a float32 copy of
+bfloat16 weights would be one more.
 """
 
 import json
@@ -21,20 +22,20 @@ from adalomo_jax import adalomo, apply_updates
 from adalomo_jax.memory.targets import TARGETS, devices_of, prepare
 
 SHAPE = (4096, 11008)
-"""The largest matrix of LLaMA-7B's layers, the other way round."""
+"""The largest matrix of LLaMA-7B's layers, transposed."""
 
 
 class Passes(NamedTuple):
-    """Over one matrix."""
+    """The passes over one matrix."""
 
     reads_of_gradient: int
     reads_of_weights: int
     writes: int
-    """Of whole matrices, the new weights among them."""
+    """Writes of whole matrices, including the new weights."""
     bytes_accessed: float | None
-    """By the compiler's own count, a weight."""
+    """Bytes per weight, by the compiler's own count."""
     temporaries: float
-    """Bytes a weight."""
+    """Bytes per weight."""
 
 
 def passes_of(target: str, dtype: Any, key: jax.Array | None = None) -> Passes:
@@ -62,7 +63,7 @@ def counted(text: str, accessed: float | None, temporaries: float) -> Passes:
     of = {i.name: i for i in program}
 
     def origin(name: str) -> str:
-        """Through what is no kernel."""
+        """The kernel or parameter that an array comes from, through all moves."""
         i = of.get(name)
         return origin(i.operands[0]) if i and not i.is_kernel and i.operands else name
 

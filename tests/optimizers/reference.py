@@ -1,14 +1,14 @@
 """AdaLomo and LOMO in float64 NumPy, from the papers' equations.
 
-AdaLomo is algorithm 1 of https://arxiv.org/abs/2310.10195, with its sums over rows and columns and with ``v`` formed:
+AdaLomo is algorithm 1 of https://arxiv.org/abs/2310.10195, with its sums over rows and columns and an explicit ``v``:
 
     r = beta r + (1 - beta) g**2 1_n            c = beta c + (1 - beta) 1_m^T g**2
     v = r c / (1_m^T r)                         u = g / sqrt(v)
     u' = u / max(1, RMS(u)) * max(floor, RMS(theta))
     theta = theta - lr u'
 
-and what the official code has beyond it: ``beta_t = 1 - t**-0.8``, ``g**2 + eps``, a decay of ``lr * max(floor,
-RMS(theta)) * weight_decay``, tensors of rank 0 and 1 with ``v`` unfactored.
+The reference also has what the official code adds: ``beta_t = 1 - t**-0.8``, ``g**2 + eps``, a decay of
+``lr * max(floor, RMS(theta)) * weight_decay``, and an unfactored ``v`` for tensors of rank 0 and 1.
 """
 
 from typing import Any, NamedTuple
@@ -35,14 +35,14 @@ def root_mean_square(x: np.ndarray) -> float:
 
 
 def init(theta: np.ndarray) -> Any:
-    """``(r, c)``, or ``v`` of a tensor of rank 0 or 1."""
+    """``(r, c)``, or ``v`` for a tensor of rank 0 or 1."""
     if theta.ndim < 2:
         return np.zeros(theta.shape)
     return np.zeros(theta.shape[:-1]), np.zeros(theta.shape[:-2] + theta.shape[-1:])
 
 
 def adalomo_step(theta: Any, g: Any, moment: Any, t: int, lr: float, rule: Adalomo = DEFAULT) -> tuple[Any, Any]:
-    """``theta`` and the moment after step ``t = 1, 2, ...``"""
+    """``theta`` and the moment after step ``t = 1, 2, ...``."""
     theta, g = np.asarray(theta, np.float64), np.asarray(g, np.float64)
     beta = 1 - float(t) ** -rule.decay_rate if rule.b2 is None else rule.b2
     s = g**2 + rule.eps
@@ -60,7 +60,7 @@ def adalomo_step(theta: Any, g: Any, moment: Any, t: int, lr: float, rule: Adalo
 
 
 def means(moment: Any, shape: tuple[int, ...]) -> Any:
-    """The moment of a tensor of this shape, with the sums of `adalomo_step` made the means that the library keeps."""
+    """The moment of a tensor of this shape, with `adalomo_step`'s sums turned into the means that the library keeps."""
     return moment if len(shape) < 2 else (moment[0] / shape[-1], moment[1] / shape[-2])
 
 

@@ -1,4 +1,4 @@
-"""adalomo against float64 NumPy: what the official code has no trajectories of."""
+"""adalomo equals float64 NumPy in cases for which the official code has no trajectories."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LR = 0.1
 
 
 def gaussian(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> np.ndarray:
-    """With rows of different sizes, so that row statistics matter."""
+    """Random numbers in rows of different sizes, so that row statistics matter."""
     rng = np.random.default_rng(seed)
     rows = 2.0 ** rng.integers(-3, 3, shape[:-1] + (1,) * bool(shape))
     return (rng.standard_normal(shape) * rows * scale).astype(np.float32)
@@ -147,7 +147,7 @@ def test_each_layer_of_a_stack_is_a_tensor_of_its_own(mask: Any):
         for name, axis in STACK_AXES.items()
     }
     params = [tree(100 * k, 4.0**k) for k in range(layers)]
-    # Two steps: in layers of such different sizes a third one's rounding may be above the tolerance.
+    # Two steps: with layers of such different sizes, the rounding of a third may exceed the tolerance.
     grads = [[tree(100 * k + 10 * t, 3.0**k) for k in range(layers)] for t in (1, 2)]
     rules = {name: Adalomo(weight_decay=0.5 * (mask is None or len(TREE[name]) > 1)) for name in TREE}
     apart = [referenced(params[k], [g[k] for g in grads], [LR] * 2, rules) for k in range(layers)]
@@ -246,7 +246,7 @@ def test_missing_parameters_are_refused(options: dict[str, Any]):
 
 @pytest.mark.parametrize("scale", [1.0, 1e5, 1e12])
 def test_a_row_without_gradients_does_not_spoil_the_others(scale: float):
-    """As of an embedding whose token is not in the batch: its statistics are 1e-30, the others' up to 1e24."""
+    """An embedding has such a row if a token is not in the batch: its statistics are 1e-30, the others' up to 1e24."""
     p, g = jnp.ones((4, 3)), scale * jnp.ones((4, 3)).at[1].set(0.0)
     updates = np.asarray(jax.jit(adalomo(1e-2).update)(g, adalomo(1e-2).init(p), p)[0])
     assert np.all(updates[1] == 0.0)

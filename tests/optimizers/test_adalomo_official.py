@@ -1,4 +1,4 @@
-"""adalomo against the trajectories of the official PyTorch code: every step of every case."""
+"""adalomo equals the trajectories of the official PyTorch code in every step of every case."""
 
 import inspect
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""Every argument is checked where it is given: one line with its name, what must hold, and the value."""
+"""Every argument is checked where it is given: the error is one line with its name, what must hold, and the value."""
 
 import re
 from typing import Any
@@ -31,7 +31,7 @@ RANGES: dict[str, tuple[str, list[Any], list[Any]]] = {
     "weight_decay": ("at least 0 and finite", [-0.1, np.float32(-0.1)], [0, 0.1]),
     "clip_value": ("above 0 and finite", [0, -1.0], [1, None]),
 }
-"""Of each argument what must hold, and values that are out of its range and in it."""
+"""Each argument's condition, values outside its range, and values inside it."""
 TAKEN_BY: dict[str, tuple[Any, list[str]]] = {
     "adalomo": (adalomo, [name for name in RANGES if name != "clip_value"]),
     "lomo": (lomo, ["learning_rate", "clip_value", "weight_decay"]),
@@ -76,7 +76,7 @@ def test_the_message_names_the_value():
 
 def test_injected_hyperparameters_are_traced_or_arrays_and_pass():
     params = {"w": jnp.ones((2, 3), jnp.float16)}
-    tx = optax.inject_hyperparams(adalomo)(1e-2)  # of which eps is 0 in float16
+    tx = optax.inject_hyperparams(adalomo)(1e-2)  # its eps is 0 in float16
     jax.eval_shape(tx.update, params, tx.init(params), params)
 
 

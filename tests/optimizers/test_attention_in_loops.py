@@ -1,4 +1,4 @@
-"""Attention's kernels are updated as matrices wherever adalomo is: under fuse, in Flax's loops, on meshes."""
+"""adalomo updates attention's kernels as matrices wherever it runs: under fuse, in Flax's loops, on meshes."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LAYERS = 3
 
 
 def stack(seed: int, axis: int) -> Any:
-    """Of attention's kernels as MaxText has them, with an axis for layers."""
+    """Stacks of attention's kernels as MaxText has them, with a layer axis."""
     q, o = gaussian((LAYERS, 12, 3, 4), seed), gaussian((LAYERS, 3, 4, 12), seed + 1)
     as_stack = lambda x: {"kernel": jnp.asarray(np.moveaxis(x / 4, 0, axis))}
     return {"self_attention": {"query": as_stack(q), "out": as_stack(o)}}
@@ -99,7 +99,7 @@ WAYS: dict[str, Callable[[int], Any]] = {
     "way, axis", [("fuse", 0), ("fuse", 1), ("layer_axes", 1), ("layer_axes and a tree", 0), slow("per_layer", 0)]
 )
 def test_each_layer_of_a_stack_is_its_matrices(way: str, axis: int):
-    """Of a stack of rank 4 the axes are those of a layer, of rank 3."""
+    """The matrix axes for a stack of rank 4 are those of a layer, of rank 3."""
     params, state = WAYS[way](axis)
     found = {name: np.moveaxis(x["kernel"], axis, 0) for name, x in params["self_attention"].items()}
     assert_close(found, layers_as_matrices())
@@ -173,7 +173,7 @@ def linen_params() -> Any:
 
 
 def kernels_of(params: Any) -> dict[str, np.ndarray]:
-    """Of the attention of one of the two models, by their names."""
+    """The attention kernels of either model, by name."""
     return {path.split("/")[1]: np.asarray(x) for path, x in by_path(params).items()}
 
 

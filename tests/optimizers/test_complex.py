@@ -1,4 +1,4 @@
-"""Complex parameters, against NumPy in complex128; and what is of no floats."""
+"""Complex parameters equal NumPy in complex128, and parameters that are not of floats are refused."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def tree(seed: int) -> dict[str, np.ndarray]:
 
 
 def adalomo_in_numpy(theta: Any, g: Any, moment: Any, t: int) -> Any:
-    """The docstring's equations at a rate of 0.1, with the decay 0.5; ``|g|**2`` in the place of ``g**2``."""
+    """The docstring's equations at a rate of 0.1, with the decay 0.5; ``|g|**2`` in place of ``g**2``."""
     theta, g = theta.astype(np.complex128), g.astype(np.complex128)
     s, share = np.abs(g) ** 2, float(t) ** -0.8
     if g.ndim < 2:

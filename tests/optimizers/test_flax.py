@@ -1,4 +1,4 @@
-"""The rules in Flax's own training loops, against plain Optax on a tree of arrays."""
+"""The rules in Flax's own training loops equal plain Optax on a tree of arrays."""
 
 import functools
 from collections.abc import Callable
@@ -32,7 +32,7 @@ RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "per_layer of lomo": lambda: per_layer(lomo(0.1, weight_decay=0.1), AXES),
 }
 RUN_EAGERLY = ["adalomo", "lomo", "per_layer of lomo"]
-"""Operation by operation, which is slow; without ``-m slow`` all are run as one program, too."""
+"""These also run operation by operation, which is slow; every rule runs as one program, without ``-m slow`` too."""
 each = pytest.mark.parametrize("name, jit", [*((name, True) for name in RULES), *(slow(n, False) for n in RUN_EAGERLY)])
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 STEPS = 3
@@ -123,7 +123,7 @@ def test_a_train_state_of_linen_equals_plain_optax(name: str, jit: bool):
 
 
 def test_each_part_of_the_state_is_a_tree_like_the_parameters():
-    """So what holds one array for each parameter holds it: Optax's adafactor is the measure."""
+    """So whatever holds one array for each parameter can hold each part. Optax's adafactor sets the standard."""
     params = arrays()
     ours: Any = adalomo(0.1).init(params)
     theirs: Any = optax.adafactor(0.1, min_dim_size_to_factor=1).init(params)

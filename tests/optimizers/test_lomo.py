@@ -1,4 +1,4 @@
-"""lomo against float64 NumPy."""
+"""lomo equals float64 NumPy."""
 
 from collections.abc import Callable
 from functools import partial

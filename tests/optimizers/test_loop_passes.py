@@ -1,4 +1,4 @@
-"""The count of passes in a loop, on a program written by hand."""
+"""``loop_passes`` counts the passes in a loop of a program written by hand."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Kernels with an axis for heads are updated as the matrices that they are: against the same rule on these matrices."""
+"""Updates of kernels with an axis for heads equal the same rule on the matrices that the kernels stand for."""
 
 import functools
 import math
@@ -58,7 +58,7 @@ EVERYWHERE = {
     "blocks/3/mha/out/kernel/value": NHD,
     "value/kernel/value": DNH,
 }
-"""Other places of the names: a model that is attention only, Linen's own names, ``nnx.State``."""
+"""Other places for the names: a model that is attention only, Linen's own names, ``nnx.State``."""
 
 
 def kernels(seed: int, sizes: dict[str, int] = SIZES) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def on_kernels(**options: Any) -> tuple[list[dict[str, Any]], Any]:
 
 
 def test_equals_the_rule_on_the_matrices():
-    """Update normalization and weight decay are of the whole tensor, where it is several matrices, too."""
+    """Update normalization and weight decay apply to the whole tensor, even if it is several matrices."""
     trajectory, state = on_kernels()
     expected, of_matrices = run(
         adalomo(LR, weight_decay=0.5, matrix_axes=None),
@@ -133,7 +133,7 @@ def factored_bytes(tx: optax.GradientTransformation, path: str, shape: tuple[int
 
 @pytest.mark.parametrize("path", LAYOUTS)
 def test_the_state_is_as_small_as_of_the_matrix(path: str):
-    """With the sizes of a LLaMA-7B's attention."""
+    """The sizes are those of a LLaMA-7B's attention."""
     shape = LAYOUTS[path].shape({"D": 4096, "N": 32, "K": 8, "H": 128, "2": 2, "3": 3})
     *batch, m, n = LAYOUTS[path].matrix(np.broadcast_to(np.float32(0), shape)).shape
     assert factored_bytes(adalomo(LR), path, shape) == 4 * (math.prod(batch) * (m + n) + 1)
@@ -199,7 +199,7 @@ def test_a_prefix_is_of_all_below_it():
 
 
 def test_rows_may_be_last():
-    """The other way round it is the same rule: what is divided by is a product of both."""
+    """Rows and columns can swap places without changing the rule: the divisor is a product of both."""
     tensors = [{"w": gaussian((3, 4, 12), seed)} for seed in range(4)]
     there, back = (
         run(adalomo(LR, matrix_axes=axes), tensors[0], tensors[1:])[0]
@@ -255,7 +255,7 @@ BAD_OF_LEAVES: list[tuple[Any, str]] = [
     ),
     ({"attn": None}, r"matrix_axes has no entry for \['norm'\]; give it its MatrixAxes, or None"),
     ({"attn": None, "norm": None, "x": None}, r"matrix_axes\['x'\] matches no parameter"),
-    (lambda path, shape: (0, 1), r"What matrix_axes returns of 'attn/o' \(3, 4, 12\) must be MatrixAxes.*got \(0, 1\)"),
+    (lambda path, shape: (0, 1), r"The result of matrix_axes for 'attn/o' \(3, 4, 12\) must be MatrixAxes.*got \(0, 1\)"),
     (lambda path, shape: MatrixAxes(0, 5), r"matrix_axes of 'attn/o' must be axes of its shape"),
 ]
 

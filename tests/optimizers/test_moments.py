@@ -1,4 +1,4 @@
-"""The arithmetic on one tensor, against the paper's equations with `v` formed."""
+"""The arithmetic on one tensor equals the paper's equations with an explicit `v`."""
 
 import chex
 import jax
@@ -127,7 +127,7 @@ def test_any_matrix_that_is_not_empty_is_factored(shape: tuple[int, ...], factor
 def test_the_first_step_is_all_new_and_later_ones_less_and_less():
     steps = np.array([1, 2, 10, 1000])
     assert moments.new_share_at(1, 0.8) == 1.0
-    for t in steps:  # each by itself: of the last, the digits that 1 - beta would lose
+    for t in steps:  # one at a time: the last has digits that 1 - beta would lose
         assert_close(moments.new_share_at(t, 0.8), np.float64(t) ** -0.8)
     assert_apart(moments.new_share_at(steps, 0.8), (steps + 1) ** -0.8)
 

@@ -1,4 +1,4 @@
-"""What Optax asks of every optimizer, asked of adalomo and lomo."""
+"""adalomo and lomo do what Optax asks of every optimizer."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, Make] = {
     "lomo clip, weight decay": lambda lr, **kw: lomo(lr, clip_value=1.0, weight_decay=0.1, **kw),
 }
 SOME = ["adalomo", "adalomo callable layer axes, weight decay", "lomo clip, weight decay"]
-"""Where a program is compiled and run; of the others with ``-m slow``."""
+"""The optimizers whose programs are compiled and run; the others run with ``-m slow``."""
 some = pytest.mark.parametrize("name", always(OPTIMIZERS, SOME))
 
 
@@ -107,7 +107,7 @@ def test_jit_and_abstract_init_give_the_same_types(name: str, dtype: str):
     + [slow("lomo clip, weight decay", dtype) for dtype in DTYPES if dtype != "float64"],
 )
 def test_eager_gives_the_same_types(name: str, dtype: str):
-    """Operation by operation, which is slow."""
+    """The optimizer runs operation by operation, which is slow."""
     with jax.enable_x64(dtype == "float64"):
         tx, params, g = OPTIMIZERS[name](lambda step: LR), tree(0, dtype), tree(1, dtype)
         state = tx.init(params)
@@ -228,7 +228,7 @@ CONVERGING: dict[str, optax.GradientTransformation] = {
 
 
 def minimized(tx: optax.GradientTransformation, sign: float = 1.0) -> Any:
-    """All problems in one program: the optimizers treat leaves separately."""
+    """One program minimizes all problems: the optimizers treat leaves separately."""
     loss = lambda params: sign * sum(PROBLEMS[name](params[name]) for name in PROBLEMS)
 
     def step(carry, _):
@@ -261,7 +261,7 @@ SHARDED: dict[str, tuple[tuple[int, ...], list[P]]] = {
     "norms": ((8, 16), [P(), P("x", None), P(None, "y"), P("y", "x")]),
     "scalar": ((), [P()]),
 }
-"""Shapes; of each several shardings, over the last axis, the second-to-last one, the layer axis, and more than one."""
+"""Shapes with several shardings each: over the last axis, the second-to-last one, the layer axis, and more than one."""
 
 
 def on_mesh() -> jax.sharding.Mesh:

@@ -1,4 +1,4 @@
-"""How often the update of a matrix passes over it, by the compiled programs: no more than its equations need."""
+"""In compiled programs, the update of a matrix passes over it no more often than its equations need."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ import pytest
 from adalomo_jax.optimizers import sums
 
 LEAST_BYTES = 24
-"""Of a float32 weight; see moments.py."""
+"""Bytes per float32 weight; see moments.py."""
 LEAST = {"reads_of_gradient": 3, "reads_of_weights": 2, "writes": 1}
 INSTALLED = {"tpu-v5e": "libtpu", "tpu-v6e": "libtpu", "h100": "jax_cuda13_plugin", "rtx-4090": "jax_cuda13_plugin"}
 
@@ -54,7 +54,7 @@ def test_in_the_fused_step_too_where_a_tpu_takes_the_first_sums_in_the_product(t
 
 
 def rows_of(program, target):
-    """What it prints: in a process of its own, for it has to set JAX up for itself."""
+    """The rows that a script prints, in a process of its own, because it must set JAX up for itself."""
     if importlib.util.find_spec(INSTALLED[target]) is None:
         pytest.skip(f"{INSTALLED[target]} is not installed")
     command = [sys.executable, str(Path(program.__file__)), target]

@@ -1,4 +1,4 @@
-"""per_layer: a transformation on stacks equals the transformation on the layers apart."""
+"""per_layer makes a transformation on stacks equal to the transformation on separate layers."""
 
 import functools
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from adalomo_jax.optimizers import ScaleByAdalomoState, adalomo, lomo, per_layer
 AXES = {"attention": 0, "mlp": 1, "norm": -1, "decoder": 0, "head": None}
 DEPTHS = {"attention": 3, "mlp": 3, "norm": 3, "decoder": 2}
 SHAPES = {"attention": (6, 4), "mlp": (6, 4), "norm": (6,), "decoder": (2, 4, 3), "head": (6, 4)}
-"""Of one layer."""
+"""The shapes of one layer."""
 
 
 def layers_apart(seed: int) -> dict[str, Any]:
-    """Layers of very different sizes: what is shared between them shows."""
+    """Separate layers of very different sizes, so that anything shared between them shows."""
     rng = np.random.default_rng(seed)
     draw = lambda name, k: np.float32(rng.standard_normal(SHAPES[name]) * 5.0**k)
     return {
@@ -35,7 +35,7 @@ def stacked(apart: dict[str, Any]) -> dict[str, Any]:
 
 
 def shapes_of(state: Any) -> Any:
-    """Of the moments: of rows, of columns, and of single entries."""
+    """The shapes of the moments: of rows, of columns, and of single entries."""
     return jax.tree.map(jnp.shape, (state.v_row, state.v_col, state.v))
 
 
@@ -93,7 +93,7 @@ def run_both(name: str) -> tuple[Any, Any, Any, Any]:
 
 
 def stacked_state(state: Any) -> dict[str, np.ndarray]:
-    """The leaves of a state of layers apart, by path; those of the layers of one leaf stacked."""
+    """The leaves of a state of separate layers, by path, with each leaf's layers stacked."""
     layers: dict[str, dict[Any, Any]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         of_leaf = [

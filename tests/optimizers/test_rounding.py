@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, to one of the two neighbours, and nothing else."""
+"""Stochastic rounding is unbiased, goes to one of the two neighbours, and changes nothing else."""
 
 from functools import partial
 from typing import Any
@@ -86,7 +86,7 @@ def test_a_sum_of_many_small_steps_arrives(dtype: str):
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("units", [1, -3, 200, 1023])
 def test_updates_that_are_subnormal_in_float16_arrive(units: int, compiled: bool):
-    """As the steps of a small learning rate are."""
+    """The steps of a small learning rate are such updates."""
     p, u, spacing = 2.0**-6, units * SUBNORMAL, 2.0**-16
     write = partial(apply_updates, key=key(3))
     write = jax.jit(write) if compiled else write
@@ -193,7 +193,7 @@ def test_which_dtypes_are_rounded_stochastically(dtype: str, narrow: bool):
 
 
 def as_signs(bits: jax.Array) -> np.ndarray:
-    """Of each of 32 bits 1.0 or -1.0, ``[32, ...]``."""
+    """1.0 or -1.0 for each of 32 bits, ``[32, ...]``."""
     return 2.0 * ((np.asarray(bits) >> np.arange(32, dtype=np.uint32).reshape(-1, *[1] * bits.ndim)) & 1) - 1.0
 
 

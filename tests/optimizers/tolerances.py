@@ -1,4 +1,4 @@
-"""How far two programs may be apart, in one place."""
+"""Sets in one place how far apart two programs may be."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ RELATIVE = {
     "float16": 2**-11 + 2e-6,  # computed in float32, rounded once: half a unit in the last place
     "bfloat16": 2**-8 + 2e-6,
 }
-"""Of each dtype the largest error of a tensor's entries, relative to the largest entry."""
+"""The largest error allowed to a tensor's entries, for each dtype, relative to the largest entry."""
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Of two trees the largest error of an entry, relative to the largest entry of its tensor."""
+    """The largest error of an entry between two trees, relative to the largest entry of its tensor."""
 
     def of_tensor(a: Any, e: Any) -> float:
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)

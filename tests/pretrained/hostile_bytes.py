@@ -1,4 +1,4 @@
-"""Files of which a few bytes are others."""
+"""Files in which a few bytes are changed."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from hostile_weights import with_weights
 
 
 def flipped_cases(count: int) -> list[Case]:
-    """A few bytes of a file changed at random: it is read, or refused in one line."""
+    """Change a few bytes of a file at random: it is read, or refused in one line."""
     cases = []
     for seed in range(count):
         for name, whole, write in (
@@ -23,7 +23,7 @@ def flipped_cases(count: int) -> list[Case]:
 
 
 def flipped(whole: bytes, seed: int) -> bytes:
-    """Bytes near the start, where the claims are, are others."""
+    """Change bytes near the start, where the claims are."""
     at, changed = random.Random(seed), bytearray(whole)
     for _ in range(at.choice([1, 1, 2, 8])):
         changed[at.randrange(min(len(changed), 3000))] = at.choice([0, 1, 0x7F, 0x80, 0xFF, at.randrange(256)])

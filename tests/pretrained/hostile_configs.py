@@ -1,4 +1,4 @@
-"""What a ``config.json`` may say that is wrong, and what may lie where a file is due."""
+"""Wrong contents of a ``config.json``, and what may take the place of a file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ VALUES = {
 }
 _SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _OPTIONAL = {
-    "num_key_value_heads": ("null",),  # 4 heads for 2: refused by the tensors, which have 2
+    "num_key_value_heads": ("null",),  # null means 4 heads: refused, as the tensors have 2
     "head_dim": ("null",),
     "rope_theta": ("null", "float", "huge"),
     "rms_norm_eps": ("null",),
@@ -45,7 +45,7 @@ _SCALING |= {"original_max_position_embeddings": 8192}
 
 
 def config_cases(field: str) -> list[Case]:
-    """Each kind of value of a field."""
+    """Give a field each kind of value."""
     return [
         Case(f"{field}={kind}", with_config({**CONFIG, field: value}), kind in _RIGHT.get(field, ()))
         for kind, value in VALUES.items()
@@ -53,7 +53,7 @@ def config_cases(field: str) -> list[Case]:
 
 
 def scaling_cases() -> list[Case]:
-    """Each kind of value of each field of ``rope_scaling``, and fields that do not go together."""
+    """Give each field of ``rope_scaling`` each kind of value, and combine fields that do not go together."""
     right = {
         "factor": ("float",),
         "low_freq_factor": (),
@@ -76,7 +76,7 @@ def scaling_cases() -> list[Case]:
 
 
 def config_file_cases() -> list[Case]:
-    """What ``config.json`` is as a file, and sizes that do not go together."""
+    """Break ``config.json`` as a file, and combine sizes that do not go together."""
     text = json.dumps(CONFIG).encode()
     files = {
         "empty": b"",
@@ -130,7 +130,7 @@ PLACED: dict[str, Callable[[Path], object]] = {
     "a link to itself": lambda path: path.symlink_to(path.name),
     "1.5 GB": _sparse,
 }
-"""What may lie where a file is due."""
+"""What may take the place of a file."""
 
 
 def _put_in_place(name: str, put: Callable[[Path], object]) -> Callable[[Path], Path]:

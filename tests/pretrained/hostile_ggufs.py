@@ -1,4 +1,4 @@
-"""What a GGUF file may say that is wrong."""
+"""Wrong claims that a GGUF file may make."""
 
 import struct
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def typed(value: Any) -> bytes:
-    """A value with its type before it; bytes are that already."""
+    """Put the type before a value; bytes have theirs already."""
     return value if isinstance(value, bytes) else struct.pack("<I", _TYPES[type(value)]) + payload(value)
 
 
@@ -51,7 +51,7 @@ def payload(value: Any) -> bytes:
 
 
 def gguf_bytes(fields: dict[str, Any] | None = None, lies: dict[str, dict[str, Any]] | None = None) -> bytes:
-    """A file that is right but for fields, None to leave out, and what is said of tensors: axes, type, offset, name."""
+    """Make a file that is right except for fields (None omits one) and claims on tensors: axes, type, offset, name."""
     given = {name: value for name, value in (GGUF_FIELDS | (fields or {})).items() if value is not None}
     head, data = b"", b""
     for name, value in tensors().items():
@@ -66,7 +66,7 @@ def gguf_bytes(fields: dict[str, Any] | None = None, lies: dict[str, dict[str, A
 
 
 def gguf_cases() -> list[Case]:
-    """Claims of the header, tensors that lie elsewhere, and files that end."""
+    """Break claims of the header, place tensors elsewhere, and end files early."""
     field = lambda kind, rest: b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<I", kind) + rest
     array = lambda kind, count, rest=b"": field(9, struct.pack("<IQ", kind, count) + rest)
     nested = lambda depth: array(9, 1, struct.pack("<IQ", 9, 1) * depth + struct.pack("<IQ", 0, 1) + b"1")
@@ -125,7 +125,7 @@ def _vocabulary(tokens: list[str]) -> dict[str, Any]:
 
 
 def gguf_field_cases() -> list[Case]:
-    """Each kind of value of each field of the metadata."""
+    """Give each field of the metadata each kind of value."""
     values = {
         "text": "64",
         "float": 64.5,

@@ -1,4 +1,4 @@
-"""Models that are broken or made to do harm, and a reader of theirs that is capped in memory and time."""
+"""Models that are broken or made to do harm, and a reader with capped memory and time."""
 
 import contextlib
 import dataclasses
@@ -25,16 +25,16 @@ class Case(NamedTuple):
 
     name: str
     write: Callable[[Path], Path]
-    """Into a folder that is there, of which it returns what to open."""
+    """Writes the model into an existing folder and returns the path to open."""
     is_right: bool | None = False
-    """Whether it can be read after all; None where either may be."""
+    """Whether the model can be read after all; None if either is allowed."""
 
 
 SIZES = dataclasses.replace(LLAMA, num_hidden_layers=2, vocab_size=256)
 CONFIG = to_hugging_face(SIZES, "float32") | {"tokens": "bytes: token i is the byte i of UTF-8 text"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ELSEWHERE = Path(__file__)
-"""A file that no model is to open."""
+"""A file that no model may open."""
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def weights() -> bytes:
 
 
 def folder_with(folder: Path, config: Any = CONFIG, weight_bytes: bytes | None = None) -> Path:
-    """A model that is right but for what is given."""
+    """Write a model that is right except for the arguments."""
     text = config if isinstance(config, bytes) else json.dumps(config).encode()
     (folder / "config.json").write_bytes(text)
     (folder / SINGLE).write_bytes(weights() if weight_bytes is None else weight_bytes)
@@ -56,9 +56,9 @@ def folder_with(folder: Path, config: Any = CONFIG, weight_bytes: bytes | None =
 
 
 def outcome(case: Case, folder: Path, *, loads: bool, seconds: int = 10, gigabytes: float = 2.0) -> str | None:
-    """What is said of a model that is refused, by all that reads it; None of one that is read.
+    """Read a model, and return the message that refuses it, or None if it is read.
 
-    Anything but a ``ValueError`` goes through: a traceback, MemoryError over the cap, TookTooLong.
+    Any error except a ``ValueError`` goes through: a traceback, MemoryError over the cap, TookTooLong.
     """
     folder.mkdir()
     path = case.write(folder)
@@ -73,12 +73,12 @@ def outcome(case: Case, folder: Path, *, loads: bool, seconds: int = 10, gigabyt
 
 
 class TookTooLong(BaseException):
-    """No TimeoutError: that is an OSError, which readers of files catch."""
+    """This is not a TimeoutError: that is an OSError, which readers of files catch."""
 
 
 @contextlib.contextmanager
 def capped(seconds: int, gigabytes: float) -> Iterator[None]:
-    """Ends what takes longer, or so much more memory than there is in use."""
+    """End a block that takes longer, or that takes this much more memory than is in use."""
 
     def stop(*_: object) -> None:
         raise TookTooLong(f"took more than {seconds} s")
@@ -88,7 +88,7 @@ def capped(seconds: int, gigabytes: float) -> Iterator[None]:
     if sys.platform == "linux":
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (int(in_use + gigabytes * 2**30), hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)  # again, for callbacks of garbage collection swallow errors
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)  # repeats: callbacks of garbage collection swallow errors
     try:
         yield
     finally:

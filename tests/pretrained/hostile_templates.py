@@ -1,4 +1,4 @@
-"""Chat templates that take too much, that fail, or that try to leave their sandbox."""
+"""Chat templates that take too much time or memory, fail, or try to leave their sandbox."""
 
 LOOP = "{% for i in range(99999) %}"
 

@@ -1,6 +1,6 @@
-"""Broken and hostile tokenizers, configurations, chat templates and rows, and what becomes of each.
+"""Broken and hostile tokenizers, configurations, chat templates and rows, and the outcome of each.
 
-As a script it tries cases one after the other, and prints a line of JSON for each.
+Run as a script, it tries one case after the other and prints a line of JSON for each.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from hostile_tokenizers import TOKENIZERS
 from small_tokenizers import CHATML, byte_level
 
 MEMORY = 6 << 30
-"""Bytes of address space of a process that tries cases; JAX alone reserves more than one."""
+"""Bytes of address space for a process that tries cases; JAX alone reserves more than 1 GiB."""
 MESSAGES = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the mat"}]
 TEXTS = ["the cat's 12 hats", "é 日本 \U0001f44d\0\ufffd ｱﬁ", "a" * 2_000 + "!", ""]
 
@@ -93,11 +93,11 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "templates": BOMBS | {f"escape-{i}": template for i, template in enumerate(ESCAPES)},
     "rows": ROWS,
 }
-"""By kind and name: what writes a folder, a template, or a line."""
+"""Cases by kind and name: a function that writes a folder, a template, or a line."""
 
 
 def attempt(kind: str, case: Any, folder: Path) -> str | None:
-    """Do with a case what a run and `generate` do. What is refused is a ValueError; the message, or None."""
+    """Use a case as a run and `generate` do. Return the message of the ValueError that refuses it, or None."""
     from adalomo_jax.pretrained import TextTokenizer, read_tokenizer
     from adalomo_jax.text.documents import document_of, parse_record
 
@@ -123,9 +123,9 @@ def attempt(kind: str, case: Any, folder: Path) -> str | None:
 
 
 def try_all(cases: list[tuple[str, str]], folder: Path, *, seconds: float = 60) -> dict[tuple[str, str], Any]:
-    """What becomes of each case, by kind and name: a message, None where it is taken, or ``{"wrong": ...}``.
+    """Return the outcome of each case, by kind and name: a message, None if accepted, or ``{"wrong": ...}``.
 
-    They run in a process of bounded memory. A case that ends it, or that takes more than the seconds, is wrong.
+    The cases run in a process of bounded memory. A case that ends it, or takes longer than ``seconds``, is wrong.
     """
     found: dict[tuple[str, str], Any] = {}
     while left := [case for case in cases if case not in found]:
@@ -147,7 +147,7 @@ def try_all(cases: list[tuple[str, str]], folder: Path, *, seconds: float = 60) 
 
 
 def _watched(process: subprocess.Popen, written: str, seconds: float) -> str:
-    """How a process ended; it is ended where it writes nothing for so many seconds."""
+    """Return how a process ended; kill it if it writes nothing for this many seconds."""
     size = -1
     while os.path.getsize(written) != size:
         size = os.path.getsize(written)

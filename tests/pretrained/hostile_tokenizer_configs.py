@@ -1,4 +1,4 @@
-"""Folders with a good tokenizer.json and broken or hostile files beside it: what writes each."""
+"""Functions that write folders with a good tokenizer.json and broken or hostile files beside it."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Folders with a broken or hostile tokenizer.json: what writes each."""
+"""Functions that write folders with a broken or hostile tokenizer.json."""
 
 import base64
 import itertools
@@ -18,7 +18,7 @@ def base() -> dict[str, Any]:
 
 
 def put(path: str, value: Any) -> Callable[[Path], None]:
-    """The tokenizer.json of a good tokenizer with one value changed."""
+    """Change one value in the tokenizer.json of a good tokenizer."""
 
     def write(folder: Path) -> None:
         content = base()
@@ -33,7 +33,7 @@ def put(path: str, value: Any) -> Callable[[Path], None]:
 
 
 def raw(name: str, content: str | bytes) -> Callable[[Path], None]:
-    """A good folder with one file of this content."""
+    """Give one file of a good folder this content."""
 
     def write(folder: Path) -> None:
         byte_level(bos=True).save(str(folder / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""What an index and safetensors may say that is wrong, and values that are no numbers."""
+"""Wrong claims that an index and safetensors may make, and values that are not finite."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 
 def index_cases() -> list[Case]:
-    """Of a folder with two files and an index, which is right but for what is given."""
+    """Break a folder with two files and an index, which is otherwise right."""
     first = next(iter(tensors()))
     names = ["", ".", "..", "a/b", "../secret", "/etc/passwd", "a\\b", "a\0b", "a\nb", "x" * 300, "x" * 10**6]
     names += [5, None, True, ["a.safetensors"], {"a": 1}, 1.5, "missing.safetensors", "\ud800", "b.safetensors", "."]
@@ -59,7 +59,7 @@ def _with_index(index: Any, put: Callable[[Path], object] | None = None) -> Call
 
 
 def safetensors_cases() -> list[Case]:
-    """Headers that lie, files that end, and values that are no numbers."""
+    """Headers with false claims, and files that end early."""
     whole = weights()
     length = struct.unpack("<Q", whole[:8])[0]
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
@@ -94,7 +94,7 @@ def safetensors_cases() -> list[Case]:
 
 
 def finite_cases() -> list[Case]:
-    """One value in one tensor."""
+    """Put one value that is not finite into one tensor."""
     return [
         Case(f"{value} in {name}", _with_value(name, value))
         for name in tensors()

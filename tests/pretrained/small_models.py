@@ -34,7 +34,7 @@ def random_params(config, dtype="float32"):
 
 
 def tensors_in(params, config):
-    """Every tensor as a file has it, by its name."""
+    """Return every tensor by its name, laid out as in a file."""
     tensors = {}
     for tensor in tensors_of(config):
         value = params
@@ -46,7 +46,7 @@ def tensors_in(params, config):
 
 
 def pairs_together(x, heads):
-    """As llama.cpp's converter lays out queries and keys of a Llama."""
+    """Lay out queries and keys as llama.cpp's converter does for a Llama."""
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -77,7 +77,7 @@ def gguf_name(name):
 def write_gguf(
     path, config, tensors, kind: int = GGMLQuantizationType.F32, architecture="llama", divisors=None, **changes
 ):
-    """A GGUF file of these tensors, by Hugging Face's names; matrices are of the kind, where rows are whole blocks."""
+    """Write a GGUF file of tensors with Hugging Face's names. Matrices have the kind, so rows must be whole blocks."""
     writer = GGUFWriter(path, architecture)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

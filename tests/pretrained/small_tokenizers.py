@@ -1,4 +1,4 @@
-"""Tokenizers and GGUF files that are small enough to be made in a test."""
+"""Tokenizers and GGUF files that are small enough to make in a test."""
 
 import json
 
@@ -14,7 +14,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 
 def byte_level(*, bos=False, trim_offsets=False):
-    """Trained on ``TEXT``; 0 and 1 are ``<|im_start|>`` and ``<|im_end|>``."""
+    """Train a tokenizer on ``TEXT``; tokens 0 and 1 are ``<|im_start|>`` and ``<|im_end|>``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level(*, bos=False, trim_offsets=False):
 
 
 def write_gguf(path, **fields):
-    """A file with the fields ``tokenizer.ggml.*`` (``chat_template`` aside) and no tensors."""
+    """Write a file with the fields ``tokenizer.ggml.*`` (except ``chat_template``) and no tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in fields.items():
         key = "tokenizer.chat_template" if name == "chat_template" else f"tokenizer.ggml.{name}"
@@ -54,7 +54,7 @@ def write_gguf(path, **fields):
 
 
 def byte_level_fields(**changes):
-    """What a GGUF file has of ``byte_level()``, with a token that a user defined."""
+    """Return the fields of ``byte_level()`` in a GGUF file, with a token that a user defined."""
     model = json.loads(byte_level().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     types = [CONTROL] * 2 + [NORMAL] * (len(tokens) - 2)
@@ -72,7 +72,7 @@ def byte_level_fields(**changes):
 
 
 def sentencepiece_fields(**changes):
-    """A vocabulary as SentencePiece writes it: special tokens, bytes, pieces with scores, characters."""
+    """Return a vocabulary as SentencePiece writes it: special tokens, bytes, pieces with scores, characters."""
     pieces = ["▁t", "he", "▁the", "▁c", "at", "▁cat", "in"]
     characters = ["▁", *"theca"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *characters]
@@ -87,3 +87,8 @@ def sentencepiece_fields(**changes):
         "unknown_token_id": 0,
     }
     return {name: value for name, value in (fields | changes).items() if value is not None}
+
+
+def write_config(folder, file="tokenizer_config.json", **config):
+    """Writes a file of a tokenizer's folder."""
+    (folder / file).write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Chat templates: the text, what the assistant says of it, and what is refused."""
+"""A chat template yields a text and the assistant's part of it, or an error."""
 
 import datetime
 

@@ -1,4 +1,4 @@
-"""The commands on a checkpoint in Hugging Face's format: trained on conversations, gone on with, and asked."""
+"""The commands train a checkpoint in Hugging Face's format on conversations, resume it, and ask it."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_it_trains_and_leaves_the_same_folder(folder, finished):
 
 @pytest.mark.slow
 def test_it_goes_on_to_the_same_bits(command, finished, tmp_path):
-    """With what is drawn in a step, too: the rounding of bfloat16 weights."""
+    """The resumed run also repeats a step's random draws: the rounding of bfloat16 weights."""
     run, options = finished
     again = tmp_path / "again"
     shutil.copytree(run, again)

@@ -1,4 +1,4 @@
-"""GGUF files, written by the ``gguf`` package as llama.cpp's converter does."""
+"""GGUF files are read; the ``gguf`` package writes them as llama.cpp's converter does."""
 
 import dataclasses
 import importlib.util
@@ -39,7 +39,7 @@ def test_a_file_has_the_weights_of_the_folder(tmp_path, family):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_values_are_those_of_the_gguf_package(tmp_path, kind):
-    """Also where a part of a tensor is read, in blocks."""
+    """This also holds if a part of a tensor is read, in blocks."""
     tensors, path = tensors_in(random_params(LLAMA), LLAMA), tmp_path / "model.gguf"
     write_gguf(path, LLAMA, tensors, kind)
     source = open_checkpoint(path).source

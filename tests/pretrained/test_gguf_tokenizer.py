@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: both kinds, how text is cut, special tokens, and the real file of SmolLM2."""
+"""GGUF files give tokenizers: both kinds, how text is cut, special tokens, and the real file of SmolLM2."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from adalomo_jax.pretrained import read_tokenizer, tokenizer_of_gguf
 
 TEXTS = ["the cat's 12 hats", " two  spaces\n\n\tand é, 日本 and 👍🏽", "<|im_start|>the<|im_end|>", "", " "]
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "smollm2_tokens.json").read_text())
-"""Texts and their tokens, by tests/data/make_smollm2_tokens.py."""
+"""Texts and their tokens, written by tests/data/make_smollm2_tokens.py."""
 
 
 def pieces(tokenizer, text, **options):
@@ -21,7 +21,7 @@ def pieces(tokenizer, text, **options):
 
 
 def cut(tokenizer, text):
-    """The text as it is cut before merges."""
+    """Return the pieces into which the text is cut before merges."""
     return [text[start:end] for _, (start, end) in tokenizer.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
@@ -55,7 +55,7 @@ def test_how_text_is_cut(path, pre, expected):
 
 
 def test_the_default_cut_of_gpt2_is_the_regular_expression(path):
-    """``ByteLevel`` has it built in, for ``default`` it is written out."""
+    """``ByteLevel`` has the expression built in; for ``default`` it is written out."""
     written = pre_tokenizers.Split(
         Regex(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), behavior="isolated"
     )
@@ -123,7 +123,7 @@ def test_sentencepiece_merges_by_score_and_writes_what_it_does_not_know_as_bytes
 
 
 def test_the_order_of_merges_is_that_of_the_scores(path):
-    """With "▁t" before "he", "the" is made of both; with "th" before them, it is not made at all."""
+    """If "▁t" is merged before "he", both make "the"; if "th" comes before them, "the" is not made at all."""
     fields = sentencepiece_fields()
     tokens = [token if token != "in" else "th" for token in fields["tokens"]]
     scores = [5.0 if token == "th" else score for token, score in zip(tokens, fields["scores"])]

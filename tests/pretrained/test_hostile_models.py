@@ -1,6 +1,6 @@
-"""Whatever a folder or a GGUF file holds, it is read, or refused in one line: no traceback, no hang, no gigabytes.
+"""Any folder or GGUF file is read, or refused in one line: no traceback, no hang, no gigabytes.
 
-Read in this process, capped in memory and time: what is wrong must be found before much is done.
+This process reads it with capped memory and time: a fault must be found before much is done.
 """
 
 import dataclasses
@@ -50,18 +50,18 @@ FAST = {
     "GGUF": 2,
 }
 FAST |= {"metadata": 19, "finite": 31, "flipped": 9}
-"""Of these kinds the fast tier has each so-manieth case."""
+"""The fast tier tries every n-th case of these kinds."""
 WITH_WEIGHTS = ("finite", "flipped")
-"""The kinds that are seen when the weights are read only, or may be."""
+"""The kinds whose faults show, or may show, only when the weights are read."""
 
 
 def faults(cases, folder, *, loads=False):
-    """What is wrong with how they are read: nothing. With ``loads`` the weights are read, too."""
+    """Return what is wrong with how the cases are read, if anything. With ``loads`` the weights are read, too."""
     found = []
     for i, case in enumerate(cases):
         try:
             said = outcome(case, folder / str(i), loads=loads)
-        except BaseException as error:  # PanicException of Rust's libraries is one
+        except BaseException as error:  # such as the PanicException of Rust's libraries
             found.append(f"{case.name}: {type(error).__name__} {error!s:.200}")
             continue
         if said is None and case.is_right is False:
@@ -128,7 +128,7 @@ def test_a_message_names_file_field_value_and_what_is_allowed(tmp_path):
 
 
 def test_a_value_that_the_type_of_the_weights_cannot_hold(tmp_path):
-    """3.4e38 is a number in float32, and an infinity in bfloat16."""
+    """3.4e38 is finite in float32 and infinite in bfloat16."""
     name = "model.norm.weight"
     path = folder_with(tmp_path, weight_bytes=save(tensors() | {name: np.full_like(tensors()[name], 3.4e38)}))
     source = open_checkpoint(path).source
@@ -150,7 +150,7 @@ def test_weights_on_a_mesh_are_checked_too(tmp_path):
 
 
 def split(folder, places, **others):
-    """The model in files by name, the index that says where, and what the files hold besides."""
+    """Write the model to the files in ``places``, with their index; ``others`` are further tensors by file."""
     folder_with(folder)
     (folder / SINGLE).unlink()
     for file in sorted(set(places.values())):
@@ -180,7 +180,7 @@ def test_only_files_that_the_index_names_are_opened(tmp_path, monkeypatch):
 
 
 def test_a_single_file_goes_before_the_index(tmp_path):
-    """As in transformers, see `SafetensorsSource`."""
+    """Transformers does the same, see `SafetensorsSource`."""
     split(tmp_path, {name: "m.safetensors" for name in tensors()})
     changed = {name: 2 * value for name, value in tensors().items()}
     save_file(changed, tmp_path / SINGLE)
@@ -189,11 +189,11 @@ def test_a_single_file_goes_before_the_index(tmp_path):
     )
 
 
-# Links, and what is copied.
+# Links, and copied files.
 
 
 def as_in_the_cache(root, *, blob):
-    """A snapshot in Hugging Face's cache: links to blobs, named by their hash."""
+    """Make a snapshot as in Hugging Face's cache: links to blobs, named by their hash."""
     snapshot, blobs = root / "models--a--b/snapshots/1", root / "models--a--b/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

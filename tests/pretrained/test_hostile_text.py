@@ -1,4 +1,4 @@
-"""Broken and hostile tokenizers, configurations, templates and rows: each is taken, or refused in one line."""
+"""Broken and hostile tokenizers, configurations, templates and rows are accepted, or refused in one line."""
 
 import pytest
 from hostile_text import KINDS, try_all
@@ -9,11 +9,11 @@ TAKEN = {
     "templates": (),
     "rows": ("deep-900", "weight-6"),
 }
-"""Odd, but right: who refuses everything would pass otherwise."""
+"""Odd but right cases: otherwise code that refuses everything would pass."""
 
 
 def wrong(found):
-    """What is neither taken nor refused in a short line that a terminal takes as text."""
+    """Return the cases neither accepted nor refused in a short line that a terminal shows as text."""
     fine = lambda outcome: (
         outcome is None or (isinstance(outcome, str) and len(outcome) < 400 and outcome.isprintable())
     )

@@ -1,4 +1,4 @@
-"""Weights out to Hugging Face's folder and in again."""
+"""Weights are written to a Hugging Face folder and read back."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_several_files_and_their_index(tmp_path):
 
 
 def test_a_checkpoint_of_others_comes_out_as_it_came_in(tmp_path):
-    """Tensors, the fields of ``config.json`` that are of no use here, and the tokenizer's files."""
+    """This holds for tensors, fields of ``config.json`` that are not used here, and the tokenizer's files."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     theirs.mkdir()
     tensors = tensors_in(random_params(QWEN2, "bfloat16"), QWEN2)
@@ -151,7 +151,7 @@ def break_weights(folder, change):
     elif change == "no JSON":
         (folder / "config.json").write_text("{")
     else:
-        path.unlink()  # which would be read without the index
+        path.unlink()  # otherwise it would be read without the index
         index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

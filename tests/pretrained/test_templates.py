@@ -1,4 +1,4 @@
-"""The process in which templates run: its bounds, its end, and that it comes again."""
+"""The process in which templates run has bounds, and starts again after it ends."""
 
 import importlib.util
 import json

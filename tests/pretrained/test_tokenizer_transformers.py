@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates against Hugging Face's transformers, on the same files. Needs transformers alone."""
+"""Tokenizers and chat templates match Hugging Face's transformers on the same files. Needs transformers alone."""
 
 import importlib.metadata
 import importlib.util
@@ -43,7 +43,7 @@ def theirs(folder):
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}])
 @pytest.mark.parametrize("name", CLASSES)
 def test_bos_and_eos_are_put_around_as_they_do(make, tmp_path, name, flags, before):
-    """Transformers 5 does not read the flags beside a tokenizer.json: what it has written is compared."""
+    """Transformers 5 does not read the flags beside a tokenizer.json: the test compares with the files it writes."""
     folder = make(before, tokenizer_class=name, **flags)
     tokenizer = theirs(folder)
     if VERSION >= 5:
@@ -67,7 +67,7 @@ SPELLED = ["the bad cat sat at the mat, 12 hats<|im_end|> ", "<|im_end|>cat it b
 @pytest.mark.parametrize("file", MAPS)
 @pytest.mark.parametrize(
     ("name", "named"),
-    # Llama's class makes itself anew from a slow one where it is told of a space.
+    # Llama's class rebuilds itself from a slow one if it is told of a space.
     [*(("PreTrainedTokenizerFast", x) for x in NAMED), *(("LlamaTokenizerFast", x) for x in NAMED if x != "space")],
 )
 def test_named_tokens_are_found_as_they_are(make, name, named, file):
@@ -94,5 +94,5 @@ def test_a_prompt_is_the_one_that_they_make(make, template):
     assert ours.prompt(MESSAGES) == tokenizer.apply_chat_template(MESSAGES, **options)
     said = [*MESSAGES, {"role": "assistant", "content": "the mat"}]
     text = tokenizer.apply_chat_template(said, tools=TOOLS, tokenize=False)
-    if template != "filters":  # which has no answer of its own
+    if template != "filters":  # "filters" has no separate answer
         assert ours.chat(said, tools=TOOLS).text == text

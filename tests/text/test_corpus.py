@@ -1,4 +1,4 @@
-"""Files, folders and data sets: what is read of them, and what is refused."""
+"""A corpus is read from files, folders and data sets; what cannot be read is named or refused."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def lines(path, *records):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a data set, or a dictionary of some, under a name."""
+    """Saves a data set, or a dictionary of data sets, under a name."""
 
     def save(name, content):
         made = (
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_the_output_of_runs_is_no_text(tmp_path):
-    """That of an earlier run, and that of this one, whatever it holds yet."""
+    """The output of an earlier run and that of this run are passed over, whatever they hold so far."""
     (tmp_path / "a.txt").write_text("text")
     for run, names in (("runs/old", ["metrics.jsonl", "config.json"]), ("runs/new", ["config.json"])):
         (tmp_path / run).mkdir(parents=True)
@@ -265,7 +265,7 @@ def test_links_are_followed_and_what_is_no_file_is_named(tmp_path):
     (folder / "a.txt").write_text("a")
     (folder / "same.txt").symlink_to(folder / "a.txt")
     (folder / "linked").symlink_to(elsewhere)
-    (elsewhere / "back").symlink_to(folder)  # a circle
+    (elsewhere / "back").symlink_to(folder)  # a cycle
     (folder / "nowhere").symlink_to(tmp_path / "nothing")
     os.mkfifo(folder / "pipe")
     found = read(folder)

@@ -1,4 +1,4 @@
-"""Data: the split, the report, the batches of one process and of several, and what is refused."""
+"""Data is split, reported, and batched for one process or several; unusable data is refused."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ BYTES = ToyTokenizer(special=False)
 
 
 def numbered(sequences):
-    """Packed sequences of 4 tokens; that of number i starts with 4 i."""
+    """Packed sequences of 4 tokens; sequence i starts with token 4 i."""
     count = 4 * sequences
     return pack(Tokenized(np.arange(count, dtype=np.uint16), np.ones(count, bool), np.array([count])), 4)
 
@@ -70,7 +70,7 @@ def test_a_document_too_large_to_hold_out_is_passed_over_for_the_next():
     larger = [document._replace(text="t" * 500) if document == first else document for document in documents]
     held = split_documents(larger)[1]
     assert first.name not in [document.name for document in held]
-    assert set(rest) < set(held) and len(held) == 6  # 120 of 1080: the fewest that hold the share
+    assert set(rest) < set(held) and len(held) == 6  # 120 of 1080: the fewest documents that hold the share
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_the_report_counts_what_became_of_the_text(tmp_path):
     assert (report.train_sequences, report.padding) == (8, pytest.approx(1 / 6))
     assert str(report).splitlines() == [
         "8 documents to train on, 1 to evaluate on",
-        "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% of padding, 5 to evaluate on",
-        "dropped: 0 tokens that stood alone in a sequence, 54 in pieces of documents without anything to predict",
+        "40 tokens to train on (32 of them predicted) in 8 sequences with 16.7% padding, 5 to evaluate on",
+        "dropped: 0 tokens that stood alone in a sequence, 54 in pieces of documents with nothing to predict",
         "1 of the documents to evaluate on have the same text as one to train on: the evaluation loss will be too low",
         f"skipped: 2 broken records: {tmp_path}/train.jsonl:10 is not JSON: Expecting value at character 1 of the "
         f"line; {tmp_path}/train.jsonl:11 text is empty",
@@ -177,7 +177,7 @@ def test_what_the_template_does_not_write_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     report = load_data([path], Plain(), seq_len=32).report
-    assert str(report).splitlines()[-1] == "not used: tools of 20 conversations, which the chat template does not write"
+    assert str(report).splitlines()[-1] == "not used, as the chat template does not write it: tools of 20 conversations"
 
 
 def test_reasons_are_on_one_line(tmp_path):

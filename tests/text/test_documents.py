@@ -1,4 +1,4 @@
-"""Records: what becomes a document, what of it is learned, and what is broken."""
+"""A record becomes a document with the parts that are learned, or says why it is broken."""
 
 import pytest
 from toy_tokenizer import ToyTokenizer
@@ -44,7 +44,7 @@ def test_fields_that_are_none_are_absent():
 
 
 class WithTools(ToyTokenizer):
-    """Writes tools first; ``tool_calls`` are not written."""
+    """Accepts tools, but does not write ``tool_calls``."""
 
     def chat(self, messages, *, tools=None):
         assert tools in (None, [{"name": "look"}])

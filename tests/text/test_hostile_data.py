@@ -1,4 +1,4 @@
-"""Text as disks have it, and rows that are none: each is read, counted, or refused in one line."""
+"""Any text from a disk, and any row that is not valid, is read, counted, or refused in one line."""
 
 import gzip
 import itertools
@@ -67,7 +67,7 @@ BYTES = {
 
 
 def rows() -> dict[str, bytes]:
-    """Each field with each value, alone and beside what it goes with."""
+    """Each field with each value, alone and beside the fields that it needs."""
     found = {}
     for (i, value), field in itertools.product(enumerate(VALUES), FIELDS):
         others = {"completion": "yes"} if field == "prompt" else {"prompt": "x"} if field == "completion" else {}
@@ -82,7 +82,7 @@ def rows() -> dict[str, bytes]:
 
 
 def outcome(path: Path, *, skip_bad: bool) -> str | None:
-    """The line that it is refused with; None if it is read."""
+    """The line that refuses the file; None if it is read."""
     try:
         tokenizer = ToyTokenizer() if path.suffix == ".jsonl" and path.stat().st_size < 10_000 else ByteTokenizer()
         report = str(load_data([path], tokenizer, seq_len=8, skip_bad=skip_bad).report)
@@ -104,7 +104,7 @@ def test_bytes(name, ending, tmp_path):
 
 
 def test_rows(tmp_path):
-    """Each alone among good ones: what is refused is read when it is skipped."""
+    """Each stands alone among good rows. A file that is refused is read if bad rows are skipped."""
     refused = 0
     for i, (name, content) in enumerate(rows().items()):
         path = tmp_path / f"{i}.jsonl"
@@ -162,7 +162,7 @@ TREES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_trees(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # which a case may change
+    monkeypatch.chdir(tmp_path)  # a case may change it
     folder = tmp_path / "folder"
     folder.mkdir()
     TREES[name](folder)

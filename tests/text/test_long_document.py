@@ -1,4 +1,4 @@
-"""A long document costs few bytes of memory for each of its own; its tokens are those that it has at once."""
+"""A long document costs few bytes of memory per byte of text, and has the same tokens in parts as at once."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from adalomo_jax.text.documents import Document
 from adalomo_jax.text.packing import tokenize
 
 MOST = 8
-"""Bytes of memory for each byte of the text, packed sequences and all."""
+"""Limit on bytes of memory per byte of the text, including the packed sequences."""
 SENTENCE = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer\n"
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 SCRIPT = """
@@ -37,7 +37,7 @@ print(peak() - before, tokens)
 def record(kind, size):
     text = SENTENCE * (size // len(SENTENCE))
     half = len(text) // 2
-    if kind.startswith("emoji"):  # with one, Python takes four bytes for each character of a text
+    if kind.startswith("emoji"):  # with an emoji, Python takes four bytes for each character of a text
         text = f"{text[:half]}\N{GRINNING FACE}{text[half:-1]}\N{GRINNING FACE}"
     if kind == "emoji":
         return {"text": text}
@@ -48,7 +48,7 @@ def record(kind, size):
 
 
 def write_tokenizer(folder):
-    """One that has words for tokens, as those of models have: BPE on bytes."""
+    """A tokenizer whose tokens are words, as in those of models: BPE on bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

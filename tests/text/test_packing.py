@@ -1,4 +1,4 @@
-"""Packing: borders, what is learned, and that no token is lost or doubled."""
+"""Packing keeps borders and learned marks, and loses or doubles no token."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from adalomo_jax.text.packing import Tokenized, best_fit, pack, tokenize
 
 
 def numbered(lengths, learned=None):
-    """Documents of these lengths, whose tokens are the numbers from 0: each is in one place only."""
+    """Documents of these lengths, whose tokens count up from 0, so that each occurs only once."""
     total = sum(lengths)
     learned = np.ones(total, bool) if learned is None else np.array(learned, bool)
     return Tokenized(np.arange(total, dtype=np.uint32), learned, np.cumsum(lengths, dtype=np.int64))
 
 
 def segments(packed):
-    """The tokens and learned marks of each segment, and nothing else in the sequences."""
+    """The tokens and learned marks of each segment; the sequences must hold nothing else."""
     for tokens, numbers, learned in zip(packed.tokens_NT, packed.segments_NT, packed.learned_NT):
         used = np.flatnonzero(numbers)
         assert np.array_equal(used, np.arange(len(used)))
@@ -31,7 +31,7 @@ def segments(packed):
 
 
 def check(packed, tokenized):
-    """Each token once or dropped; a segment is consecutive tokens of one document; only its first mark is changed."""
+    """A token occurs once or is dropped; a segment is consecutive tokens of one document; only first marks change."""
     seen = []
     for tokens, learned in segments(packed):
         assert np.array_equal(tokens, np.arange(tokens[0], tokens[0] + len(tokens)))
@@ -92,7 +92,7 @@ def test_long_documents_are_cut_into_consecutive_pieces():
 def test_what_is_dropped_is_counted():
     learned = np.ones(9 + 8 + 1 + 4, bool)
     learned[9:16] = False  # the first piece of the second document
-    learned[18:22] = [True, False, False, False]  # nothing but its first token, which cannot be predicted
+    learned[18:22] = [True, False, False, False]  # only its first token, which cannot be predicted
     packed = pack(numbered([9, 8, 1, 4], learned), 4)
     assert (packed.short, packed.unlearned) == (2, 8)
     assert packed.tokens == 22 - 10
@@ -104,7 +104,7 @@ def test_best_fit_fills_sequences_well(lengths):
     assert sorted(piece for sequence in sequences for piece in sequence) == list(range(len(lengths)))
     filled = [sum(lengths[piece] for piece in sequence) for sequence in sequences]
     assert all(room <= 64 for room in filled)
-    # No piece that a sequence was opened for has room in an earlier one.
+    # No piece that opened a sequence has room in an earlier one.
     first = [lengths[sequence[0]] for sequence in sequences]
     assert all(filled[i] + first[j] > 64 for i in range(len(sequences)) for j in range(i + 1, len(sequences)))
 
@@ -126,7 +126,7 @@ def test_the_smallest_types_are_held_and_batches_are_int32():
 
 
 def learned_text(record, tokenizer):
-    """A record's tokens as text, those that are learned and not."""
+    """The text of a record's learned tokens, and that of its other tokens."""
     tokens, learned, _ = tokenize([document_of(record, "a", tokenizer)], tokenizer)
     return tokenizer.decode(tokens[learned]), tokenizer.decode(tokens[~learned])
 
@@ -150,7 +150,7 @@ def test_what_is_learned(record, special, learned, read):
 
 def test_a_token_that_overlaps_the_completion_is_learned():
     class Pairs(ToyTokenizer):
-        """A token for two characters."""
+        """Each token stands for two characters."""
 
         def encode(self, texts, *, add_special=True):
             encoded = super().encode(texts, add_special=False)

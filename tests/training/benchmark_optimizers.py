@@ -1,9 +1,9 @@
-"""Prints seconds and memory of a step of finetune by each optimizer, as in examples/further_pretraining.py.
+"""Prints the seconds and memory of a finetune step for each optimizer in examples/further_pretraining.py.
 
     python tests/training/benchmark_optimizers.py [--model smollm2] [--seq-len 512] [--steps 9]
 
-All optimizers take a step in turn, on the same batches, in one process, so that a busy machine hits all alike. Seconds
-are medians; of memory it is what the compiler says of arguments, outputs and temporaries.
+The optimizers take steps in turn, on the same batches, in one process, so that a busy machine slows all equally. The
+seconds are medians; the memory is the compiler's figure for arguments, outputs and temporaries.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROWS = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "further_pret
 
 
 def seconds_of(program, batches):
-    """Seconds of a step for each batch, as a generator; the first one warms up."""
+    """Yields the seconds of a step for each batch; the first step warms up."""
     params, state = program.params, program.state
     for batch in batches:
         start = time.perf_counter()

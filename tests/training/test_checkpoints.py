@@ -1,4 +1,4 @@
-"""Checkpoints as files: what they hold, how damage is seen, which are kept, and where their arrays go."""
+"""Checkpoints restore what they saved, reveal damage, are kept by rule, and place arrays where they belong."""
 
 import json
 import resource
@@ -41,7 +41,7 @@ def same(a, b):
 
 
 def damages(path):
-    """The folder with each of its files cut, away, or with a bit turned, one after the other."""
+    """Damages each file of the folder in turn: flips a bit, cuts the file, or removes it."""
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         whole = file.read_bytes()
         for at in sorted({len(whole) // 3, len(whole) // 2, len(whole) * 4 // 5}):
@@ -56,7 +56,7 @@ def damages(path):
 
 @pytest.fixture
 def outcomes(tmp_path):
-    """Of each damage, one after the other: whether it is seen, has changed nothing, or is read as if all were well."""
+    """The outcome of each damage in turn: it is seen, changes nothing, or is read as if nothing were wrong."""
     params, state = trees()
     with open_saver(tmp_path, ORIGIN, keep=1) as saver:
         saver.save(1, params, state, {"next_index": 1}, 2.5)
@@ -81,7 +81,7 @@ def test_no_damage_goes_unseen(outcomes):
 
 
 def test_without_checksums_some_does(outcomes, monkeypatch):
-    """Orbax alone does not see all of it."""
+    """Orbax alone does not see all damage."""
     monkeypatch.setattr(checkpoints, "checksums", lambda arrays: {})
     assert "wrong" in outcomes
 
@@ -197,7 +197,7 @@ def test_a_damaged_loss_is_named_by_its_step(damage, tmp_path):
 def test_a_full_disk_loses_no_older_checkpoint(tmp_path):
     small, large = trees(size=100), trees(size=500_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(InputError, match="could not be written: .*; there are those of the steps 1; ") as error:
+    with pytest.raises(InputError, match="could not be written: .*; the folder has those of the steps 1; ") as error:
         with open_saver(tmp_path, ORIGIN, keep=1) as saver:
             saver.save(1, *small, {}, 1.0)
             saver.wait()

@@ -1,4 +1,4 @@
-"""What a command compiles, it need not compile again."""
+"""A command need not compile a program that it compiled before."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ jax.monitoring.register_event_listener(lambda event, **_: HITS.append(event) if 
 
 @pytest.fixture
 def no_setting(tmp_path, monkeypatch):
-    """As in a process whose environment names no folder: the tests' own is out of use."""
+    """The environment names no cache folder, so the tests' own folder is not in use."""
     before = os.environ["JAX_COMPILATION_CACHE_DIR"]
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -70,7 +70,7 @@ def test_each_command_that_compiles_keeps_it(command, no_setting, monkeypatch):
     ids=["none", "folder", "off"],
 )
 def test_jax_s_own_settings_hold(settings, place, tmp_path):
-    """In a process of its own, since JAX reads them when it is imported."""
+    """A new process tests this, because JAX reads its settings when it is imported."""
     code = "from adalomo_jax.commands.compilation_cache import use_compilation_cache; use_compilation_cache()\n"
     code += "import jax; print(jax.jit(lambda x: x + 1)(1.0))"
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

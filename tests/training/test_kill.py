@@ -1,4 +1,4 @@
-"""A run that is killed again and again leaves, at its end, the bytes of one that was not."""
+"""A run that is killed again and again ends with the same bytes as a run that was not."""
 
 import json
 import multiprocessing
@@ -14,7 +14,7 @@ OPTIONS = ["--batch-size=2", "--seq-len=16", "--evaluate-every=10", "--checkpoin
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the command in a process that has all imports done: they take longer than the run."""
+    """Starts the command in a process that has finished all imports, which take longer than the run."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["adalomo_jax.commands.finetune", "one_program"])
@@ -38,13 +38,13 @@ def steps_in(folder):
 
 
 def rows(folder):
-    """Without what depends on time."""
+    """The rows of a run, without the values that depend on time."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
 
 
 STARTS, WRITES, TRAINS = range(3)
-"""What a run does that a kill hits."""
+"""What a run is doing when a kill hits it."""
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_killed_at_random_moments(hit, steps, tmp_path, launch):
     for kill in hit:
         before, give_up = steps_in(folder), time.monotonic() + 300
         process = launch(folder, of_steps, "--resume")
-        if kill == STARTS:  # reads, compiles
+        if kill == STARTS:  # the run reads or compiles
             time.sleep(chance.uniform(0, 2))
         else:
             while time.monotonic() < give_up:
@@ -72,7 +72,7 @@ def test_killed_at_random_moments(hit, steps, tmp_path, launch):
             time.sleep(chance.uniform(0, 0.01 if kill == WRITES else 0.3))
         process.kill()
         process.join()
-        # A run that has saved has removed what an earlier one left half written.
+        # A run that has saved has removed the files that an earlier run left half written.
         while_writing += bool(steps_in(folder) - before) and writing(folder)
         reached.append(max(steps_in(folder), default=0))
         assert not (folder / "model.safetensors").exists(), "the run is too short for so many kills"

@@ -1,4 +1,4 @@
-"""What the process has freed goes back to the system."""
+"""Memory that the process has freed goes back to the system."""
 
 import platform
 from pathlib import Path

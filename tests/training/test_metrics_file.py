@@ -1,4 +1,4 @@
-"""Rows, and what is made of them: their file, TensorBoard's, and pictures."""
+"""Rows are written to their file and TensorBoard's, and drawn in pictures."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from adalomo_jax.training.metrics import EvaluationRow, StepRow, append_row, lay
 from adalomo_jax.training.plots import plot_losses, plot_run, plot_runs
 from adalomo_jax.training.tensorboard import event_file, scalars
 
-protocol = importlib.import_module("tensorboardX.proto.event_pb2")  # made at run time: no type checker knows it
+protocol = importlib.import_module("tensorboardX.proto.event_pb2")  # generated at run time: no type checker knows it
 UPDATES = {
     "embed_tokens/embedding": 7.0,
     "layers/mlp/up_proj/kernel": [1.0, 2.0, 3.0],
@@ -34,7 +34,7 @@ ROWS = [
 
 
 def events_in(folder):
-    """What a TensorBoard would read of each file, in their order: records of a length, the event and two checksums."""
+    """The events that TensorBoard reads from each file in order; a record is a length, an event and two checksums."""
     for path in sorted(folder.glob("events.out.tfevents.*")):
         data, at = path.read_bytes(), 0
         while at < len(data):
@@ -44,7 +44,7 @@ def events_in(folder):
 
 
 def shown(folder):
-    """``{(tag, step): values}``, as TensorBoard forgets what a later start of the run purges."""
+    """``{(tag, step): values}`` as in TensorBoard, which forgets what a later start of the run purges."""
     found = {}
     for event in events_in(folder):
         if event.session_log.status == protocol.SessionLog.START:
@@ -101,7 +101,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path, told, monkeypatch):
         for step in range(1, 7):
             write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
     later = time.time() + 5
-    monkeypatch.setattr(time, "time", lambda: later)  # a file's name has the second
+    monkeypatch.setattr(time, "time", lambda: later)  # the file name contains the time in seconds
     with event_file(tmp_path, first_step=4 if told else None) as write:
         for step in range(4, 9):
             write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
@@ -116,7 +116,7 @@ def test_a_run_that_begins_again_shows_no_step_twice(tmp_path, monkeypatch):
         with event_file(tmp_path) as write:
             for step in range(count):
                 write(StepRow(step, float(step), 1.0, 1e-3, 1.0))
-        monkeypatch.setattr(time, "time", lambda: later)  # a file's name has the second
+        monkeypatch.setattr(time, "time", lambda: later)  # the file name contains the time in seconds
     losses = {step: values for (tag, step), values in shown(tmp_path).items() if tag == "loss"}
     assert losses == {step: [float(step)] for step in range(3)}
 

@@ -1,4 +1,4 @@
-"""The folder that a run writes: one run at a time has it, and it is no text to train on."""
+"""One run at a time writes to an output folder, and the folder is not read as text to train on."""
 
 import os
 import subprocess
@@ -86,6 +86,6 @@ def test_folders_that_cannot_be_are_refused(tmp_path):
 
 def test_a_run_is_known_by_its_files(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    assert not is_of_run(tmp_path)  # somebody's data
+    assert not is_of_run(tmp_path)  # it may be somebody's data
     (tmp_path / "config.json").touch()
     assert is_of_run(tmp_path)

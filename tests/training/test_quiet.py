@@ -1,4 +1,4 @@
-"""Orbax's own report of an error is not printed, and nothing else is silenced for longer than it reads or writes."""
+"""Orbax's own report of an error is not printed; all else is silenced at most while Orbax reads or writes."""
 
 import logging
 import sys

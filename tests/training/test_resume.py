@@ -81,7 +81,7 @@ def weights(folder):
 
 def test_a_run_goes_on_to_the_same_bits(killed, finished, command, capsys):
     main([*command, "--output", str(killed), "--resume"])
-    assert "going on after step 5\n" in capsys.readouterr().out
+    assert "continuing after step 5\n" in capsys.readouterr().out
     assert weights(killed) == weights(finished)
     assert rows(killed) == rows(finished) and len(rows(finished)) == 2 * STEPS + 1
     assert steps_in(killed) == steps_in(finished) == [4, 5, 6]
@@ -116,7 +116,7 @@ def test_a_finished_run_of_other_options_is_refused(finished, command, capsys, t
     options = ["--steps", "12", "--data", str(tmp_path / "other.txt")]
     said = refused(capsys, [*command, "--output", str(finished), "--resume", *options])
     assert f"the checkpoint of step 6 in {finished} is of a run with other options: --steps was 6, and is 12" in said
-    assert "--data led to the sequences" in said and "name another --output" in said
+    assert "--data gave the sequences" in said and "name another --output" in said
 
 
 def test_a_finished_run_goes_back(finished, command, capsys, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_finished_run_goes_back(finished, command, capsys, tmp_path, monkeypat
     assert steps_in(folder) == [4] and earlier.read_bytes() == weights(finished)
     capsys.readouterr()
     main(resuming)
-    assert "going on after step 4\n" in capsys.readouterr().out
+    assert "continuing after step 4\n" in capsys.readouterr().out
     assert weights(folder) == weights(finished) and rows(folder) == rows(finished) and not earlier.exists()
     main(resuming)
     assert capsys.readouterr().out == f"the run in {folder} is finished\n"
@@ -143,7 +143,7 @@ def test_a_finished_run_goes_back(finished, command, capsys, tmp_path, monkeypat
 def test_without_a_checkpoint_it_begins(killed, finished, command, capsys):
     shutil.rmtree(killed / "checkpoints")
     main([*command, "--output", str(killed), "--resume"])
-    assert f"going on at the beginning: there is no checkpoint in {killed}\n" in capsys.readouterr().out
+    assert f"continuing from the beginning: there is no checkpoint in {killed}\n" in capsys.readouterr().out
     assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
 
 
@@ -181,7 +181,7 @@ def test_all_options_that_differ_are_named(killed, command, corpus, capsys, tmp_
     assert "of step 5" in said and "other options" in said
     for part in ("--seed was 0, and is 1;", "--learning-rate was 0.03, and is 0.5;", "--steps was 6, and is 7;"):
         assert part in said, said
-    assert re.search(r"--data led to the sequences [0-9a-f]{12}, and leads to [0-9a-f]{12};", said)
+    assert re.search(r"--data gave the sequences [0-9a-f]{12}, and gives [0-9a-f]{12};", said)
     monkeypatch.setitem(PRESETS, "tiny", tiny.dataclasses.replace(tiny.TINY, num_hidden_layers=3))
     said = refused(capsys, [*command, "--output", str(killed), "--resume"])
     assert "--model: its num_hidden_layers was 2, and is 3; give the same ones" in said
@@ -190,11 +190,11 @@ def test_all_options_that_differ_are_named(killed, command, corpus, capsys, tmp_
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--resume", "--resume goes on with the run in --output: name its folder"),
+        ("--resume", "--resume continues the run in --output: name its folder"),
         ("--resume-step 3", "--resume-step needs --resume: give it too"),
         ("--resume --output {0} --resume-step 3", "no checkpoint of this step, only those of the steps 4, 5"),
         ("--resume --output {0}/none --resume-step 3", "no checkpoint of this step, none at all"),
-        ("--checkpoint-every -1", "--checkpoint-every must be 0, for none, or a number of steps, got -1"),
+        ("--checkpoint-every -1", "--checkpoint-every must be 0 (no checkpoints) or a number of steps, got -1"),
         ("--keep 0", "--keep must be at least 1 checkpoint, got 0"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken_when_asked(killed,
     before = (killed / "metrics.jsonl").read_bytes()
     said = refused(capsys, resuming)
     assert f"the checkpoint of step 5 in {killed} is damaged: " in said
-    assert "; older ones are of the steps 4; to take one, say --resume-step 4\n" in said
+    assert "; older ones are of the steps 4; to take one, give --resume-step 4\n" in said
     assert (killed / "metrics.jsonl").read_bytes() == before and newest.exists()
     main([*resuming, "--resume-step", "4"])
     assert weights(killed) == weights(finished) and rows(killed) == rows(finished)
@@ -278,7 +278,7 @@ def test_a_run_is_finished_by_whole_weights_and_its_summary(name, finished, comm
     else:
         (folder / name).write_bytes(weights(folder)[:-1])
     main([*command, "--output", str(folder), "--resume"])
-    assert "going on after step 6\n" in capsys.readouterr().out
+    assert "continuing after step 6\n" in capsys.readouterr().out
     assert weights(folder) == weights(finished) and rows(folder) == rows(finished) and (folder / name).exists()
 
 
@@ -292,7 +292,7 @@ def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
     shutil.rmtree(foreign)
     (killed / "checkpoints" / "5").rename(foreign)
     said = refused(capsys, [*command, "--output", str(killed), "--resume"])
-    assert "it says that it is of the step 5; there is no older one; begin again in another --output" in said
+    assert "it says that it is of the step 5; there is no older one; start again in another --output" in said
 
 
 def test_a_resumed_run_makes_no_weights_of_its_own(killed, finished, command, monkeypatch):

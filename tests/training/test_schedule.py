@@ -1,4 +1,4 @@
-"""Learning rates by step, and the rules behind the names."""
+"""Learning rates follow the schedule, and every named optimizer descends and decays."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a run shows on a terminal."""
+"""A run shows its progress on a terminal."""
 
 import io
 from functools import partial
@@ -27,7 +27,7 @@ def test_progress_shows_loss_speed_and_memory(peak, memory, monkeypatch):
 
 
 def test_progress_shows_the_time_left_of_slow_steps(monkeypatch):
-    """Rows of a long run are minutes apart."""
+    """The rows of a long run are minutes apart."""
     now = [0.0]
     monkeypatch.setattr(report, "Progress", partial(Progress, get_time=lambda: now[0]))
     monkeypatch.setenv("TERM", "xterm")

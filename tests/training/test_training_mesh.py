@@ -64,7 +64,7 @@ def test_a_mesh_of_eight_devices_and_from_there_to_one(corpus, tmp_path, on_one_
     assert "fsdp=4,tensor=2: bytes a device" in capsys.readouterr().out
     main([*command, "--resume", "--resume-step", str(STEPS // 2)])
     np.testing.assert_allclose(losses(tmp_path / "run"), on_one_device, rtol=1e-5)
-    assert f"going on after step {STEPS // 2}" in capsys.readouterr().out
+    assert f"continuing after step {STEPS // 2}" in capsys.readouterr().out
 
 
 def test_a_run_of_one_device_goes_on_upon_a_mesh(corpus, tmp_path, of_one_device, on_one_device):
@@ -129,7 +129,7 @@ def test_one_of_two_processes_is_stopped_and_both_go_on(corpus, tmp_path, on_one
     assert not (folder / "model.safetensors").exists()
 
     printed = end_together(launch(2, corpus, folder, *no_other_save, "--resume"), folder, on_one_device)
-    assert f"going on after step {said}" in printed[0][0]
+    assert f"continuing after step {said}" in printed[0][0]
 
 
 @pytest.mark.slow
@@ -172,8 +172,8 @@ def free_port():
         ("--mesh fsdp=2", "--mesh fsdp=2: The mesh fsdp 2 takes 2 devices, but there are 8"),
         ("--mesh model=8", "--mesh takes each of data, fsdp, tensor once, as axis=size .*, got 'model=8'"),
         ("--mesh fsdp=8 --batch-size 12", "--batch-size 12 must be a multiple of 8"),
-        ("--mesh fsdp=8 --microbatches 2", "--batch-size 8 must be a multiple of 16: 2 microbatches"),
-        ("--coordinator localhost:1 --mesh fsdp=8", "takes --processes and --process too"),
+        ("--mesh fsdp=8 --microbatches 2", "--batch-size 8 must be a multiple of 16: data and fsdp"),
+        ("--coordinator localhost:1 --mesh fsdp=8", "needs --processes and --process too"),
         ("--processes 2 --process 0", "need --coordinator: give it too"),
         (
             "--coordinator localhost:1 --processes 2 --process 2 --mesh fsdp=8",
