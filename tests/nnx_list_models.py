@@ -28,7 +28,7 @@ class Plain(nnx.Module):
 
 
 class Noisy(nnx.Module):
-    """With running means, dropout, and a count of its calls."""
+    """A layer with running means, dropout, and a count of its calls."""
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs)
@@ -42,11 +42,11 @@ class Noisy(nnx.Module):
 
 
 class Adapted(nnx.Module):
-    """A frozen matrix beside what is trained."""
+    """A frozen matrix with a trained adapter."""
 
     def __init__(self, rngs):
         self.lora = nnx.LoRA(WIDTH, 2, WIDTH, base_module=nnx.Linear(WIDTH, WIDTH, rngs=rngs), rngs=rngs)
-        self.lora.lora_b[...] = 0.1 * jax.random.normal(rngs.params(), (2, WIDTH))  # else half of it has no gradient
+        self.lora.lora_b[...] = 0.1 * jax.random.normal(rngs.params(), (2, WIDTH))  # if zero, lora_a has no gradient
 
     def __call__(self, x):
         return x + jnp.tanh(self.lora(x))
@@ -92,7 +92,7 @@ def arrays(node, *filters):
 
 
 def assert_equal(model, other, rtol=1e-5):
-    """In all that they hold."""
+    """Both hold equal values."""
     for (path, a), (_, b) in zip(
         *(jax.tree_util.tree_leaves_with_path(arrays(m)) for m in (model, other)), strict=True
     ):

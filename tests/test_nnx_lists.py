@@ -1,4 +1,4 @@
-"""Layers in Python lists of an NNX model: stacked between the steps, and the model's own again when it is asked."""
+"""The layers in an NNX model's Python lists are stacked between the steps; ``unplace`` gives them back to the model."""
 
 import gc
 from typing import Any
@@ -51,7 +51,7 @@ def stacks(optimizer, model):
 
 @pytest.mark.parametrize(("block", "remat"), [(Plain, True), (Noisy, True), slow(Plain, False), slow(Noisy, False)])
 def test_equals_an_nnx_optimizer(block, remat):
-    """The weights, the running means, the dropout masks, the counters; with an evaluation between the steps."""
+    """Weights, running means, dropout masks and counters are equal, also with an evaluation between the steps."""
     model, optimizer = make(block, remat=remat)
     reference = Reference(Model(block, remat=remat))
     before = arrays(model, nnx.Param)
@@ -69,7 +69,7 @@ def test_equals_an_nnx_optimizer(block, remat):
 
 @pytest.mark.parametrize("how", ["wrt", slow("trainable")])
 def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
-    """As further arguments of the loss, which ``wrt`` makes them, they would be stacked in each step."""
+    """``wrt`` makes them further arguments of the loss, which each step would have to stack again."""
     is_trained = lambda path: "lora_" in path
     options: dict[str, Any] = {"wrt": nnx.LoRAParam} if how == "wrt" else {"trainable": is_trained}
     model, optimizer = make(Adapted, **options)
@@ -155,7 +155,7 @@ def test_saved_and_restored_it_repeats_the_same_bits():
 
 
 def test_the_weights_are_there_once():
-    """Counted in all arrays that there are: after a step, unplaced, and after the next step."""
+    """All live arrays together hold them once: after a step, after ``unplace``, and after the next step."""
     model, optimizer = make()
     optimizer.step(model, X)
     optimizer.unplace(model)
@@ -172,7 +172,7 @@ def test_the_weights_are_there_once():
 
 
 def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
-    """Beside the weights there is one stack, when it is made and when its layers are made of it."""
+    """Only one stack is alive beside the weights, when it is made and when its layers are copied out of it."""
     model, optimizer = make()
     optimizer.step(model, X)
     optimizer.unplace(model)
@@ -196,7 +196,7 @@ def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("unplaced", [False, True])
 def test_what_is_written_between_the_steps_counts(unplaced):
-    """All weights loaded, or those of one layer, into a model whose layers are stacked or not."""
+    """The next step uses the weights written to all layers or to one, whether the layers are stacked or not."""
     model, optimizer = make()
     reference = Reference(Model())
     for i in range(3):
@@ -250,7 +250,7 @@ def test_refuses_another_model():
 
 
 def test_a_copy_of_the_model_has_lost_its_weights_after_the_next_step():
-    """As arrays that are donated are gone, wherever else they were kept."""
+    """The step donates its arrays, so they are gone wherever else they were kept."""
     model, optimizer = make()
     optimizer.step(model, X)
     copy = nnx.clone(model)
@@ -270,7 +270,7 @@ def test_is_made_of_shapes():
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [{"max_grad_norm": 0.1}, {"microbatches": 2}, {"offload": "params"}])
 def test_options_hold_for_stacks(option):
-    """Against the same without stacks."""
+    """The results equal those without stacks."""
     model, optimizer = make(**option)
     of_list = Model()
     reference = FusedOptimizer(of_list, TX, loss_fn, X, **({} if "offload" in option else option))
@@ -285,7 +285,7 @@ def test_options_hold_for_stacks(option):
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_layers_are_spread_as_they_were(axis_type):
-    """On an automatic mesh matrices are; on an explicit one the batch is, for NNX layers gather nothing."""
+    """An automatic mesh spreads the matrices, an explicit one the batch, because NNX layers gather nothing."""
     is_auto = axis_type == jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(axis_type,))
     spec = lambda x: jax.P("fsdp", None) if is_auto and x.ndim == 2 else jax.P()
@@ -307,7 +307,7 @@ def test_layers_are_spread_as_they_were(axis_type):
 
 
 def test_a_tx_of_which_a_layer_is_treated_otherwise():
-    """It stays by itself, and can be read."""
+    """The layer stays out of the stacks and can be read."""
     labels = lambda tree: jax.tree_util.tree_map_with_path(
         lambda path, _: "slow" if path[1].key == 0 and path[0].key == "layers" else "fast", tree
     )
@@ -320,7 +320,7 @@ def test_a_tx_of_which_a_layer_is_treated_otherwise():
 
 
 def test_a_tx_that_demands_an_argument_by_name():
-    """It is asked which layers it treats alike, at construction, too; a step may give another value."""
+    """Construction, too, asks ``tx`` which layers it treats alike. A step may give another value."""
 
     update: Any = lambda updates, state, params=None, *, rate, **_: (jax.tree.map(lambda g: -rate * g, updates), state)
     tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

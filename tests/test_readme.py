@@ -1,4 +1,4 @@
-"""What README, the guides and the results show runs, leads somewhere, and is what was measured."""
+"""In README, the guides and the results, code runs, links lead somewhere, and tables show what was measured."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_the_loop_is_short():
 
 @pytest.mark.parametrize("block", blocks("bash"))
 def test_bash_block_names_what_there_is(block):
-    """Not run here: it makes an environment, and the second runs these tests. Its last command is asked for help."""
+    """The block makes an environment, and the second runs these tests, so only its last command's help is run."""
     make, install, command = (shlex.split(part) for part in block.split("&&"))
     assert make == ["python3", "-m", "venv", ".venv"]
     assert install[:3] == [".venv/bin/pip", "install", "-q"]

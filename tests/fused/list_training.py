@@ -27,7 +27,7 @@ def by_optax(loss_fn, tx, params, trainable=lambda path: True):
 
 
 def by_fuse(step, params):
-    """The parameters after some steps, as the caller has them, and the plan."""
+    """The parameters after some steps, in the caller's tree, and the plan."""
     placed = step.place(params, *data(0))
     plan, state, placed = step.plan(placed, *data(0)), step.init(placed, *data(0)), copied(placed)
     for i in range(STEPS):

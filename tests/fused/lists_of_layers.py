@@ -1,4 +1,4 @@
-"""Losses of models whose layers are in Python lists, as people write them; and of such as only look like it."""
+"""Losses of models with layers in Python lists, as people write them, and of models that only look like it."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,21 +13,21 @@ from adalomo_jax.fused.plan.runs import FEWEST
 DIM, LENGTH, BATCH = 8, 5, 2
 
 fuse_lists = partial(fuse, roll=FEWEST)
-"""For so few layers, most without checkpoints, as the models here have: by default they are left in their lists."""
+"""Stacks even the few layers of the models here, most without checkpoints, which `fuse` leaves in lists by default."""
 
 
 class ListModel(NamedTuple):
-    """A loss, its parameters, and what one expects to be stacked."""
+    """A loss, its parameters, and the expected stacks."""
 
     loss_fn: Any
     """``loss_fn(params, x, key)``."""
     params: Any
     stacks: dict[str, int]
-    """Of the paths of stacks, which are those of their first layers, the numbers of layers. Empty where none is due."""
+    """The number of layers of each stack, by its path, which is that of its first layer. Empty if none is expected."""
 
 
 def matrix(seed, *shape):
-    """Normally distributed, for inputs of width ``shape[-2]``."""
+    """Normally distributed values for inputs of width ``shape[-2]``."""
     x = np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
     return jnp.asarray(x, jnp.float32)
 
@@ -56,7 +56,7 @@ def model(layers, loss, stacks, **others):
 
 
 def loop(activation_of):
-    """The loss of a loop in which the layer of a number has this activation."""
+    """The loss of a loop in which layer ``i`` has the activation ``activation_of(i)``."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -68,7 +68,7 @@ def loop(activation_of):
 
 
 def of_layer(path, n):
-    """All leaves of a layer."""
+    """The paths of a layer's leaves, each with ``n``."""
     return {f"{path}/{name}": n for name in ("down", "scale", "up")}
 
 
@@ -78,7 +78,7 @@ def error(y):
 
 
 def plain(remat=None):
-    """With ``jax.checkpoint`` around each layer, around a part of it, around the loop, or without."""
+    """Layers with ``jax.checkpoint`` around each, around a part of each, around the loop, or without."""
     one = jax.checkpoint(apply) if remat == "layer" else apply
     if remat == "part":
         one = lambda p, x: x + jax.checkpoint(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"])(p, x * p["scale"])
@@ -94,7 +94,7 @@ def plain(remat=None):
 
 
 def cast():
-    """The whole tree cast before the loop."""
+    """The whole tree is cast before the loop."""
 
     def loss(params, x, key):
         params, x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, x))
@@ -107,7 +107,7 @@ def cast():
 
 
 def dropout(split):
-    """A key for each layer: split at first, or folded in."""
+    """Each layer has its key, split before the loop or folded in."""
 
     def loss(params, x, key):
         x, keys = x @ params["into"], jax.random.split(key, 4)
@@ -120,7 +120,7 @@ def dropout(split):
 
 
 def key_carried():
-    """A key that each layer splits, and hands on."""
+    """Each layer splits the key and hands it on."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -133,7 +133,7 @@ def key_carried():
 
 
 def scaled_by_depth():
-    """A number that is another for each layer."""
+    """Each layer has a different factor."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -145,7 +145,7 @@ def scaled_by_depth():
 
 
 def all_outputs():
-    """What each layer makes is read after the loop, and a penalty of each."""
+    """The loss reads each layer's output after the loop, and a penalty of each."""
 
     def loss(params, x, key):
         x, outputs, penalty = x @ params["into"], [], 0.0
@@ -159,7 +159,7 @@ def all_outputs():
 
 
 def mask_and_position():
-    """A mask that is made once, a table that each layer makes again, and the inputs again in each layer."""
+    """The mask is made once; each layer makes the table again and reads the inputs again."""
 
     def loss(params, x, key):
         mask = jnp.where(jnp.tril(jnp.ones((LENGTH, LENGTH))) > 0, 0.0, -1e9)
@@ -174,7 +174,7 @@ def mask_and_position():
 
 
 def local_and_global(layers):
-    """Every third layer sees all, others what is near; what is left over stays as it is."""
+    """Every third layer sees all positions, the others near ones; leftover layers stay as they are."""
 
     def loss(params, x, key):
         far = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
@@ -190,18 +190,18 @@ def local_and_global(layers):
 
 
 def other_ends():
-    """The first layer and the last are of another kind."""
+    """The first and the last layer are of another kind."""
     return model(6, loop(lambda i: jnp.sin if i in (0, 5) else jax.nn.relu), of_layer("layers/1", 4))
 
 
 def interrupted():
-    """Another kind of layer in the middle."""
+    """A layer of another kind is in the middle."""
     loss = loop(lambda i: jnp.sin if i == 3 else jax.nn.relu)
     return model(7, loss, of_layer("layers/0", 3) | of_layer("layers/4", 3))
 
 
 def encoder_and_decoder():
-    """Two lists; each layer of the second reads what the first has made."""
+    """Each layer of the second list reads the output of the first list."""
 
     def loss(params, x, key):
         source = x @ params["into"]
@@ -232,7 +232,7 @@ def adapters():
 
 
 def shared():
-    """A matrix that all layers read, beside their own."""
+    """All layers read one matrix beside their own."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -244,7 +244,7 @@ def shared():
 
 
 def in_parts():
-    """Each layer reads the rows of a matrix of its own, one after the other."""
+    """Each layer reads the rows of its own matrix, one after the other."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -260,7 +260,7 @@ def in_parts():
 
 
 def other_constants():
-    """Layers that are given a mask, the first two the same, and then others."""
+    """Each layer gets a mask: the first two the same, then others."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -273,7 +273,7 @@ def other_constants():
 
 
 def side_by_side():
-    """Products of one value with a bias each: they repeat, and none makes anything of another."""
+    """Products of one value, each with a bias: they repeat, but none reads another's output."""
 
     def loss(params, x, key):
         x = jnp.tile(x, 4)
@@ -284,7 +284,7 @@ def side_by_side():
 
 
 def tied():
-    """The fourth layer's matrix is the head's, too: it stays by itself."""
+    """The fourth layer's matrix is also the head's, so it stays by itself."""
 
     def loss(params, x, key):
         x = x @ params["into"]
@@ -296,7 +296,7 @@ def tied():
 
 
 def reads_the_one_before_last():
-    """Each layer reads what the last two have made: two layers are one of the loop, and one is left over."""
+    """Each layer reads the outputs of the last two: two layers are one of the loop, and one is left over."""
 
     def loss(params, x, key):
         x = before = x @ params["into"]
@@ -308,7 +308,7 @@ def reads_the_one_before_last():
 
 
 def other_derivative():
-    """Layers that compute the same, with derivatives of their own, of which one is another."""
+    """All layers compute the same with custom derivatives, one of which differs."""
 
     def activation_of(i):
         activation, factor = jax.custom_vjp(jnp.tanh), 3.0 if i == 3 else 1.0
@@ -319,7 +319,7 @@ def other_derivative():
 
 
 def two_shapes():
-    """Wide layers and narrow ones by turns."""
+    """Wide and narrow layers alternate."""
     found = model(
         6, loop(lambda i: jax.nn.relu), {f"layers/{i}/{name}": 3 for i in range(2) for name in ("down", "scale", "up")}
     )

@@ -1,4 +1,4 @@
-"""Layers in Python lists: stacked between the steps, scanned over within them, and the caller's tree in all else."""
+"""Layers in Python lists are stacked between the steps and scanned within them; the rest is the caller's tree."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_a_state_is_converted_both_ways(rule):
 
 @pytest.mark.parametrize("policy", ["equal", "another"])
 def test_policies_made_for_each_layer(policy):
-    """They are compared by what they are made of, not by identity."""
+    """The step compares policies by their contents, not by identity."""
     names = {"equal": ["a"] * 4, "another": ["a", "a", "a", "b"]}[policy]
     policies = [
         jax.checkpoint_policies.save_from_both_policies(
@@ -114,7 +114,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", always(OPTIONS, ["microbatches, clipped"]))
 @pytest.mark.parametrize("name", ["plain, remat layer", slow("encoder and decoder")])
 def test_equals_the_unfused_step_on_the_list(name, option):
-    """Options, each against plain gradients of the list, all at once."""
+    """Each option equals plain gradients of the list, computed all at once."""
     found = MODELS[name]()
     step = fuse_lists(found.loss_fn, adalomo(1e-2), rms_metrics=True, **OPTIONS[option])
     placed = copied(step.place(found.params, *data(0)))
@@ -130,7 +130,7 @@ def test_equals_the_unfused_step_on_the_list(name, option):
 
 
 def test_place_gives_back_what_it_was_given():
-    """Bit by bit, also in bfloat16; and again placed it is the same, as is a tree without lists."""
+    """``unplace`` returns the same bits, also in bfloat16. Placing again changes nothing, nor does roll=False."""
     found = MODELS["interrupted"]()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), found.params)
     step = fuse_lists(found.loss_fn, adalomo(1e-2))
@@ -143,7 +143,7 @@ def test_place_gives_back_what_it_was_given():
 
 
 def test_stochastic_rounding_is_that_of_a_scan():
-    """The same keys, so the same bits as of a loss that scans over the stacks."""
+    """The keys and so the bits are the same as for a loss that scans over the stacks."""
     layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
 
     def of_list(params, x):
@@ -181,7 +181,7 @@ def test_a_plan_says_what_a_list_costs_and_strict_refuses_it():
 
 
 def test_few_layers_without_checkpoints_stay_in_their_list():
-    """They take less memory so. The plan says how to stack them; strict refuses them, whose gradients may be alive."""
+    """In a list they take less memory. The plan says how to stack them; strict refuses them: gradients may be alive."""
     few, enough = (model(n, loop(lambda i: jax.nn.gelu), {}) for n in (5, 6))
     step = fuse(few.loss_fn, adalomo(1e-2))
     assert jax.tree.structure(step.place(few.params, *data(0))) == jax.tree.structure(few.params)
@@ -198,7 +198,7 @@ def test_few_layers_without_checkpoints_stay_in_their_list():
 
 
 def test_few_layers_with_checkpoints_are_stacked():
-    """From three on, if the checkpoints read all weights."""
+    """Three layers are enough if the checkpoints read all weights."""
     checked, in_part = MODELS["plain, remat layer"](), MODELS["plain, remat part"]()
     assert stacks_in(by_plan(fuse(checked.loss_fn, adalomo(1e-2)), checked.params)) == checked.stacks
     assert stacks_in(by_plan(fuse(in_part.loss_fn, adalomo(1e-2)), in_part.params)) == {}
@@ -206,7 +206,7 @@ def test_few_layers_with_checkpoints_are_stacked():
 
 @pytest.mark.parametrize("roll", [True, False])
 def test_a_loop_over_a_stack_of_ones_own(roll):
-    """Layers that a loop takes out of a stack by themselves need no place."""
+    """A loop that takes single layers out of a stack needs no ``place``."""
 
     def loss(params, x, key):
         for i in range(4):
@@ -224,7 +224,7 @@ def test_a_loop_over_a_stack_of_ones_own(roll):
 
 
 def test_derivatives_within_a_shard_map():
-    """The function's axis has a name only there, so it is not compared, and layers that call it are not stacked."""
+    """The function's axis has a name only there, so the step neither compares it nor stacks layers that call it."""
     mesh = jax.make_mesh((2,), ("parts",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     total = jax.custom_vjp(lambda x: jax.lax.psum(x, "parts"))
     total.defvjp(lambda x: (jax.lax.psum(x, "parts"), None), lambda _, d: (d,))
@@ -257,7 +257,7 @@ def test_stacks_that_another_loss_does_not_run_over_are_told_of():
 
 
 def test_a_loop_under_remat_over_a_tree_that_was_cast_before():
-    """The checkpoint is given what was made of parameters, and is opened all the same."""
+    """The step opens the checkpoint even if its inputs are computed from parameters."""
     found = MODELS["plain, remat loop"]()
     cast = lambda params: jax.tree.map(lambda w: (w * 1.0).astype(jnp.bfloat16), params)
     loss = lambda params, x, key: found.loss_fn(cast(params), x.astype(jnp.bfloat16), key)

@@ -1,4 +1,4 @@
-"""What a step saves and computes for layers in Python lists, once they are stacked."""
+"""These tests measure what a step saves and computes for stacked layers of Python lists."""
 
 import flops
 import jax
@@ -13,7 +13,7 @@ from adalomo_jax import adalomo, fuse
 
 
 def test_what_repeats_around_larger_parameters_stays():
-    """Two scans over one stack, each before a matrix: rolled up, the sums of the stack's gradients would be carried."""
+    """Two scans over one stack each precede a matrix. One scan would carry the sums of the stack's gradients."""
 
     def loss(params, x, key):
         layer = jax.checkpoint(lambda x, w: (jnp.tanh(normalize(x) @ w), None))
@@ -30,7 +30,7 @@ def test_what_repeats_around_larger_parameters_stays():
 
 
 def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
-    """Of a gelu all that its derivative reads would be: side by side, XLA computes such things again."""
+    """A scan would save all values that a gelu's derivative reads; in unrolled layers XLA recomputes them."""
     found = model(4, loop(lambda i: jax.nn.gelu), {})
     step = fuse_lists(found.loss_fn, adalomo(1e-2))
     placed = step.place(found.params, *data(0))
@@ -42,7 +42,7 @@ def test_a_layer_without_remat_saves_no_more_than_its_products_and_its_input():
 
 
 def test_what_layers_make_of_a_shared_matrix_is_not_saved():
-    """It is made again: its transpose, say, else saved by each layer."""
+    """The step makes it again. Otherwise each layer would save its transpose, say."""
     with_shared, found = MODELS["shared"](), MODELS["plain, remat None"]()
     steps = [fuse_lists(each.loss_fn, adalomo(1e-2)) for each in (with_shared, found)]
     calls = [(step.place(each.params, *data(0)), *data(0)) for step, each in zip(steps, (with_shared, found))]
@@ -53,7 +53,7 @@ def test_what_layers_make_of_a_shared_matrix_is_not_saved():
 
 @pytest.mark.parametrize("read_twice", [False, True])
 def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
-    """A checkpoint saves what it is given: the cast is made again, and the layer no more often than without."""
+    """A checkpoint saves its inputs. The step casts again, and computes the layer no more often than without stacks."""
 
     def loss(params, x, key):
         params, x = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (params, x))
@@ -74,7 +74,7 @@ def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
 
 
 def test_the_step_does_not_grow_with_the_layers():
-    """So neither does the time to compile it."""
+    """Its compile time does not grow, either."""
 
     def equations(layers, roll):
         found = model(layers, loop(lambda i: jax.nn.gelu), {})

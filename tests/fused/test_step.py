@@ -43,7 +43,7 @@ OTHER_RULES = {
 def assert_equal(loss_fn, tx, params, **options):
     fused, unfused = run_both(loss_fn, tx, params, BATCHES, **options)
     assert relative_error(fused, unfused) < RELATIVE_ERROR
-    assert relative_error(fused.params, params) > 100 * RELATIVE_ERROR  # it has moved
+    assert relative_error(fused.params, params) > 100 * RELATIVE_ERROR  # training moved them
     return fused
 
 
@@ -119,7 +119,7 @@ def test_metrics_hold_the_gradient_norm():
 
 @pytest.mark.parametrize("rule", always(RULES, ["adalomo", "adamw", "lomo"]))
 def test_equals_optax_on_the_layers_apart(rule):
-    """Not only its own twin: gradients and updates written out, layer by layer, for three steps."""
+    """The fused step also equals gradients and updates written out layer by layer, for three steps."""
     tx, params = RULES[rule], init_params(3)
     step = fuse(make_loss(), tx)
     now, state = params, step.init(params, *BATCHES[0])
@@ -142,7 +142,7 @@ def test_equals_optax_on_the_layers_apart(rule):
 
 
 def test_a_stack_is_not_one_tensor():
-    """The comparison above fails for statistics over the whole stack: what `tx` alone would do."""
+    """The comparison above fails for statistics over the whole stack, which `tx` alone would use."""
     params, tx = small_params(), adalomo(1e-2)
     updates, _ = jax.jit(tx.update)(one_gradient()[1], tx.init(params), params)
     assert relative_error(one_step().params, optax.apply_updates(params, updates)) > 10 * RELATIVE_ERROR
@@ -257,7 +257,7 @@ def test_a_loss_without_arguments_or_layers():
 
 
 def test_stacks_that_are_read_in_another_order_than_they_are_named():
-    """They are updated in halves, by the order in which a layer reads them."""
+    """The step updates them in halves, by the order in which a layer reads them."""
     shapes = {"a": (4, 8), "b": (8, 4), "c": (4,), "d": (4, 6), "e": (6, 4)}
     random = np.random.default_rng(0)
     layers = [{k: jnp.asarray(random.normal(size=s) / 3, jnp.float32) for k, s in shapes.items()} for _ in range(3)]

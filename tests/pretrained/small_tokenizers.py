@@ -54,7 +54,7 @@ def write_gguf(path, **fields):
 
 
 def byte_level_fields(**changes):
-    """Return the fields of ``byte_level()`` in a GGUF file, with a token that a user defined."""
+    """Return the fields of ``byte_level()`` in a GGUF file, with a user-defined token."""
     model = json.loads(byte_level().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     types = [CONTROL] * 2 + [NORMAL] * (len(tokens) - 2)
@@ -90,5 +90,5 @@ def sentencepiece_fields(**changes):
 
 
 def write_config(folder, file="tokenizer_config.json", **config):
-    """Writes a file of a tokenizer's folder."""
+    """Write a file into a tokenizer's folder."""
     (folder / file).write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, spans, what a Hugging Face folder holds, and what is refused."""
+"""Tokenizers round-trip text, cover it with spans, read Hugging Face folders, and refuse bad input."""
 
 import pickle
 
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def assert_spans_cover(text, encoded):
-    """In order, without gaps, to the end; each stands for some text."""
+    """The spans are in order, without gaps, to the end; each stands for some text."""
     end = 0
     for start, stop in encoded.spans.tolist():
         assert start <= end <= stop and start < stop
@@ -42,7 +42,7 @@ def test_bytes_are_the_utf8_of_the_text(text):
 
 
 def test_a_token_that_is_no_byte_is_no_text():
-    """A preset with random weights reads bytes, but may know more tokens than there are, and draw them."""
+    """A preset with random weights reads bytes, but may have more tokens than bytes, and draw them."""
     assert ByteTokenizer().decode([97, 49151, 195, 169]) == "a\N{REPLACEMENT CHARACTER}é"
 
 
@@ -184,7 +184,7 @@ def test_what_stands_around_a_text_in_parts_stands_there_once(tmp_path, monkeypa
 
 
 def test_a_text_whose_parts_do_not_agree_is_read_at_once(monkeypatch):
-    """Four letters are a token, counted from where they begin: a window that begins elsewhere has others."""
+    """Every four letters, from the first on, are a token: a window that begins elsewhere has other tokens."""
     monkeypatch.setattr(tokenizer_module, "WINDOW", 1000)
     monkeypatch.setattr(tokenizer_module, "OVERLAP", 301)
     tokenizer = Tokenizers(models.BPE({"a": 0, "aa": 1, "aaaa": 2, "b": 3}, [("a", "a"), ("aa", "aa")]))

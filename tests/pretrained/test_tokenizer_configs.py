@@ -1,4 +1,4 @@
-"""The files beside `tokenizer.json` say which tokens are special, what ends a text, and what is put around it."""
+"""The files beside `tokenizer.json` say which tokens are special, which end a text, and which are put around it."""
 
 import pytest
 from small_tokenizers import byte_level, write_config
@@ -65,7 +65,7 @@ LLAMA, GPT2, BASE = "LlamaTokenizerFast", "GPT2TokenizerFast", "PreTrainedTokeni
     ],
 )
 def test_bos_and_eos_are_put_around_as_the_class_does_it(tmp_path, config, around, before):
-    """None: as tokenizer.json has it."""
+    """If ``around`` is None, tokenizer.json decides."""
     byte_level(bos=before).save(str(tmp_path / "tokenizer.json"))
     write_config(tmp_path, bos_token="<|im_start|>", eos_token="<|im_end|>", **config)
     (bos, eos), tokenizer = around or (int(before), 0), read_tokenizer(tmp_path)
@@ -112,7 +112,7 @@ def test_tokens_beside_tokenizer_json_are_tokens(tmp_path, file):
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_tokens_that_are_named_special_are_found_in_a_text(tmp_path, file):
-    """A word of the vocabulary becomes one, with the spaces that it is said to take; one that has no row does not."""
+    """A named word of the vocabulary becomes one and takes the spaces it declares; a word without a row does not."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
     ids = byte_level().get_vocab()
     named = [{"content": "cat", "lstrip": True, "normalized": False}, "sat", "<new>"]

@@ -1,4 +1,4 @@
-"""How a run goes on from a checkpoint: to the same bits, or not at all."""
+"""A run continues from a checkpoint to the same bits, or not at all."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def steps_in(folder):
 
 
 def rows(folder):
-    """Without what depends on time."""
+    """The rows without values that depend on time."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in found]
 
@@ -250,7 +250,7 @@ def test_checkpoints_alone_say_what_to_copy_too(killed, command, capsys):
 
 @pytest.mark.parametrize("at", range(3))
 def test_a_kill_while_a_run_goes_back_loses_no_rows(at, finished, command, tmp_path, monkeypatch):
-    """Before the removal of each later checkpoint, the last one first, and before the cut of the rows."""
+    """The kill comes before one of the later checkpoints goes, the last first, or before the rows are cut."""
     folder, calls = shutil.copytree(finished, tmp_path / "run"), []
 
     def killed():
@@ -271,7 +271,7 @@ def test_a_kill_while_a_run_goes_back_loses_no_rows(at, finished, command, tmp_p
 
 @pytest.mark.parametrize("name", ["model.safetensors", "summary.json"])
 def test_a_run_is_finished_by_whole_weights_and_its_summary(name, finished, command, capsys, tmp_path):
-    """Else they are written again, from the last checkpoint."""
+    """Otherwise the run writes them again from the last checkpoint."""
     folder = shutil.copytree(finished, tmp_path / "run")
     if name == "summary.json":
         (folder / name).unlink()
@@ -296,10 +296,10 @@ def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
 
 
 def test_a_resumed_run_makes_no_weights_of_its_own(killed, finished, command, monkeypatch):
-    """And compiles, of the arrays that it restores, the same step: the other tests' runs share one."""
+    """It compiles the same step from the restored arrays; the other tests' runs share one step."""
 
     def made(*_):
-        raise AssertionError("made anew")
+        raise AssertionError("made again")
 
     monkeypatch.setattr(run_module, "build_program", program_module.build_program)
     monkeypatch.setattr(program_module, "_first_params", made)

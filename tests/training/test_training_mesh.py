@@ -20,7 +20,7 @@ from adalomo_jax.run_files import RUN_FILES
 from adalomo_jax.training.output_folder import claimed
 
 STEPS = 20
-"""So many that a run can be stopped on its way."""
+"""Enough steps to stop a run on its way."""
 OPTIONS = ["--steps", str(STEPS), "--evaluate-every", str(STEPS // 2), "--learning-rate", "1e-2", "--warmup-steps", "0"]
 OPTIONS += ["--batch-size", "8", "--microbatches", "2", "--seq-len", "32"]
 MESH = ["--mesh", "fsdp=4,tensor=2"]
@@ -75,12 +75,12 @@ def test_a_run_of_one_device_goes_on_upon_a_mesh(corpus, tmp_path, of_one_device
 
 
 def launch(processes, corpus, folder, *options, of_last=()):
-    """The command in several processes; the last one gets some options besides."""
+    """Start the command in several processes; the last one also gets ``of_last``."""
     command = [sys.executable, tiny.__file__, "finetune", "--data", str(corpus), "--output", str(folder)]
     command += [*OPTIONS, *MESH, "--coordinator", f"localhost:{free_port()}", "--processes", str(processes), *options]
     flags = re.sub(r"(device_count)=\d+", rf"\1={8 // processes}", os.environ["XLA_FLAGS"])
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
-    # Only the first process keeps what it compiles: resumed, it would run another executable than the others.
+    # Only the first process caches what it compiles: resumed, it would run another executable than the others.
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     return [
         subprocess.Popen(
@@ -95,7 +95,7 @@ def launch(processes, corpus, folder, *options, of_last=()):
 
 
 def end_together(running, folder, on_one_device):
-    """What they print, after they have left one run."""
+    """Check that the processes leave one run, and return their output."""
     printed = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0] * len(running), printed[0][1][-3000:]
     np.testing.assert_allclose(losses(folder), on_one_device, rtol=1e-5)
@@ -108,7 +108,7 @@ def end_together(running, folder, on_one_device):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_that_train_together(processes, corpus, tmp_path, on_one_device):
-    """Two of them do so in the next test, too: in the slow tier, since each compiles the step for itself."""
+    """Two of them also do so in the next test. The test is slow, since each process compiles the step for itself."""
     end_together(launch(processes, corpus, tmp_path / "run"), tmp_path / "run", on_one_device)
 
 
