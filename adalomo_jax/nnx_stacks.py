@@ -61,7 +61,7 @@ class LayerInStack(np.lib.mixins.NDArrayOperatorsMixin):
 
 def _message(layer: LayerInStack) -> str:
     return (
-        f"A {layer.dtype}{list(layer.shape)} of the model was read that is layer {layer.layer} of a stack, as "
+        f"The {layer.dtype}{list(layer.shape)} read from the model is layer {layer.layer} of a stack, in which "
         "FusedOptimizer(..., roll=True) keeps the layers of a list between its steps. Call optimizer.unplace(model) "
         "before the model is read, saved or given to nnx.jit; the next step stacks them again."
     )

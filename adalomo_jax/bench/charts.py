@@ -45,7 +45,7 @@ def plot_depths(path: Path, results: Sequence[Result], title: str) -> None:
         layers = [depth for depth, _ in points]
         times.plot(layers, [statistics.median(one.seconds) for _, one in points], marker="o", markersize=4, label=name)
         memory.plot(layers, [(one.peak_bytes or 0) / 1e9 for _, one in points], marker="o", markersize=4)
-    for axes, label in ((times, "seconds a step"), (memory, "most memory of the process, GB")):
+    for axes, label in ((times, "seconds a step"), (memory, "peak memory of the process, GB")):
         axes.set(xlabel="layers", ylabel=label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

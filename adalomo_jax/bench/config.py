@@ -63,9 +63,9 @@ def check_bench_options(config: BenchConfig) -> None:
         ),
         f"--layers must be at least 1, got {min(config.layers or (1,))}": min(config.layers or (1,)) >= 1,
         f"--rounds must be at least 3, for a median, got {config.rounds}": config.rounds >= 3,
-        f"--only knows {'; '.join(NAMES)}, got {'; '.join(unknown)}": not unknown,
+        f"--only takes {'; '.join(NAMES)}, got {'; '.join(unknown)}": not unknown,
         f"--against lomo-optim needs {install}: pip install {install}": not missing,
-        "--against lomo-optim needs --dtype float32, in which both are the same rule": (
+        "--against lomo-optim needs --dtype float32: with it, both are the same rule": (
             config.against is None or config.dtype == ("float32",)
         ),
     }

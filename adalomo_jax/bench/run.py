@@ -49,7 +49,10 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Result]:
         starts = _starts(config, case, model)
         left_out = [c.name for c in CONTESTANTS if c.microbatches and case.batch_size % c.microbatches]
         if left_out and config.only is None:
-            console.print(f"left out, as --batch-size is {case.batch_size}: {', '.join(left_out)}", highlight=False)
+            console.print(
+                f"left out, as microbatches must divide --batch-size {case.batch_size}: {', '.join(left_out)}",
+                highlight=False,
+            )
         with console.status(title_of(case)) as status:
             say = lambda doing, case=case: status.update(f"{title_of(case)}: {doing}")
             results.append(Result(case, measure(starts, config.rounds, say)))

@@ -44,7 +44,7 @@ def title_of(case: Case) -> str:
 
 def time_table(result: Result) -> Table:
     """A row for each contestant: how long its steps take."""
-    caption = f"medians of {max(len(one.seconds) for one in result.found)} rounds; in brackets the middle half of them"
+    caption = f"medians of {max(len(one.seconds) for one in result.found)} rounds; the middle half is in brackets"
     table = _table(title_of(result.case), ["step", "seconds", "tokens/s", "adalomo, fused over it"])
     table.caption = caption
     ratios = ratios_to_reference(result.found)
@@ -61,7 +61,7 @@ def time_table(result: Result) -> Table:
 
 def memory_table(result: Result) -> Table:
     """A row for each contestant: its time to compile, and its memory."""
-    table = _table(title_of(result.case), ["step", "to compile", "most of the process", "by the compiler"])
+    table = _table(title_of(result.case), ["step", "compile time", "peak of the process", "by the compiler"])
     for one in result.found:
         if not one.error:
             compiling = "" if one.compile_seconds is None else f"{one.compile_seconds:.1f} s"

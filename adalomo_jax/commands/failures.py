@@ -29,8 +29,8 @@ def reason_of(error: BaseException) -> str | None:
             return text
         if isinstance(cause, MemoryError) or "Out of memory" in text or text.startswith("RESOURCE_EXHAUSTED"):
             return (
-                f"there is not enough memory ({text or 'of this process'}); adalomo-jax memory says what a run takes: "
-                "less with a smaller --batch-size or --seq-len, --dtype bfloat16, or --mesh"
+                f"there is not enough memory ({text or 'of this process'}); adalomo-jax memory says what a run takes; "
+                "a smaller --batch-size or --seq-len, --dtype bfloat16 or --mesh takes less"
             )
         if match := re.search(r"\(os error (\d+)\)", text):  # from Rust: safetensors, tokenizers
             return f"{os.strerror(int(match[1]))}: {text}"

@@ -39,8 +39,8 @@ DIVERGED = 4.0
 WINDOW = 15
 """Steps over which a slope is taken."""
 KNOWN = (
-    "where the best rate is known, the test suggested 1.2 (adalomo) and 0.8 (adamw) times that of the tiny model, a "
-    "third of SmolLM2's, and for lomo a twentieth"
+    "the test suggested 1.2 (adalomo) and 0.8 (adamw) times the known best rate of the tiny model, a third of "
+    "SmolLM2's, and a twentieth for lomo"
 )
 """How far off the suggestion was."""
 FILES = ("lr.jsonl", "lr.png")
@@ -166,9 +166,9 @@ def suggest(rates: Sequence[Rate]) -> Suggestion:
 
 def _advice(suggestion: Suggestion) -> str:
     return (
-        f"the loss falls fastest at {suggestion.steepest:.1e}, and is least at {10 * suggestion.tenth:.1e}, where it "
-        f"is about to rise: a tenth of that is {suggestion.tenth:.1e}\n"
-        f"suggested, the greater of the two: --learning-rate {suggestion.rate:.1e}\n"
+        f"the loss falls fastest at {suggestion.steepest:.1e}, and is least at {10 * suggestion.tenth:.1e}, just "
+        f"before it rises; a tenth of that is {suggestion.tenth:.1e}\n"
+        f"the test suggests the greater of the two: --learning-rate {suggestion.rate:.1e}\n"
         f"try larger ones, too: {KNOWN}"
     )
 

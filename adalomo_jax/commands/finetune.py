@@ -112,8 +112,8 @@ def _run_in(folder: Path, config: FinetuneConfig, model: Pretrained, mesh: Mesh 
     if config.find_lr:
         return find_lr(config, model, data, mesh, folder, console, writes=is_first_process())
     if config.resume:
-        where = f"after step {start.step}" if start else f"at the beginning: there is no checkpoint in {folder}"
-        console.print(f"going on {where}", markup=False, highlight=False, soft_wrap=True)
+        where = f"after step {start.step}" if start else f"from the beginning: there is no checkpoint in {folder}"
+        console.print(f"continuing {where}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"writing to {folder}", markup=False, highlight=False, soft_wrap=True)
     console.print("compiling", highlight=False)
     program = build_program(config, model, mesh, restore=start and partial(restored, folder, start))
@@ -181,7 +181,7 @@ def agreement(config: FinetuneConfig, origin: Origin, start: Record | None) -> d
         "options": json.dumps(options | dict(origin.options), sort_keys=True, default=str),
         "sizes of --model": json.dumps(dict(origin.model), sort_keys=True, default=str),
         "text of --data": origin.data,
-        "checkpoint to go on from": str(start and start.step),
+        "checkpoint to continue from": str(start and start.step),
     }
 
 

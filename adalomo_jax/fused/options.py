@@ -82,14 +82,14 @@ _FLAG = Range(is_bool, "True or False")
 _TX = Range(
     lambda tx: callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)),
     "an optax.GradientTransformation",
-    "Call what makes it: fuse(loss_fn, adalomo(1e-3)).",
+    "Call the function that makes it: fuse(loss_fn, adalomo(1e-3)).",
 )
 
 OPTIONS = {
     "has_aux": _FLAG,
     "trainable": Range(
         lambda x: callable(x) or all(map(is_bool, jax.tree.leaves(x))),
-        "a tree of bools like params, or a prefix of it, or a function of a path",
+        "a tree of bools like params, a prefix of it, or a function of a path",
         "None trains all floats.",
     ),
     "max_grad_norm": Range(_or_none(_is_positive), "positive", "None does not clip."),
@@ -97,12 +97,12 @@ OPTIONS = {
     "reduction": Range(
         lambda x: isinstance(x, str) and x in ("mean", "sum"),
         "'mean' or 'sum'",
-        "It is what the loss takes over the examples of a batch.",
+        "It says how the loss combines the examples of a batch.",
     ),
     "batch_argnums": Range(
         _or_none(lambda x: _all_of(_is_count, x)),
         "a position among the arguments of loss_fn, from 1 on, or a tuple of them",
-        "0 are the parameters, which no batch slices.",
+        "0 is the parameters, which are never sliced.",
     ),
     "loss_scale": Range(
         _or_none(lambda x: isinstance(x, DynamicLossScale) or _is_finite(x)),
@@ -117,12 +117,12 @@ OPTIONS = {
     "offload": Range(
         _or_none(lambda x: _all_of(lambda kind: isinstance(kind, str) and kind in ("params", "activations"), x)),
         "'params', 'activations', or a tuple of both",
-        "It names what is kept in host memory; None keeps all on the device.",
+        "It names what stays in host memory; None keeps all on the device.",
     ),
     "roll": Range(
         lambda x: is_bool(x) or (_is_whole(x) and bool(x >= FEWEST)),
         f"True, False, or a whole number of layers, from {FEWEST} on",
-        "A number stacks all lists of so many layers.",
+        "A number stacks all lists of that many layers.",
     ),
 }
 """The range of each option, by name."""

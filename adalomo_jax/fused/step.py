@@ -121,7 +121,7 @@ class FusedStep:
           >>> params = step.place({"layers": [jnp.full((4, 4), 0.1) for _ in range(12)]}, x)
           >>> print(step.plan(params, x))
           parameter  shape   dtype    updated                 because
-          layers/0   12x4x4  float32  scan 0, layer by layer  a scan runs over its 12 layers, which a list had
+          layers/0   12x4x4  float32  scan 0, layer by layer  a scan runs over its 12 layers, stacked from a list
           gradients alive at once: 64 of 768 bytes
           >>> params["layers"][2]
           InStack(stack="['layers'][0]", layer=2)
@@ -133,7 +133,7 @@ class FusedStep:
           >>> step = fuse(loss_fn, adalomo(1e-2), trainable=lambda path: path != "layers/3")
           >>> print(step.plan(step.place({"layers": [jnp.full((4, 4), 0.1) for _ in range(4)]}, x), x))
           parameter  shape  dtype    updated                 because
-          layers/0   3x4x4  float32  scan 0, layer by layer  a scan runs over its 3 layers, which a list had
+          layers/0   3x4x4  float32  scan 0, layer by layer  a scan runs over its 3 layers, stacked from a list
           layers/3   4x4    float32  not                     it is not trained, and layers/2 is
           gradients alive at once: 64 of 192 bytes
         """

@@ -49,17 +49,23 @@ def usage_table(rows: Sequence[UsageRow], title: str) -> Table:
     table.add_row("total", *(format_bytes(usage.peak_bytes) for usage in usages), style="bold")
     table.add_row("the chip's limit", *(format_bytes(usage.limit_bytes) for usage in usages))
     table.add_row("fits", *map(verdict, usages), style="bold")
-    table.add_row("to spare", *(format_bytes(max(0, usage.spare_bytes)) for usage in usages))
-    table.add_row("too much", *(format_bytes(max(0, -usage.spare_bytes)) for usage in usages))
+    _add_unless_zero(table, "to spare", [max(0, usage.spare_bytes) for usage in usages])
+    _add_unless_zero(table, "over the limit", [max(0, -usage.spare_bytes) for usage in usages])
     table.add_section()
-    table.add_row("in the host's memory", *(format_bytes(usage.host_bytes) for usage in usages))
+    _add_unless_zero(table, "in the host's memory", [usage.host_bytes for usage in usages])
     kinds = sorted({kind for usage in usages for kind in usage.collectives})
     if kinds:
         table.add_section()
-        table.caption = "Operations between chips: how many in the program, each once however often its loop runs."
+        table.caption = "The last rows count operations between chips, each once, however often its loop runs."
     for kind in kinds:
         table.add_row(kind, *(_collectives(usage, kind) for usage in usages))
     return table
+
+
+def _add_unless_zero(table: Table, name: str, sizes: Sequence[int]) -> None:
+    """A row of sizes; none if all are 0, which would say nothing."""
+    if any(sizes):
+        table.add_row(name, *map(format_bytes, sizes))
 
 
 def _collectives(usage: Usage, kind: str) -> str:

@@ -148,7 +148,7 @@ def _entries_of(matrix_axes: Any) -> dict[Path, Any]:
 
 def _asked(axes_of: Callable[[str, tuple[int, ...]], Any], name: str, shape: tuple[int, ...]) -> Any:
     axes = axes_of(name, shape)
-    _check_is_axes(f"What matrix_axes returns of {name!r} {shape}", axes)
+    _check_is_axes(f"The result of matrix_axes for {name!r} {shape}", axes)
     return axes
 
 

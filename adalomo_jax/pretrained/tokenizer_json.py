@@ -115,7 +115,7 @@ def _probe(tokenizer: tokenizers.Tokenizer) -> None:
     """Fail now rather than later, in the middle of the text. A model need not know all characters."""
     if not tokenizer.get_vocab_size(with_added_tokens=True):
         raise ValueError("it has no tokens")
-    with as_value_errors("it fails on a text of no characters"):
+    with as_value_errors("it fails on an empty text"):
         added = tokenizer.encode("").ids
     if len(added) > MOST_ADDED:
         raise ValueError(f"post_processor must put at most {MOST_ADDED} tokens around a text, got {len(added):,}")

@@ -40,7 +40,7 @@ _COMPRESSED = {
 """File endings, and the bytes that such files begin with."""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _OF_RUN = "the output of a run"
-_NO_PART = "a split that is neither trained nor evaluated on"
+_NO_PART = "a split for neither training nor evaluation"
 _DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
 
 
@@ -237,7 +237,7 @@ def _rows(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, 
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        message = f"--data {source.path} is read by the package datasets: pip install 'adalomo-jax[datasets]'"
+        message = f"--data {source.path} needs the package datasets: pip install 'adalomo-jax[datasets]'"
         raise InputError(message) from error
     try:
         dataset = load_from_disk(str(source.path)).with_format(None)  # as plain Python values

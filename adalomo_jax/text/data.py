@@ -51,13 +51,13 @@ class DataReport(NamedTuple):
         lines = [
             f"{self.train_documents:,} documents to train on, {self.evaluation_documents:,} to evaluate on",
             f"{self.train_tokens:,} tokens to train on ({self.learned_tokens:,} of them predicted) in "
-            f"{self.train_sequences:,} sequences with {self.padding:.1%} of padding, "
+            f"{self.train_sequences:,} sequences with {self.padding:.1%} padding, "
             f"{self.evaluation_tokens:,} to evaluate on{self._read_of_them()}",
         ]
         if self.short or self.unlearned:
             lines.append(
                 f"dropped: {self.short:,} tokens that stood alone in a sequence, {self.unlearned:,} in pieces of "
-                "documents without anything to predict"
+                "documents with nothing to predict"
             )
         if self.in_both:
             lines.append(
@@ -67,7 +67,7 @@ class DataReport(NamedTuple):
         if self.broken:
             lines.append(f"skipped: {_listed(self.broken)}")
         for field, count in self.unwritten:
-            lines.append(f"not used: {field} of {count:,} conversations, which the chat template does not write")
+            lines.append(f"not used, as the chat template does not write it: {field} of {count:,} conversations")
         return "\n".join([*lines, *lines_of(self.passed_over)])
 
     def _read_of_them(self) -> str:

@@ -122,7 +122,7 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
     number, is_told = process or 0, processes is not None and process is not None
     checks = {
         "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
-        f"--steps must be from 1 to {MOST_STEPS}, which are counted in 32 bits, got {config.steps}": (
+        f"--steps must be from 1 to {MOST_STEPS}, because they are counted in 32 bits, got {config.steps}": (
             1 <= config.steps <= MOST_STEPS
         ),
         f"--batch-size must be at least 1 sequence, got {config.batch_size}": config.batch_size >= 1,
@@ -146,30 +146,30 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
         f"--weight-decay must be 0 or more, got {config.weight_decay}": (
             math.isfinite(config.weight_decay) and config.weight_decay >= 0
         ),
-        f"--batch-size {config.batch_size} must be a multiple of {rows * max(parts, 1)}: {parts} microbatches, each "
-        f"spread over {rows} devices by data and fsdp in --mesh": config.batch_size % (max(parts, 1) * rows) == 0,
+        f"--batch-size {config.batch_size} must be a multiple of {rows * max(parts, 1)}: data and fsdp in --mesh "
+        f"spread each of {parts} microbatches over {rows} devices": config.batch_size % (max(parts, 1) * rows) == 0,
         "--processes and --process need --coordinator: give it too": (
             config.coordinator is not None or (processes is None and process is None)
         ),
-        "--coordinator with an address takes --processes and --process too": (
+        "--coordinator with an address needs --processes and --process too": (
             config.coordinator in (None, "auto") or is_told
         ),
         f"--process must be from 0 to one less than --processes, got {process} of {processes}": (
             not is_told or 0 <= number < (processes or 0)
         ),
         "--coordinator spreads a run over processes: say how with --mesh": config.coordinator is None or bool(sizes),
-        "--coordinator takes --output, the same folder for all processes": (
+        "--coordinator needs --output: give all processes the same folder": (
             config.coordinator is None or config.find_lr or config.output is not None
         ),
         f"--max-grad-norm must be above 0, got {config.max_grad_norm}": _is_positive(config.max_grad_norm),
         f"--evaluate-every must be at least 1 step, got {config.evaluate_every}": (
             config.evaluate_every is None or config.evaluate_every >= 1
         ),
-        f"--checkpoint-every must be 0, for none, or a number of steps, got {config.checkpoint_every}": (
+        f"--checkpoint-every must be 0 (no checkpoints) or a number of steps, got {config.checkpoint_every}": (
             config.checkpoint_every is None or config.checkpoint_every >= 0
         ),
         f"--keep must be at least 1 checkpoint, got {config.keep}": config.keep >= 1,
-        "--resume goes on with the run in --output: name its folder": not config.resume or config.output is not None,
+        "--resume continues the run in --output: name its folder": not config.resume or config.output is not None,
         "--resume-step needs --resume: give it too": config.resume_step is None or config.resume,
         f"--resume-step must be at least 1, got {config.resume_step}": (
             config.resume_step is None or config.resume_step >= 1

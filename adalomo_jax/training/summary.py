@@ -105,7 +105,7 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("evaluation perplexity", " to ".join(f"{perplexity(loss):.2f}" for loss in losses))
     table.add_row("training tokens a second", f"{summary.tokens_per_second:,.0f}")
     if summary.skipped_steps:
-        table.add_row("steps in which something was not finite, and not written", f"{summary.skipped_steps:,}")
+        table.add_row("steps not written, because something was not finite", f"{summary.skipped_steps:,}")
     table.add_row("attention", summary.attention)
     table.add_section()
     table.add_row("peak memory of this process", format_bytes(summary.process_bytes))

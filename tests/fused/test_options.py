@@ -22,7 +22,7 @@ WRONG = {
     "has_aux": (["yes", 1, None], A_FLAG),
     "trainable": (
         ["layers", {"layers": "x"}, 1, 0.5],
-        "must be a tree of bools like params, or a prefix",
+        "must be a tree of bools like params, a prefix",
     ),
     "max_grad_norm": (
         [0.0, -1.0, NAN, "1", True, 1j, [1.0], jnp.ones(2)],
@@ -32,7 +32,7 @@ WRONG = {
     "reduction": (["max", None, 1, ["mean"]], "must be 'mean' or 'sum', got"),
     "batch_argnums": (
         [1.5, True, "x", -1, (1, 0.5), (0, 1), 0],
-        "must be a position .*, got .* 0 are",
+        "must be a position .*, got .* 0 is",
     ),
     "loss_scale": (
         [0, -1.0, NAN, INF, "x", True, 1j],
@@ -77,7 +77,10 @@ def test_refuses_a_dynamic_scale_that_cannot_work(name, value):
 
 
 NO_TRANSFORMATION = {
-    "a function": (adalomo, "got the function adalomo. Call the function that makes it: fuse\\(loss_fn, adalomo\\(1e-3\\)\\)"),
+    "a function": (
+        adalomo,
+        "got the function adalomo. Call the function that makes it: fuse\\(loss_fn, adalomo\\(1e-3\\)\\)",
+    ),
     "optax's": (optax.adam, "got the function adam. Call"),
     "None": (None, "got None. Call"),
     "a number": (1e-3, "got 0.001. Call"),

@@ -255,7 +255,10 @@ BAD_OF_LEAVES: list[tuple[Any, str]] = [
     ),
     ({"attn": None}, r"matrix_axes has no entry for \['norm'\]; give it its MatrixAxes, or None"),
     ({"attn": None, "norm": None, "x": None}, r"matrix_axes\['x'\] matches no parameter"),
-    (lambda path, shape: (0, 1), r"The result of matrix_axes for 'attn/o' \(3, 4, 12\) must be MatrixAxes.*got \(0, 1\)"),
+    (
+        lambda path, shape: (0, 1),
+        r"The result of matrix_axes for 'attn/o' \(3, 4, 12\) must be MatrixAxes.*got \(0, 1\)",
+    ),
     (lambda path, shape: MatrixAxes(0, 5), r"matrix_axes of 'attn/o' must be axes of its shape"),
 ]
 

@@ -58,7 +58,9 @@ def check_signature(state: Signature, called: Signature) -> None:
         )
     if state.args != called.args:
         path = next(iter(set(state.args).symmetric_difference(called.args)))
-        when = "was there in init, and is not now" if path in state.args else "is there now, and was not in init"
+        when = (
+            "was present in init, and is absent now" if path in state.args else "is present now, and was absent in init"
+        )
         raise ValueError(f"The arguments of the loss have another structure than in init: {path} {when}. {way_out}")
 
 

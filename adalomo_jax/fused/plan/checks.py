@@ -36,7 +36,7 @@ def check_returned(result: Any) -> None:
     """Refuses a loss, or aux returned beside it, that is not an array."""
     for path, x in leaves_with_paths(result):
         if not _is_array(x):
-            name = f"the leaf {jax.tree_util.keystr(path)} of it" if path else "it"
+            name = f"its leaf {jax.tree_util.keystr(path)}" if path else "it"
             raise ValueError(
                 f"What loss_fn returns must be arrays, but {name} is {shown(x)}, of the type {type(x).__name__}. "
                 "Return it from elsewhere, or leave it out."
@@ -175,7 +175,7 @@ def check_strict(plan: Plan) -> None:
     if misplaced:
         raise ValueError(
             f"strict=True, but these cannot be updated layer by layer: {', '.join(misplaced)}. "
-            "Let one scan alone run over them, or leave strict out to have them updated whole."
+            "Let only one scan run over them, or leave strict out to have them updated whole."
         )
 
 
@@ -186,7 +186,7 @@ def warn_of_whole(plan: Plan) -> None:
             size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
             warnings.warn(
                 f"{leaf.path!r} is updated whole, though its layers are stacked: {leaf.reason}. Its whole gradient "
-                f"of {size:,} bytes exists at once. Let one scan alone run over it; other readers can take one layer "
+                f"of {size:,} bytes exists at once. Let only one scan run over it; other readers can take one layer "
                 "at a time and add up, as a sum of squares does. fuse(..., strict=True) makes this an error.",
                 stacklevel=3,
             )

@@ -144,9 +144,9 @@ class Differences:
         one, other = (self.layers.ordered.equations[at] for at in ((k + period, k) if is_later else (k, k + period)))
         here, there = self._places(k, period, is_later, start)
         program, signatures = self.layers.program, self.layers.signatures
-        what, how = _told_apart(signatures, (program, one), (program, other)) or (_name(one), "otherwise")
+        what, how = _told_apart(signatures, (program, one), (program, other)) or (_name(one), "differently")
         if how.startswith("`"):  # another operation
-            return Comparison(False, f"{here} computes {what} where {there} computes {how}")
+            return Comparison(False, f"{here} computes {what}, but {there} computes {how}")
         return Comparison(False, f"{here} computes {what} {how} than {there}")
 
     def _places(self, k: int, period: int, is_later: bool, start: int | None) -> tuple[str, str]:
@@ -197,7 +197,7 @@ def _operations_apart(signatures: Signatures, one: _Within, other: _Within) -> t
     if signatures.of(p, x) != signatures.of(q, y):
         names = sorted(x.params.keys() | y.params.keys())
         unequal = [name for name in names if str(x.params.get(name)) != str(y.params.get(name))]
-        return _name(x), f"with another `{unequal[0]}`" if unequal else "otherwise"
+        return _name(x), f"with another `{unequal[0]}`" if unequal else "differently"
     of_both = [(v, w) for v, w in zip(x.inputs, y.inputs) if v in p.constants and w in q.constants]
     if any(signatures.constant(p, v) != signatures.constant(q, w) for v, w in of_both):
         return _name(x), "with another constant"

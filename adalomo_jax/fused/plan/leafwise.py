@@ -19,13 +19,14 @@ from adalomo_jax.optimizers.layer_axes import LayerKey
 from adalomo_jax.optimizers.per_layer import Group, PerLayer, asking_for
 
 _WAY_OUT = (
-    "fuse needs a tx that treats leaves separately, for it never holds all gradients. Leave out what mixes them: "
-    "instead of optax.clip_by_global_norm say fuse(..., max_grad_norm=...), instead of optax.MultiSteps "
-    "fuse(..., microbatches=...), and optax.apply_if_finite is there already, as skip_nonfinite."
+    "fuse needs a tx that treats leaves separately, because it never holds all gradients. Leave out the part that "
+    "mixes them. Instead of optax.clip_by_global_norm, use fuse(..., max_grad_norm=...); instead of optax.MultiSteps, "
+    "fuse(..., microbatches=...). skip_nonfinite already does the work of optax.apply_if_finite."
 )
 _OF_SOME = (
-    "is computed otherwise among all leaves than among those that are updated together: by how many there are, or by "
-    "the shapes or dtypes of others (then fix the dtype, as with optax.inject_hyperparams(..., hyperparam_dtype=...))."
+    "is computed differently among all leaves than among the leaves updated together. It depends on the number of "
+    "leaves, or on the shapes or dtypes of others (then fix the dtype, as with "
+    "optax.inject_hyperparams(..., hyperparam_dtype=...))."
 )
 _RANDOM = {"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform", "random_gamma"}
 

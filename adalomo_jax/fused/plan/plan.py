@@ -239,7 +239,7 @@ class Plan:
             for repeat in self.lists.repeats
         ]
         lines += [
-            f"{repeat.layers} layers in a list repeat, too few for a stack to save memory, unless each is under "
+            f"{repeat.layers} layers in a list repeat, but too few for a stack to save memory, unless each is under "
             f"jax.checkpoint. fuse(..., roll={repeat.layers}) and step.place(params, *args) stack them anyway"
             for repeat in self.lists.too_few
         ]

@@ -80,7 +80,7 @@ def _reason(home: Home, is_trained: bool, of_list: Sequence[str]) -> str:
     if home.axis is None:
         return "layers of a list do not repeat in this loss"
     period = period_of(of_list)
-    return f"{home.reason}, {f'every {nth(period)} of a list' if period and period > 1 else 'which a list had'}"
+    return f"{home.reason}, {f'every {nth(period)} of a list' if period and period > 1 else 'stacked from a list'}"
 
 
 def _stages(

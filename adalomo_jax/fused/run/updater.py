@@ -188,7 +188,7 @@ class Updater:
                 # A branch within tx, such as optax.contrib.galore's, may ask for gradients as narrow as its state.
                 updates, new_own, _ = ask(gradients)
                 warnings.warn(
-                    "tx does not take float32 gradients with its narrower state, so its updates are as narrow: small "
+                    "tx does not take float32 gradients with its narrower state, so its updates are as narrow. Small "
                     f"steps are rounded before they are written ({str(error).splitlines()[0]}).",
                     stacklevel=2,
                 )

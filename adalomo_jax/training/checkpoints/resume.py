@@ -124,7 +124,7 @@ def differences(was: Origin, now: Origin) -> list[str]:
     found = [f"{name(key)} was {a}, and is {b}" for key, a, b in _differing(was.options, now.options)]
     sizes = [f"--model: its {key} was {a}, and is {b}" for key, a, b in _differing(was.model, now.model)]
     if was.data != now.data:
-        sizes.append(f"--data led to the sequences {was.data[:12]}, and leads to {now.data[:12]}")
+        sizes.append(f"--data gave the sequences {was.data[:12]}, and gives {now.data[:12]}")
     return found + sizes
 
 
@@ -133,9 +133,9 @@ def unusable(folder: Path, step: int, error: Exception) -> InputError:
     older = [other for other in steps_in(checkpoints_of(folder)) if other < step]
     steps = ", ".join(map(str, older))
     way_out = (
-        f"older ones are of the steps {steps}; to take one, say --resume-step {older[-1]}"
+        f"older ones are of the steps {steps}; to take one, give --resume-step {older[-1]}"
         if older
-        else ("there is no older one; begin again in another --output")
+        else ("there is no older one; start again in another --output")
     )
     return InputError(f"the checkpoint of step {step} in {folder} is damaged: {one_line(error)}; {way_out}")
 

@@ -279,4 +279,4 @@ def _reason(error: Exception) -> str:
 
 
 def _there_are(steps: list[int]) -> str:
-    return f"there are those of the steps {', '.join(map(str, steps))}" if steps else "there is no other one"
+    return f"the folder has those of the steps {', '.join(map(str, steps))}" if steps else "the folder has no other one"

@@ -1,0 +1,128 @@
+"""Weights that are kept in another form than floats: in fewer bytes between the steps, as floats where they are used.
+
+A form is a subclass of `Kept`, a pytree of arrays. A training step sees by the type what to do, as it does with
+bfloat16: the loss and ``tx`` get floats, one layer of a stack at a time, and the update is written in that form.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+
+class Kept(abc.ABC):
+    """Floats that are kept in another form.
+
+    A subclass is a pytree of arrays, its parts. Each part has as many axes as the floats, in the same order, and its
+    size along an axis is theirs, or divides it roughly, as the number of blocks does. So one layer of a stack, a stack
+    of layers and a shard on a device are made of the same of each part, and only the form itself knows more.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the floats."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """The dtype of the floats."""
+
+    @property
+    @abc.abstractmethod
+    def sharding(self) -> Any:
+        """How the floats are spread over devices, and in which memory they are."""
+
+    @abc.abstractmethod
+    def floats(self) -> jax.Array:
+        """The floats, of `dtype`."""
+
+    @abc.abstractmethod
+    def add(self, update: jax.Array, key: jax.Array | None) -> Self:
+        """The floats plus an update, in this form.
+
+        The sum is taken in float32. It is rounded at random with ``key``, so that the mean over keys is the sum, or to
+        nearest if ``key`` is None. A zero update changes no bit. An entry whose sum is not finite keeps its old value.
+        """
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the floats."""
+        return len(self.shape)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dtype}{list(self.shape)})"
+
+
+def is_kept(x: Any) -> bool:
+    """Whether ``x`` is a weight in another form, and not an array."""
+    return isinstance(x, Kept)
+
+
+def as_floats(x: Any) -> Any:
+    """The floats of a weight in another form; any other array as it is."""
+    return x.floats() if is_kept(x) else x
+
+
+def floats(params: Any) -> Any:
+    """The tree with the floats of all weights that `int8` or `float24` has put in another form.
+
+    Args:
+      params: a tree of arrays and of `Int8` and `Float24`.
+
+    Returns:
+      The tree with arrays only. Under ``jax.jit`` only what is read of them is computed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from adalomo_jax import floats, int8
+      >>> params = {"layers": jnp.ones((2, 4, 3)), "head": jnp.ones((3, 2))}
+      >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
+      float32 (2, 4, 3)
+    """
+    return jax.tree.map(as_floats, params, is_leaf=is_kept)
+
+
+def encode_tree(
+    params: Any, encode: Callable[[Any], Kept], chosen: Callable[[Any], bool], where: Any | Callable[[str], bool] | None
+) -> Any:
+    """The tree with some floats in another form.
+
+    Args:
+      params: a tree of arrays; weights that have a form already stay as they are.
+      encode: makes the form of one array, or of its ``jax.ShapeDtypeStruct``.
+      chosen: whether to encode a leaf if ``where`` is None.
+      where: a function of a path such as ``"layers/up"``, or a tree of bools like ``params`` or a prefix of it.
+    """
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kept)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths_and_leaves]
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    if where is None:
+        asked = [_holds_floats(leaf) and chosen(leaf) for leaf in leaves]
+    elif callable(where):
+        asked = [bool(where(name)) for name in names]
+    else:
+        try:
+            asked = jax.tree.leaves(jax.tree.broadcast(where, treedef.unflatten([0] * len(leaves))))
+        except ValueError as error:
+            raise ValueError(f"where must be a tree of bools like params, or a prefix of it. {error}") from error
+    for name, leaf, is_asked in zip(names, leaves, asked, strict=True):
+        if is_asked and not (_holds_floats(leaf) and leaf.ndim >= 1):
+            raise ValueError(
+                f"where selects arrays of floats with at least one axis, but {name!r} is "
+                f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(getattr(leaf, 'shape', ()))}. Leave it out."
+            )
+    if not any(asked) and not any(map(is_kept, leaves)):
+        raise ValueError(
+            f"Of the {len(leaves)} leaves of params, {'where selects none' if where is not None else 'none is chosen'}. "
+            "Name those to keep in another form with where=lambda path: ..."
+        )
+    return treedef.unflatten([encode(x) if is_asked and not is_kept(x) else x for x, is_asked in zip(leaves, asked)])
+
+
+def _holds_floats(x: Any) -> bool:
+    return is_kept(x) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating))
