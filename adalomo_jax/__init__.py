@@ -6,6 +6,7 @@ Here are the parts that need JAX and Optax alone:
 - ``fuse(loss_fn, tx)``: a training step that updates each layer while the gradients flow back. ``FusedStep``,
   ``FusedState``, ``StepResult``, ``Plan``, ``InStack`` and ``DynamicLossScale`` are what it takes and returns.
 - ``apply_updates``, ``stochastic_round``: narrow weights, rounded so that small steps are not lost.
+- ``int8``, ``float24``, ``floats``: weights in one byte or three, which ``fuse`` trains as they are.
 - ``per_layer``, ``MatrixAxes``, ``attention_axes``: what one tensor is, in a stack of layers or a kernel of rank 3.
 
 The modules around them:
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
     from adalomo_jax.fused import Plan as Plan
     from adalomo_jax.fused import StepResult as StepResult
     from adalomo_jax.fused import fuse as fuse
+    from adalomo_jax.optimizers import Float24 as Float24
+    from adalomo_jax.optimizers import Int8 as Int8
     from adalomo_jax.optimizers import MatrixAxes as MatrixAxes
     from adalomo_jax.optimizers import ScaleByAdalomoState as ScaleByAdalomoState
     from adalomo_jax.optimizers import adalomo as adalomo
     from adalomo_jax.optimizers import apply_updates as apply_updates
     from adalomo_jax.optimizers import attention_axes as attention_axes
+    from adalomo_jax.optimizers import float24 as float24
+    from adalomo_jax.optimizers import floats as floats
+    from adalomo_jax.optimizers import int8 as int8
     from adalomo_jax.optimizers import lomo as lomo
     from adalomo_jax.optimizers import per_layer as per_layer
     from adalomo_jax.optimizers import scale_by_adalomo as scale_by_adalomo
@@ -39,8 +45,8 @@ if TYPE_CHECKING:
 
 _FUSED = ("DynamicLossScale", "FusedState", "FusedStep", "InStack", "Plan", "StepResult", "fuse")
 _OPTIMIZERS = (
-    *("MatrixAxes", "ScaleByAdalomoState", "adalomo", "apply_updates", "attention_axes", "lomo", "per_layer"),
-    *("scale_by_adalomo", "scale_by_param_rms", "stochastic_round"),
+    *("Float24", "Int8", "MatrixAxes", "ScaleByAdalomoState", "adalomo", "apply_updates", "attention_axes"),
+    *("float24", "floats", "int8", "lomo", "per_layer", "scale_by_adalomo", "scale_by_param_rms", "stochastic_round"),
 )
 
 

@@ -29,7 +29,7 @@ LAYERS = [
 MODULES = {
     "optimizers": [
         *("arguments", "sums", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer"),
-        *("adalomo", "lomo", "optax_rules"),
+        *("kept", "int8", "float24", "adalomo", "lomo", "optax_rules"),
     ],
     "fused": [
         *(

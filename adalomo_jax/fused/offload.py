@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from adalomo_jax import jax_versions
+from adalomo_jax.optimizers.kept import as_floats, is_kept
 
 HOST = "pinned_host"
 """The memory kind of host memory that an accelerator reads by itself."""
@@ -21,18 +22,19 @@ DEVICE = "device"
 
 
 def is_on_host(x: Any) -> bool:
-    """Whether an array, or a traced one, is in host memory."""
-    return jax_versions.memory_space(x) == jax_versions.HOST
+    """Whether a weight, traced or not, is in host memory."""
+    return any(jax_versions.memory_space(part) == jax_versions.HOST for part in jax.tree.leaves(x))
 
 
 def fetch(x: Any) -> Any:
-    """The array on the device; the same array if it is on the device already."""
-    return jax.device_put(x, jax_versions.DEVICE) if is_on_host(x) else x
+    """The weight on the device; the same one if it is on the device already."""
+    return jax.tree.map(lambda part: jax.device_put(part, jax_versions.DEVICE), x) if is_on_host(x) else x
 
 
 def put_beside(x: Any, other: Any) -> Any:
     """``x`` in the memory that ``other`` is in."""
-    return jax.device_put(x, jax_versions.HOST) if is_on_host(other) else x
+    put = lambda part: jax.device_put(part, jax_versions.HOST)
+    return jax.tree.map(put, x) if is_on_host(other) else x
 
 
 def put_on_host(x: Any) -> Any:
@@ -41,16 +43,21 @@ def put_on_host(x: Any) -> Any:
 
 
 def shapes_on_device(leaves: Sequence[Any]) -> list[Any]:
-    """The arrays; those in host memory as the shape, dtype and sharding that they have once fetched."""
-    return [jax.eval_shape(fetch, x) if is_on_host(x) else x for x in leaves]
+    """The arrays; weights in host memory or in another form as the shape, dtype and sharding of their floats."""
+    known = lambda x: not (is_on_host(x) or is_kept(x))
+    return [x if known(x) else jax.eval_shape(lambda x: as_floats(fetch(x)), x) for x in leaves]
 
 
 def place(x: Any, *, on_host: bool) -> Any:
-    """The array in this memory, sharded as before; for a ``jax.ShapeDtypeStruct``, the description of that array.
+    """The weight in this memory, sharded as before; for ``jax.ShapeDtypeStruct``s, the description of that weight.
 
     Raises:
       ValueError: if it must go to host memory, but the backend has no such memory.
     """
+    return jax.tree.map(lambda part: _place(part, on_host), x)
+
+
+def _place(x: Any, on_host: bool) -> Any:
     sharding = getattr(x, "sharding", None)
     if not on_host and (sharding is None or sharding.memory_kind != HOST):
         return x

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.jax_versions import explicit_mesh, is_explicit, on_mesh
+from adalomo_jax.optimizers.kept import of_part
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 
 Sharding = NamedSharding | None
@@ -66,5 +67,7 @@ def of_own_state(optimizer: PerLayer, group: Group, of_tensors: Sequence[Shardin
 
 
 def constrain(x: Any, sharding: Sharding) -> Any:
-    """The array, constrained to this sharding."""
-    return x if sharding is None else lax.with_sharding_constraint(x, sharding)
+    """The weight, constrained to this sharding."""
+    if sharding is None:
+        return x
+    return jax.tree.map(lambda part: lax.with_sharding_constraint(part, of_part(sharding, part.shape)), x)

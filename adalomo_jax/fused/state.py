@@ -9,10 +9,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.fused.buffers import with_own_memory
 from adalomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
-from adalomo_jax.fused.offload import shapes_on_device
+from adalomo_jax.fused.offload import is_on_host, shapes_on_device
 from adalomo_jax.fused.plan.call_signature import Signature
 from adalomo_jax.fused.plan.tracing import Traced
 from adalomo_jax.fused.sharding import of_own_state, of_stack
+from adalomo_jax.optimizers.kept import as_floats, is_kept
 
 LossScale = float | DynamicLossScale | None
 
@@ -35,13 +36,18 @@ class FusedState(NamedTuple):
 def make_state(traced: Traced, loss_scale: LossScale) -> FusedState:
     """The state for parameters that are arrays or shapes; it is sharded as they are."""
     leaves = shapes_on_device(traced.leaves)
-    arrays = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.ShapeDtypeStruct)}
-    make = lambda arrays: _make(traced, [arrays.get(i, x) for i, x in enumerate(leaves)], loss_scale)
+    is_shape = lambda x: any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(x))
+    arrays = {i: x for i, x in enumerate(traced.leaves) if not (is_on_host(x) or is_shape(x))}
+    make = lambda arrays: _make(traced, [as_floats(arrays.get(i, x)) for i, x in enumerate(leaves)], loss_scale)
     spread = any(traced.signature.shardings)
-    state = (jax.jit(make, out_shardings=_shardings(traced, loss_scale)) if spread else make)(arrays)
+    if spread:
+        make = jax.jit(make, out_shardings=_shardings(traced, loss_scale))
+    elif any(map(is_kept, arrays.values())):
+        make = jax.jit(make)  # so only those floats are computed that tx reads
+    state = make(arrays)
     # A tx may keep the parameters themselves, or one array twice, but a step takes over the memory of each array.
     made, treedef = jax.tree.flatten(state)
-    return treedef.unflatten(with_own_memory(made, traced.leaves))
+    return treedef.unflatten(with_own_memory(made, jax.tree.leaves(traced.leaves)))
 
 
 def make_abstract_state(traced: Traced, loss_scale: LossScale) -> FusedState:

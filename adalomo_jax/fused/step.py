@@ -28,6 +28,7 @@ from adalomo_jax.fused.run import passes
 from adalomo_jax.fused.run.call import Call
 from adalomo_jax.fused.sharding import sharding_of
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
+from adalomo_jax.optimizers.kept import is_kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ class FusedStep:
             params = stack_layers(params, find_stacks(self.loss_fn, self.tx, self.options, params, args, extra_args))
         plan = self.plan(params, *args)
         on_host = leaves_on_host(plan, self.options)
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_kept)
         return treedef.unflatten([place(x, on_host=i in on_host) for i, x in enumerate(leaves)])
 
     def unplace(self, params: Any) -> Any:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from adalomo_jax.fused import FusedStep
 from adalomo_jax.memory.collectives import collectives_in
 from adalomo_jax.memory.targets import Target, devices_of
 from adalomo_jax.memory.usage import Usage, peak_of
+from adalomo_jax.optimizers.kept import is_kept
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _HOST = ("pinned_host", "unpinned_host")
@@ -110,15 +112,14 @@ def limit_of_chip(target: Target, chips: int) -> int:
 def shares_of(step: FusedStep, params: Any, state: Any, args: Sequence[Any], fused: bool) -> Shares:
     """Bytes on a chip of the arguments by kind, of the gradients alive at once, and of the saved residuals."""
     plan = step.plan(params, *args)
-    shares = [shard_bytes(x) / max(1, whole_bytes(x)) for x in jax.tree.leaves(params)]
+    leaves = [jax.tree.leaves(x)[0] for x in jax.tree.leaves(params, is_leaf=is_kept)]
+    shares = [shard_bytes(x) / max(1, whole_bytes(x)) for x in leaves]
     if fused:
         at = lambda s: sum(leaf.gradient_bytes_at(s) * share for leaf, share in zip(plan.leaves, shares, strict=True))
         gradient = max(map(at, range(len(plan.stages))), default=0)
     else:
-        trained = [leaf.trained for leaf in plan.leaves]
-        gradient = sum(
-            shard_bytes(x) for x, is_trained in zip(jax.tree.leaves(params), trained, strict=True) if is_trained
-        )
+        sizes = [math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in plan.leaves]
+        gradient = sum(n * share for n, share, leaf in zip(sizes, shares, plan.leaves, strict=True) if leaf.trained)
     # Residuals are sharded as the batch is. The unfused step saves those of one microbatch at a time.
     batch_share = sum(map(shard_bytes, jax.tree.leaves(args))) / max(1, sum(map(whole_bytes, jax.tree.leaves(args))))
     saved = step.saved_bytes(params, *args) * batch_share / (1 if fused else step.options.microbatches or 1)

@@ -20,6 +20,9 @@ from adalomo_jax.optimizers.rounding import hashed_bits
 class Float24(Kept):
     """float32 without its 8 lowest bits. `float24` makes them."""
 
+    name = "bf16+8"
+    dtype = jnp.dtype(jnp.float32)
+
     high: jax.Array
     """uint16: the bits of the float, cut to bfloat16."""
     low: jax.Array
@@ -30,8 +33,8 @@ class Float24(Kept):
         return tuple(self.high.shape)
 
     @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(jnp.float32)
+    def form(self) -> str:
+        return "bfloat16 with 8 more bits"
 
     @property
     def sharding(self) -> Any:
@@ -75,10 +78,9 @@ def float24(params: Any, *, where: Any | Callable[[str], bool] | None = None) ->
     return encode_tree(params, encode, lambda x: x.ndim >= 1 and x.dtype == jnp.float32, where)
 
 
-def encode(x: Any) -> Float24:
-    """One array, or its ``jax.ShapeDtypeStruct``, in three bytes a weight, rounded to nearest."""
-    run = jax.jit(lambda x: _cut(x.astype(jnp.float32), None))
-    return jax.eval_shape(run, x) if isinstance(x, jax.ShapeDtypeStruct) else run(x)
+def encode(x: jax.Array) -> Float24:
+    """One array of floats in three bytes a weight, rounded to nearest."""
+    return _cut(x.astype(jnp.float32), None)
 
 
 def _cut(x: jax.Array, key: jax.Array | None) -> Float24:

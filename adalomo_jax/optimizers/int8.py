@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -26,16 +26,23 @@ _TINY = 2.0**-126
 class Int8(Kept):
     """Floats as ``values * scales``, in one byte and a bit each. `int8` makes them."""
 
+    name = "int8"
+
     values: jax.Array
     """int8, from -127 to 127, of the floats' shape."""
     scales: jax.Array
-    """float32. Along one axis it has an entry for each block of `block` neighbours; along the others, for each entry."""
+    """float32: along one axis an entry for each block of `block` neighbours, along the others for each entry."""
     block: int
     dtype: Any  # of the floats
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
+
+    @property
+    def form(self) -> str:
+        along = "" if self.axis is None else f" along axis {self.axis - self.ndim}"
+        return f"int8 in blocks of {self.block}{along}"
 
     @property
     def sharding(self) -> Any:
@@ -125,26 +132,16 @@ def int8(params: Any, *, block: int = 128, axis: int = -2, where: Any | Callable
     return encode_tree(params, partial(encode, block=block, axis=axis), lambda x: x.ndim >= 3, where)
 
 
-def encode(x: Any, *, block: int = 128, axis: int = -2) -> Int8:
-    """One array, or its ``jax.ShapeDtypeStruct``, in one byte a weight, rounded to nearest."""
+def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
+    """One array of floats in one byte a weight, rounded to nearest."""
     axis = axis if x.ndim >= 2 else -1
     if not -x.ndim <= axis < 0:
         raise ValueError(f"axis must be from {-x.ndim} to -1 for an array of the shape {list(x.shape)}, got {axis}.")
-    run = _encoding(min(block, x.shape[axis]) if x.shape[axis] > 1 else 2, x.ndim + axis)
-    return jax.eval_shape(run, x) if isinstance(x, jax.ShapeDtypeStruct) else run(x)
-
-
-@lru_cache(maxsize=64)
-def _encoding(block: int, axis: int) -> Any:
-    """Compiled once for each kind of array, however often it is called."""
-
-    def run(x: jax.Array) -> Int8:
-        wide = x.astype(jnp.float32)
-        scales = jnp.maximum(_largest(jnp.abs(wide), block, axis) / _MOST, _TINY)
-        empty = Int8(jnp.zeros(x.shape, jnp.int8), scales, block, jnp.dtype(x.dtype))
-        return empty._replace(_rounded(wide / empty._spread(scales), None), scales)
-
-    return jax.jit(run)
+    block, axis = max(2, min(block, x.shape[axis])), axis + x.ndim
+    wide = x.astype(jnp.float32)
+    scales = jnp.maximum(_largest(jnp.abs(wide), block, axis) / _MOST, _TINY)
+    empty = Int8(jnp.zeros(x.shape, jnp.int8), scales, block, jnp.dtype(x.dtype))
+    return empty._replace(_rounded(wide / empty._spread(scales), None), scales)
 
 
 def _largest(xs: jax.Array, block: int, axis: int | None) -> jax.Array:

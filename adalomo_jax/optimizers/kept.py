@@ -7,11 +7,13 @@ bfloat16: the loss and ``tx`` get floats, one layer of a stack at a time, and th
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from typing import Any, Self
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Kept(abc.ABC):
@@ -22,6 +24,11 @@ class Kept(abc.ABC):
     of layers and a shard on a device are made of the same of each part, and only the form itself knows more.
     """
 
+    name: ClassVar[str]
+    """The form's name, as plans print it."""
+    dtype: Any
+    """The dtype of the floats."""
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -29,8 +36,8 @@ class Kept(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the floats."""
+    def form(self) -> str:
+        """The form in words; layers of a list share a stack only if it is one for all."""
 
     @property
     @abc.abstractmethod
@@ -63,6 +70,11 @@ def is_kept(x: Any) -> bool:
     return isinstance(x, Kept)
 
 
+def form_of(x: Any) -> str:
+    """The form in which a weight is kept, in words; empty for an array."""
+    return x.form if is_kept(x) else ""
+
+
 def as_floats(x: Any) -> Any:
     """The floats of a weight in another form; any other array as it is."""
     return x.floats() if is_kept(x) else x
@@ -71,20 +83,42 @@ def as_floats(x: Any) -> Any:
 def floats(params: Any) -> Any:
     """The tree with the floats of all weights that `int8` or `float24` has put in another form.
 
-    Args:
-      params: a tree of arrays and of `Int8` and `Float24`.
+        Args:
+          params: a tree of arrays and of `Int8` and `Float24`.
 
-    Returns:
-      The tree with arrays only. Under ``jax.jit`` only what is read of them is computed.
+        Returns:
+          The tree with arrays only. Under ``jax.jit`` only what is read of them is computed.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from adalomo_jax import floats, int8
-      >>> params = {"layers": jnp.ones((2, 4, 3)), "head": jnp.ones((3, 2))}
-      >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
-      float32 (2, 4, 3)
+        Example:
+          >>> import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+          >>> from adalomo_jax import floats, int8
+          >>> params = {"layers": jnp.ones((2, 4, 3)), "head": jnp.ones((3, 2))}
+          >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
+          float32 (2, 4, 3)
     """
     return jax.tree.map(as_floats, params, is_leaf=is_kept)
+
+
+def encoded(x: Any, encode: Callable[[Any], Kept]) -> Any:
+    """An array in another form; for its ``jax.ShapeDtypeStruct``, the description of that. It is spread as before."""
+    shapes, sharding = jax.eval_shape(encode, x), getattr(x, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        spread = jax.tree.map(lambda part: of_part(sharding, part.shape), shapes)
+    else:
+        spread = jax.tree.map(lambda _: sharding, shapes)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.tree.map(lambda part, sharding: part.update(sharding=sharding), shapes, spread)
+    return jax.jit(encode, out_shardings=spread)(x)
+
+
+def of_part(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of a part of a weight: along each axis that of the weight, if it cuts the part evenly."""
+    cuts = lambda names: math.prod(
+        sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
+    )
+    entries = [names if n % cuts(names) == 0 else None for n, names in zip(shape, sharding.spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
 
 
 def encode_tree(
@@ -94,7 +128,7 @@ def encode_tree(
 
     Args:
       params: a tree of arrays; weights that have a form already stay as they are.
-      encode: makes the form of one array, or of its ``jax.ShapeDtypeStruct``.
+      encode: makes the form of one array.
       chosen: whether to encode a leaf if ``where`` is None.
       where: a function of a path such as ``"layers/up"``, or a tree of bools like ``params`` or a prefix of it.
     """
@@ -118,10 +152,12 @@ def encode_tree(
             )
     if not any(asked) and not any(map(is_kept, leaves)):
         raise ValueError(
-            f"Of the {len(leaves)} leaves of params, {'where selects none' if where is not None else 'none is chosen'}. "
+            f"None of the {len(leaves)} leaves of params is {'chosen' if where is None else 'selected by where'}. "
             "Name those to keep in another form with where=lambda path: ..."
         )
-    return treedef.unflatten([encode(x) if is_asked and not is_kept(x) else x for x, is_asked in zip(leaves, asked)])
+    return treedef.unflatten(
+        [encoded(x, encode) if is_asked and not is_kept(x) else x for x, is_asked in zip(leaves, asked)]
+    )
 
 
 def _holds_floats(x: Any) -> bool:

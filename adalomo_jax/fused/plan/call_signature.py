@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
@@ -30,11 +29,11 @@ class Signature:
 
 def signature_of(params: Any, args: Sequence[Any]) -> Signature:
     """The signature of a call."""
-    leaves = [(path_name(path), jnp.shape(x), str(jnp.result_type(x))) for path, x in leaves_with_paths(params)]
+    leaves = [(path_name(path), tuple(x.shape), str(x.dtype)) for path, x in leaves_with_paths(params)]
     return Signature(
         params=tuple(leaves),
         args=tuple(f"args{jax.tree_util.keystr(path)}" for path, _ in leaves_with_paths(args)),
-        shardings=tuple(sharding_of(x) for x in jax.tree.leaves(params)),
+        shardings=tuple(sharding_of(x) for _, x in leaves_with_paths(params)),
         args_shardings=tuple(sharding_of(x) for x in jax.tree.leaves(args)),
     )
 

@@ -17,9 +17,10 @@ from adalomo_jax.fused.plan.contents import reads_references
 from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.lists import Lists
 from adalomo_jax.fused.plan.paths import leaves_with_paths
-from adalomo_jax.fused.plan.plan import Plan
+from adalomo_jax.fused.plan.plan import LayerScan, Plan
 from adalomo_jax.fused.plan.selection import leaves_on_host
 from adalomo_jax.jax_versions import varying_axes
+from adalomo_jax.optimizers.kept import is_kept
 
 
 def check_args(args: Sequence[Any]) -> None:
@@ -161,6 +162,19 @@ def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool
         )
 
 
+def check_blocks(plan: Plan, leaves: Sequence[Any]) -> None:
+    """Refuses a stack in another form if a block holds entries of several layers: layers are written one by one."""
+    for stack in (stack for stage in plan.stages if isinstance(stage, LayerScan) for stack in stage.stacks):
+        leaf, n = leaves[stack.leaf], plan.leaves[stack.leaf].shape[stack.axis]
+        if is_kept(leaf) and any(part.shape[stack.axis] != n for part in jax.tree.leaves(leaf)):
+            axis = stack.axis - leaf.ndim
+            raise ValueError(
+                f"A layer of a stack must have blocks of its own, but {plan.leaves[stack.leaf].path!r} is kept as "
+                f"{leaf.form}, and its layers lie along that axis. Encode it along another, as with "
+                f"int8(params, axis={-1 if axis != -1 else -2})."
+            )
+
+
 def check_strict(plan: Plan) -> None:
     """Refuses a plan in which layers, of a scan or of a list, are not updated one by one."""
     lists = plan.lists if plan.may_repeat else Lists()
@@ -206,7 +220,7 @@ def check_placed(plan: Plan, leaves: Sequence[Any], options: Options) -> None:
 
 def check_not_deleted(what: Any, name: str) -> None:
     """Refuses arrays whose memory an earlier step has taken."""
-    for path, x in leaves_with_paths(what):
+    for path, x in jax.tree_util.tree_leaves_with_path(what):
         if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} was given to an earlier step, which updated it in place: it no "

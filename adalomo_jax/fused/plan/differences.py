@@ -36,11 +36,13 @@ class Leaf(NamedTuple):
     """What ``tx`` does with it."""
     spread: str
     """How it is spread over devices."""
+    form: str = ""
+    """The form in which it is kept, if it is not an array."""
 
     @property
     def kind(self) -> Hashable:
         """The properties that must be equal besides the type."""
-        return (self.trained, self.rule, self.spread)
+        return (self.trained, self.rule, self.spread, self.form)
 
 
 class Layer(NamedTuple):
@@ -67,6 +69,8 @@ def of_leaves(x: Leaf, y: Leaf) -> str | None:
         return f"{x.path} is {'' if x.trained else 'not '}trained, and {y.path} is{' not' if x.trained else ''}"
     if x.rule != y.rule:
         return f"{x.path} is treated differently by tx than {y.path}"
+    if x.form != y.form:
+        return f"{x.path} is kept as {x.form or 'floats'}, and {y.path} as {y.form or 'floats'}"
     return f"{x.path} is sharded differently than {y.path}" if x.spread != y.spread else None
 
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from adalomo_jax.fused.plan.paths import path_name
 from adalomo_jax.fused.sharding import Sharding, of_layer, of_stack, sharding_of
+from adalomo_jax.optimizers.kept import is_kept
 
 
 @jax.tree_util.register_static
@@ -41,7 +42,7 @@ def stack_layers(params: Any, stacks: Iterable[Sequence[int]]) -> Any:
       params: arrays, or ``jax.ShapeDtypeStruct``s.
       stacks: for each stack, the positions of its layers among the leaves.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kept)
     leaves = [leaf for _, leaf in paths_and_leaves]
     for positions in stacks:
         layers = [leaves[i] for i in positions]
@@ -58,8 +59,8 @@ def unstack_layers(params: Any) -> Any:
     found = list(entries)
     for first, *others in _stacks(paths, entries):
         stacked, positions = entries[first], (first, *others)
-        is_array = isinstance(stacked, jax.Array) and not isinstance(stacked, Tracer)
-        layers = unstack(stacked) if is_array else [layer_of(stacked, i) for i in range(len(positions))]
+        are_arrays = [isinstance(x, jax.Array) and not isinstance(x, Tracer) for x in jax.tree.leaves(stacked)]
+        layers = unstack(stacked) if all(are_arrays) else [layer_of(stacked, i) for i in range(len(positions))]
         for i, layer in zip(positions, layers, strict=True):
             found[i] = layer
     return treedef.unflatten(found)
@@ -90,10 +91,10 @@ def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...
                 )
             members.setdefault(entry.stack, {position[entry.stack]: 0})[i] = entry.layer
     for path, layer_at in members.items():
-        layers = jnp.shape(entries[position[path]])[:1]
-        if sorted(layer_at.values()) != list(range(len(layer_at))) or layers != (len(layer_at),):
+        stack_shape = tuple(entries[position[path]].shape)
+        if sorted(layer_at.values()) != list(range(len(layer_at))) or stack_shape[:1] != (len(layer_at),):
             raise ValueError(
-                f"params{path} is a stack of the shape {jnp.shape(entries[position[path]])}, and in params there are "
+                f"params{path} is a stack of the shape {stack_shape}, and in params there are "
                 f"places for its layers {sorted(layer_at.values())}. {way_out}"
             )
     return [tuple(sorted(layer_at, key=layer_at.__getitem__)) for layer_at in members.values()]
@@ -101,29 +102,34 @@ def _stacks(paths: Sequence[str], entries: Sequence[Any]) -> list[tuple[int, ...
 
 def layer_paths(params: Any) -> list[tuple[str, ...]]:
     """For each leaf of a tree, the paths of its layers in the tree before stacking; none if it is no stack."""
-    is_entry = lambda x: isinstance(x, InStack)
+    is_entry = lambda x: isinstance(x, InStack) or is_kept(x)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_entry)]
     return [tuple(path_name(paths[i]) for i in layers) if len(layers) > 1 else () for layers in layers_of(params)]
 
 
 def _entries(params: Any) -> tuple[list[str], list[Any], Any]:
     """The paths of the leaves and of the `InStack`s, these entries, and the structure."""
-    is_entry = lambda x: isinstance(x, InStack)
+    is_entry = lambda x: isinstance(x, InStack) or is_kept(x)
     paths_and_entries, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_entry)
     return [jax.tree_util.keystr(path) for path, _ in paths_and_entries], [x for _, x in paths_and_entries], treedef
 
 
 def stack(layers: Sequence[Any]) -> Any:
-    """Stacks arrays, or shapes, along a new first axis. Each layer stays spread over devices as it is."""
+    """Stacks arrays, shapes or weights of one form along a new first axis. Each stays spread over devices as it is."""
+    return jax.tree.map(lambda *parts: _stack(parts), *layers)
+
+
+def _stack(layers: Sequence[Any]) -> Any:
     sharding = of_stack(sharding_of(layers[0]))
     if isinstance(layers[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=sharding)
     return _stacking(sharding)(list(layers))
 
 
-def unstack(stack: jax.Array) -> list[jax.Array]:
+def unstack(stack: Any) -> list[Any]:
     """Copies of a stack's layers, each spread over devices as it is in the stack."""
-    return _unstacking(of_layer(sharding_of(stack), 0))(stack)
+    parts, treedef = jax.tree.flatten(stack)
+    return list(map(treedef.unflatten, zip(*(_unstacking(of_layer(sharding_of(x), 0))(x) for x in parts))))
 
 
 @lru_cache(maxsize=64)
@@ -139,6 +145,10 @@ def _unstacking(sharding: Sharding) -> Any:
 
 def layer_of(stack: Any, i: int) -> Any:
     """One layer of a stack, or of its shape."""
+    return jax.tree.map(lambda part: _layer_of(part, i), stack)
+
+
+def _layer_of(stack: Any, i: int) -> Any:
     if isinstance(stack, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=of_layer(sharding_of(stack), 0))
     return lax.index_in_dim(stack, i, 0, keepdims=False)

@@ -141,6 +141,8 @@ class LeafPlan:
     """Whether a scan runs over its layers, and yet it has to be updated whole."""
     sharding: Sharding = field(default=None, repr=False)
     """How it is spread over an automatic mesh."""
+    form: str = ""
+    """The name of the form in which its floats are kept, such as ``"int8"``; empty for an array."""
     layer_paths: tuple[str, ...] = ()
     """If layers of a list were stacked, the path that each of them had."""
 
@@ -225,7 +227,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("parameter", "shape", "dtype", "updated", "because")
         rows = [
-            (leaf.path, "x".join(map(str, leaf.shape)) or "scalar", leaf.dtype, self._where(leaf), reason)
+            (leaf.path, "x".join(map(str, leaf.shape)) or "scalar", _kind(leaf), self._where(leaf), reason)
             for leaf, reason in zip(self.leaves, self.reasons)
         ]
         widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -267,6 +269,10 @@ class Plan:
             return "not"
         scans = [s for s, stage in enumerate(self.stages) if isinstance(stage, LayerScan)]
         return f"scan {scans.index(leaf.stage)}, layer by layer" if leaf.layers else "whole"
+
+
+def _kind(leaf: LeafPlan) -> str:
+    return f"{leaf.dtype} in {leaf.form}" if leaf.form else leaf.dtype
 
 
 def _with_reason(leaf: LeafPlan, of_list: str | None) -> str:

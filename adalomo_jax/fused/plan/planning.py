@@ -18,6 +18,7 @@ def make_plan(
     batched_inputs: Collection[int] = (),
     shardings: Sequence[Sharding] = (),
     layer_paths: Sequence[tuple[str, ...]] = (),
+    forms: Sequence[str] = (),
     find_lists: Callable[[], Lists] = Lists,
 ) -> Plan:
     """Plans the updates of the program's first ``len(paths)`` inputs, which are the parameters.
@@ -29,9 +30,11 @@ def make_plan(
       batched_inputs: the inputs that differ between microbatches; none if there are no microbatches.
       shardings: the sharding of each parameter, if they are known.
       layer_paths: the paths of each parameter's layers, if layers of a list were stacked.
+      forms: the name of the form in which each parameter is kept; empty for an array.
       find_lists: searches the lists of layers for parameters that are not stacked.
     """
     shardings, layer_paths = shardings or [None] * len(paths), layer_paths or [()] * len(paths)
+    forms = forms or [""] * len(paths)
     values = program.inputs[: len(paths)]
     active = frozenset(active_values(program, [v for v, is_trained in zip(values, trained) if is_trained]))
     homes, chains = find_homes(program, values)
@@ -66,6 +69,7 @@ def make_plan(
                 reason=_reason(home, trained[i], layer_paths[i]),
                 misplaced=trained[i] and (home.misplaced or bool(layer_paths[i] and home.axis is None)),
                 sharding=shardings[i],
+                form=forms[i],
                 layer_paths=layer_paths[i],
             )
         )

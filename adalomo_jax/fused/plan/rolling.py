@@ -19,6 +19,7 @@ from adalomo_jax.fused.plan.placed_tree import layers_of, unstack_layers
 from adalomo_jax.fused.plan.repeats import Repeat, find_repeats
 from adalomo_jax.fused.plan.selection import trained_leaves
 from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.optimizers.kept import form_of, is_kept
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
 
 FEWEST_WITHOUT_CHECKPOINTS = 6
@@ -39,14 +40,14 @@ def find_stacks(
     Layers share a stack only if they are trained alike, are spread over devices alike, and ``tx`` has the same rule
     for each: if a mask or a label names one of them, that one stays by itself.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_kept)
     trained = trained_leaves(params, options.trainable)
     program, _ = trace(lambda leaves, *args: loss_fn(treedef.unflatten(leaves), *args), shapes_on_device(leaves), *args)
     of_params = program.inputs[: len(leaves)]
     if not any(_are_enough(repeat, options.roll) for repeat in find_repeats(program, of_params, trained).repeats):
         return []  # as in most models: tx need not be asked
     rules = _rules(tx, treedef, [program.avals[v] for v in of_params], trained, extra_args)
-    kinds = list(zip(trained, rules, map(str, map(sharding_of, leaves)), strict=True))
+    kinds = list(zip(trained, rules, map(str, map(sharding_of, leaves)), map(form_of, leaves), strict=True))
     found = find_repeats(program, of_params, kinds)
     repeats = [repeat for repeat in found.repeats if _are_enough(repeat, options.roll)]
     position = {v: i for i, v in enumerate(of_params)}
@@ -60,6 +61,7 @@ def lists_of(
     program: Program,
     treedef: Any,
     shardings: Sequence[Sharding],
+    forms: Sequence[str],
     extra_args: Mapping[str, Any],
 ) -> Lists:
     """What is known about a loss's lists of layers: what could be stacked but is not, and why other leaves are not.
@@ -70,6 +72,7 @@ def lists_of(
       program: the loss, with nothing rolled up yet.
       treedef: the structure of its parameters, placed or not.
       shardings: the sharding of each parameter.
+      forms: the form in which each parameter is kept.
       extra_args: the extra arguments of ``tx.update`` that are known.
     """
     types = [program.avals[v] for v in program.inputs[: len(shardings)]]
@@ -86,9 +89,10 @@ def lists_of(
         rules = _rules(tx, treedef, [leaf for _, leaf in paths_and_leaves], trained, extra_args)
     except ExtraArgumentMissing:  # they may not be known before a step: then the rules of `tx` are not told apart
         rules = [None] * len(values)
+    form_at = {i: form for of_stack, form in zip(positions, forms, strict=True) for i in of_stack}
     leaves = [
-        Leaf(path_name(path), v, program.avals[v].str_short(), is_trained, rule, str(sharding_of(x)))
-        for (path, x), v, is_trained, rule in zip(paths_and_leaves, values, trained, rules, strict=True)
+        Leaf(path_name(path), v, program.avals[v].str_short(), is_trained, rule, str(sharding_of(x)), form_at[i])
+        for i, ((path, x), v, is_trained, rule) in enumerate(zip(paths_and_leaves, values, trained, rules, strict=True))
     ]
     found = find_repeats(program, values, [leaf.kind for leaf in leaves])
     stacked = {i for of_stack in positions if len(of_stack) > 1 for i in of_stack}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from adalomo_jax.fused.options import Options, is_bool, shown
 from adalomo_jax.fused.plan.paths import leaves_with_paths, path_name
 from adalomo_jax.fused.plan.plan import Plan
+from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.optimizers.rounding import is_too_narrow
 
 
@@ -32,7 +33,12 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
         asked = [_asked(trainable, path_name(path)) for path, _ in paths_and_leaves]
     else:
         try:
-            asked = [bool(flag) for flag in jax.tree.leaves(jax.tree.broadcast(trainable, params))]
+            asked = [
+                bool(flag)
+                for flag in jax.tree.leaves(
+                    jax.tree.broadcast(trainable, jax.tree.map(lambda _: 0, params, is_leaf=is_kept))
+                )
+            ]
         except ValueError as error:
             raise ValueError(f"trainable must be a tree like params, or a prefix of it, of bools. {error}") from error
     for (path, leaf), is_asked in zip(paths_and_leaves, asked, strict=True):

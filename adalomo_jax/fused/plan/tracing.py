@@ -15,6 +15,7 @@ from adalomo_jax.fused.plan.call_signature import Signature, check_signature, is
 from adalomo_jax.fused.plan.checks import (
     check_args,
     check_batch,
+    check_blocks,
     check_loss,
     check_program,
     check_returned,
@@ -32,6 +33,7 @@ from adalomo_jax.fused.plan.rolling import lists_of
 from adalomo_jax.fused.plan.selection import trained_leaves
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
 from adalomo_jax.jax_versions import explicit_sharding
+from adalomo_jax.optimizers.kept import form_of, is_kept
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, PerLayer
 
 
@@ -72,7 +74,7 @@ def trace_call(
     ``made_for`` is the signature of the state that the call is given: it knows how arrays that may be traced now are
     spread. ``extra_args`` go to ``tx.update`` besides the loss, which is ``value``; None if they are not known yet.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_kept)
     paths, leaves = [path_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     trained = trained_leaves(params, options.trainable)
     check_args(args)
@@ -104,8 +106,10 @@ def trace_call(
     of_args = program.inputs[len(leaves) :]
     batched = [v for v, is_sliced in zip(of_args, sliced, strict=True) if is_sliced]
     extra = jax.tree.map(_type, {"value": program.avals[program.outputs[0]], **(extra_args or {})})
-    find_lists = partial(lists_of, tx, options, as_written, treedef, known.shardings, extra)
-    plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params), find_lists)
+    forms = [leaf.name if is_kept(leaf) else "" for leaf in leaves]
+    find_lists = partial(lists_of, tx, options, as_written, treedef, known.shardings, list(map(form_of, leaves)), extra)
+    plan = make_plan(program, paths, trained, batched, known.shardings, layer_paths(params), forms, find_lists)
+    check_blocks(plan, leaves)
     if options.strict:
         check_strict(plan)
     dtypes = [program.avals[v].dtype for v in program.inputs]  # the dtypes of typed PRNG keys have no usable name

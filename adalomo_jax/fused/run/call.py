@@ -104,7 +104,7 @@ class Call:
         """The key that rounds each leaf in this step; None if the leaf is not rounded stochastically."""
         rounding = self.options.stochastic_rounding
         rounded = [
-            rounding is not False and leaf.trained and rounds_stochastically(leaf.dtype)
+            rounding is not False and leaf.trained and (leaf.form != "" or rounds_stochastically(leaf.dtype))
             for leaf in self.traced.plan.leaves
         ]
         if rounding and not any(rounded):

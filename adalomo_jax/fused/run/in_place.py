@@ -98,7 +98,7 @@ def update_parts(
       read_by: everything else that this iteration computes from the layers.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
-    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: jnp.squeeze(layer, axis)
+    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: _squeeze(layer, axis)
     weights = {k: read(layers[k], stacks.weights[k], i, axes[k], gradients[k]) for part in parts for k in part.weights}
     read_by = (read_by, [gradients[k] for k in weights])
     previous, found = (), {}
@@ -135,7 +135,8 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
     Otherwise, if a multiplication prefers another order, a TPU's compiler gives the stack that order throughout the
     loop, and copies the whole stack before and after it. Now it copies a layer at most.
     """
-    return in_order(fetch(lax.dynamic_index_in_dim(stack, i, axis, keepdims=keepdims)))
+    index = lambda part: in_order(fetch(lax.dynamic_index_in_dim(part, i, axis, keepdims=keepdims)))
+    return jax.tree.map(index, stack)
 
 
 def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
@@ -146,11 +147,20 @@ def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     A CPU's compiler copies no layer, and each layer in the host's memory is fetched once.
     """
     if is_on_host(stack):
-        return jnp.squeeze(layer, axis)
-    again = lambda layer, stack, i, gradient: lax.dynamic_index_in_dim(stack, after(i, gradient), axis)
+        return _squeeze(layer, axis)
+
+    def again(layer, stack, i, gradient):
+        i = after(i, gradient)
+        return jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, axis), stack)
+
     first = lambda layer, stack, i, gradient: layer
-    return jnp.squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
+    return _squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
-    return lax.dynamic_update_index_in_dim(stack, put_beside(layer, stack), i, axis)
+    write = lambda part, of_layer: lax.dynamic_update_index_in_dim(part, of_layer, i, axis)
+    return jax.tree.map(write, stack, put_beside(layer, stack))
+
+
+def _squeeze(layer: Any, axis: int) -> Any:
+    return jax.tree.map(lambda part: jnp.squeeze(part, axis), layer)

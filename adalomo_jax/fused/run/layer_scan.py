@@ -20,6 +20,7 @@ from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.run.in_place import Part, start, update_parts
 from adalomo_jax.fused.run.layers import received, slices_at
 from adalomo_jax.fused.run.segment import Context, Layout, Residuals, sum_dtype, zero_sum, zeros
+from adalomo_jax.optimizers.kept import as_floats
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -185,10 +186,10 @@ def _operands(stage: LayerScan, outer: Context, context: Context, values: Mappin
     from_stacks = {v for v, _ in stage.layers}
     operands = list(zip(scan.body.inputs, stage.operands))
     carry = operands[scan.num_consts : scan.first_xs]
-    xs = [(v, values[operand]) for v, operand in operands[scan.first_xs :] if v not in from_stacks]
+    xs = [(v, as_floats(values[operand])) for v, operand in operands[scan.first_xs :] if v not in from_stacks]
     return _Operands(
-        consts={v: values[operand] for v, operand in operands[: scan.num_consts]},
-        carry={v: _for_each(context, v, outer, operand, values[operand]) for v, operand in carry},
+        consts={v: as_floats(values[operand]) for v, operand in operands[: scan.num_consts]},
+        carry={v: _for_each(context, v, outer, operand, as_floats(values[operand])) for v, operand in carry},
         xs={v: _swap_if_batched(context, v, x) for v, x in xs},
     )
 

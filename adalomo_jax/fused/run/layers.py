@@ -13,6 +13,7 @@ from adalomo_jax.fused.run.cotangents import Cotangents, accumulate, pull
 from adalomo_jax.fused.run.in_place import layer_at
 from adalomo_jax.fused.run.segment import Context
 from adalomo_jax.fused.sharding import constrain
+from adalomo_jax.optimizers.kept import as_floats
 
 
 def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
@@ -62,6 +63,7 @@ def received(
 
     The pullback gives the gradient of the layer of each trained stack among them, by the stack's number in the program.
     """
+    slices = {value: as_floats(layer) for value, layer in slices.items()}
     there = {value for value, stacks in stage.made_of.items() if stacks <= slices.keys()}
     chain = [equation for equation in stage.chain if there.issuperset(equation.outputs)]
     layers = [(v, value) for v, value in stage.layers if value in there]

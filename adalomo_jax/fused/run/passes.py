@@ -18,6 +18,7 @@ from adalomo_jax.fused.run.cotangents import Cotangents, accumulate
 from adalomo_jax.fused.run.layers import update_order
 from adalomo_jax.fused.run.segment import Context
 from adalomo_jax.fused.run.updater import Squares, Statistics, Updater, all_statistics, total
+from adalomo_jax.optimizers.kept import as_floats
 from adalomo_jax.optimizers.per_layer import Group
 
 
@@ -80,7 +81,7 @@ def forward(
     else:
         cotangents = segment.forward_and_backward(last, context, values, seed)
         tapes.append(None)
-    outputs = [_of_each(plan, microbatches, v, values[v]) for v in program.outputs]
+    outputs = [_of_each(plan, microbatches, v, as_floats(values[v])) for v in program.outputs]
     return Forward(outputs, context, values, tapes, cotangents)
 
 
@@ -158,7 +159,7 @@ def _pull_back(
                 weights, own = [leaves[i] for i in group.leaves], updater.optimizer.own(inner, group)
                 weights, owns[group], statistics[group] = updater(group, None, weights, gradients, own)
                 # Otherwise weights whose gradient a product makes in another axis order wait in it for a final copy.
-                weights = list(map(in_order, weights))
+                weights = jax.tree.map(in_order, weights)
                 written |= zip(group.leaves, weights, strict=True)
                 # Cotangents of written leaves and of finished stages are not read again; lists of layers have many.
                 done_with = {*of_leaves, *(v for stage in plan.stages[index:] for v in stage.outputs)}

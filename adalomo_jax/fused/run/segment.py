@@ -16,6 +16,7 @@ from adalomo_jax.barriers import after
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import Segment
 from adalomo_jax.fused.run.cotangents import Cotangents, pull
+from adalomo_jax.optimizers.kept import as_floats
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -92,7 +93,7 @@ def backward(
     d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
     if not d_outputs:
         return {}
-    there = {v: values[v] for v in segment.inputs if v in context.again}
+    there = {v: as_floats(values[v]) for v in segment.inputs if v in context.again}
 
     def pull(of_batch: tuple[dict[int, Any], list[Any], Cotangents]) -> tuple[None, Cotangents]:
         again, saved, d_outputs = of_batch
@@ -165,7 +166,7 @@ def _for_each_microbatch(
 
 def _inputs(segment: Segment, context: Context, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
     """The segment's inputs: those that are the same for each microbatch, and those that differ."""
-    read = {v: values[v] for v in segment.inputs}
+    read = {v: as_floats(values[v]) for v in segment.inputs}
     of_batch = {v: x for v, x in read.items() if segment.batched and v in context.batched}
     return {v: x for v, x in read.items() if v not in of_batch}, of_batch
 

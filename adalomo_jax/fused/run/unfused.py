@@ -9,6 +9,7 @@ from jax import lax
 
 from adalomo_jax.fused.plan.placed_tree import unstack_layers
 from adalomo_jax.fused.plan.tracing import Traced
+from adalomo_jax.optimizers.kept import as_floats
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -19,13 +20,14 @@ def all_gradients(
 
     Over microbatches, results are stacked and gradients summed in float32. ``d_loss`` is the cotangent of each loss.
     """
-    trained = {i: x for i, (x, leaf) in enumerate(zip(traced.leaves, traced.plan.leaves)) if leaf.trained}
+    floats = list(map(as_floats, traced.leaves))
+    trained = {i: x for i, (x, leaf) in enumerate(zip(floats, traced.plan.leaves)) if leaf.trained}
 
     def of_one(slices: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
         args = traced.args_treedef.unflatten([slices.get(i, x) for i, x in enumerate(traced.args)])
 
         def run(trained: dict[int, Any]) -> tuple[Any, list[Any]]:
-            leaves = [trained.get(i, x) for i, x in enumerate(traced.leaves)]
+            leaves = [trained.get(i, x) for i, x in enumerate(floats)]
             results = jax.tree.leaves(loss_fn(unstack_layers(traced.treedef.unflatten(leaves)), *args))
             return results[0], results
 

@@ -14,6 +14,7 @@ from jax import lax
 from adalomo_jax.barriers import each_known
 from adalomo_jax.fused.run.in_place import Part, UpdateLayer, layer_at, start, update
 from adalomo_jax.fused.sharding import Sharding, constrain, of_stack
+from adalomo_jax.optimizers.kept import as_floats, is_kept
 from adalomo_jax.optimizers.moments import rms
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 from adalomo_jax.optimizers.precision import promoted
@@ -86,7 +87,7 @@ class Updater:
         squares = [_squares(g, beyond=beyond) for g, beyond in zip(gradients, keeps_none)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
-        updates, new_own = self._ask(group, gradients, own, weights)
+        updates, new_own = self._ask(group, gradients, own, list(map(as_floats, weights)))
         # State that tx returns unchanged stays the same value and is not written: AdaLomo's state has such parts.
         new_own = [
             new if new is old else constrain(new.astype(old.dtype), sharding)
@@ -94,7 +95,9 @@ class Updater:
         ]
         written = self._spread(group, self._write(group, layer, weights, updates))
         if self.measures_rms:
-            statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, weights)))
+            statistics = statistics._replace(
+                update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, map(as_floats, weights)))
+            )
         if self.proceed is None:
             return written, new_own, statistics
         # Each tensor by itself: otherwise all gradients of a layer would have to wait for the last one.
@@ -108,7 +111,8 @@ class Updater:
         ok = dict(zip(group.leaves, flags))
         all_ok = jnp.all(jnp.stack([*ok.values()]))
         own_ok = [all_ok if owner is None else ok[owner] for owner in owners]
-        written = list(map(jnp.where, ok.values(), written, weights))
+        keep_unless = lambda ok, new, old: jax.tree.map(partial(jnp.where, ok), new, old)
+        written = list(map(keep_unless, ok.values(), written, weights))
         return (
             written,
             [old if new is old else jnp.where(ok, new, old) for ok, new, old in zip(own_ok, new_own, own)],
@@ -203,7 +207,7 @@ class Updater:
             folded = iter(jax.vmap(jax.random.fold_in, (0, None))(jnp.stack(some), layer) if some else ())
             keys = [None if key is None else next(folded) for key in keys]
         with jax.numpy_dtype_promotion("standard"):
-            return list(map(apply_update, weights, updates, keys))
+            return list(map(_add, weights, updates, keys))
 
 
 def any_written(statistics: Mapping[Group, Statistics]) -> jax.Array:
@@ -263,6 +267,11 @@ def _update_stacks(
 
     stacks, statistics = lax.scan(iteration, start(weights, own, 0), jnp.arange(weights[0].shape[axes[0]]))
     return stacks.weights, stacks.own, statistics
+
+
+def _add(weight: Any, update: Any, key: jax.Array | None) -> Any:
+    """The weight after an update, in the form in which it is kept."""
+    return weight.add(update, key) if is_kept(weight) else apply_update(weight, update, key)
 
 
 def _times(gradient: Any, factor: jax.Array | None) -> Any:
