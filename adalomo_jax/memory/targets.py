@@ -74,6 +74,7 @@ TARGETS: dict[str, Target] = {
         Target("tpu-v6e", "tpu", "v6e", dimensions=2, usable_gib=31.24, vector_mib=128),
         Target("h100", "cuda", "h100"),
         Target("rtx-4090", "cuda", "rtx-4090"),
+        Target("rtx-4070", "cuda", "rtx-4070"),
         Target("cpu", "cpu"),
     )
 }
