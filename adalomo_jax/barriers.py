@@ -50,7 +50,7 @@ def in_order(x: Any) -> Any:
 
     There the constraint would only copy a layer that can be read from its stack.
     """
-    if x.ndim < 2:
+    if x.ndim < 2 or x.dtype.itemsize == 1:
         return x
     return lax.platform_dependent(x, cpu=lambda x: x, default=with_axes_in_order)
 

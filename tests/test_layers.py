@@ -46,7 +46,17 @@ MODULES = {
         *("plan.leafwise", "plan.plan", "plan.planning", "plan.paths", "plan.call_signature", "plan.selection"),
         *("plan.checks", "plan.placed_tree", "plan.rolling", "plan.tracing"),
         *("plan.origins", "state", "convert", "run.cotangents", "run.in_place", "run.segment", "run.updater"),
-        *("run.layers", "run.layer_scan", "run.passes", "run.unfused", "result", "run.call", "step", "transform"),
+        *(
+            "run.layers",
+            "run.layer_scan",
+            "run.passes",
+            "run.unfused",
+            "run.evaluation",
+            "result",
+            "run.call",
+            "step",
+            "transform",
+        ),
     ],
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),

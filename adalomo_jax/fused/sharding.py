@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.jax_versions import explicit_mesh, is_explicit, on_mesh
-from adalomo_jax.optimizers.kept import of_part
+from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.optimizers.per_layer import Group, PerLayer
 
 Sharding = NamedSharding | None
@@ -70,4 +70,4 @@ def constrain(x: Any, sharding: Sharding) -> Any:
     """The weight, constrained to this sharding."""
     if sharding is None:
         return x
-    return jax.tree.map(lambda part: lax.with_sharding_constraint(part, of_part(sharding, part.shape)), x)
+    return lax.with_sharding_constraint(x, x.spread(sharding) if is_kept(x) else sharding)

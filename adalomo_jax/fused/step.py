@@ -25,7 +25,8 @@ from adalomo_jax.fused.plan.selection import leaves_on_host
 from adalomo_jax.fused.plan.tracing import Traced, trace_call
 from adalomo_jax.fused.result import Donating, StepResult, check_call
 from adalomo_jax.fused.run import passes
-from adalomo_jax.fused.run.call import Call
+from adalomo_jax.fused.run.call import Call, loss_and_aux
+from adalomo_jax.fused.run.evaluation import outputs_of
 from adalomo_jax.fused.sharding import sharding_of
 from adalomo_jax.fused.state import FusedState, make_abstract_state, make_state
 from adalomo_jax.optimizers.kept import is_kept
@@ -216,6 +217,34 @@ class FusedStep:
         traced = self._trace_step(params, state, args, extra_args, fetch)
         result = Call(self.loss_fn, self.options, traced, state, extra_args).unfused()
         return result._replace(params=jax.tree.map(put_beside, result.params, params))
+
+    def loss(self, params: Any, *args: Any) -> Any:
+        """``loss_fn(params, *args)`` for parameters as the step takes them, placed or in another form such as `Int8`.
+
+        One layer of a stack exists as floats at a time, and with ``microbatches`` one part of the batch is computed at
+        a time. It is pure: run it under ``jax.jit``.
+
+        Args:
+          params: the loss's first argument: a tree of arrays and of weights in other forms.
+          args: the loss's other arguments.
+
+        Returns:
+          The loss of the batch; with ``has_aux`` a pair of it and ``aux``.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from adalomo_jax import adalomo, fuse, int8
+          >>> loss_fn = lambda params, x: jnp.mean(jax.lax.scan(lambda x, w: (x @ w, None), x, params)[0])
+          >>> step = fuse(loss_fn, adalomo(1e-2))
+          >>> params, x = int8(jnp.full((12, 4, 4), 0.25)), jnp.ones((2, 4))
+          >>> print(jax.jit(step.loss)(params, x))
+          1.0
+        """
+        with jax.disable_jit(False):
+            traced = self._trace(params, args)
+            outputs = outputs_of(traced.plan, traced.leaves, traced.args, traced.sliced, self.options.microbatches)
+        loss, aux = loss_and_aux(traced, self.options, outputs)
+        return (loss, aux) if self.options.has_aux else loss
 
     def _trace(self, params: Any, args: Sequence[Any]) -> Traced:
         """The call, traced."""

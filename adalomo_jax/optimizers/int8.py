@@ -3,105 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adalomo_jax.jax_versions import explicit_sharding
-from adalomo_jax.optimizers.kept import Kept, encode_tree
+from adalomo_jax.optimizers.kept import Kept, encode_tree, pieces
 from adalomo_jax.optimizers.rounding import hashed_bits
 
 _MOST = 127
 """The largest value. The grid is symmetric: -128 is not used."""
+_LARGEST = 120
+"""A new scale gives this value to the largest weight of its block. So it can grow by 6% before the block needs another
+scale, which rounds all weights of the block once more."""
 _TINY = 2.0**-126
 """The smallest scale: a block of zeros has it, and float32 has no smaller normal number."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block", "dtype"])
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["axis", "size", "dtype"])
 @dataclass(frozen=True, repr=False)
 class Int8(Kept):
-    """Floats as ``values * scales``, in one byte and a bit each. `int8` makes them."""
+    """Floats as ``values * scales``, in one byte and a bit each. `int8` makes them.
+
+    Both arrays have one axis more than the floats: one of these is cut into blocks and their entries. So a scale is
+    broadcast over its block without a reshape, which XLA could not fuse into the write of a layer.
+    """
 
     name = "int8"
 
     values: jax.Array
-    """int8, from -127 to 127, of the floats' shape."""
+    """int8, from -127 to 127. The last block is filled up with zeros."""
     scales: jax.Array
-    """float32: along one axis an entry for each block of `block` neighbours, along the others for each entry."""
-    block: int
-    dtype: Any  # of the floats
+    """float32, with size 1 along the axis of a block's entries."""
+    axis: int
+    """The axis of the floats that is cut into blocks, counted from their last axis: -1 or less."""
+    size: int
+    """The size of the floats along it."""
+    dtype: Any
+    """The dtype of the floats."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.values.shape)
+        at, shape = self.values.ndim - 1 + self.axis, self.values.shape
+        return (*shape[:at], self.size, *shape[at + 2 :])
 
     @property
     def form(self) -> str:
-        along = "" if self.axis is None else f" along axis {self.axis - self.ndim}"
-        return f"int8 in blocks of {self.block}{along}"
+        return f"int8 in blocks of {self.values.shape[self.axis]} along axis {self.axis}"
 
     @property
     def sharding(self) -> Any:
-        return getattr(self.values, "sharding", None)
-
-    @property
-    def axis(self) -> int | None:
-        """The axis that is cut into blocks; None if each entry has its own scale."""
-        pairs = enumerate(zip(self.values.shape, self.scales.shape, strict=True))
-        return next((axis for axis, (n, blocks) in pairs if n != blocks), None)
+        sharding = None if isinstance(self.values, Tracer) else getattr(self.values, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return sharding
+        entries = [*sharding.spec, *[None] * (self.values.ndim - len(sharding.spec))]
+        del entries[self.axis]
+        return sharding.update(spec=PartitionSpec(*entries))
 
     def floats(self) -> jax.Array:
-        return self._in_float32().astype(self.dtype)
+        blocks = (self.values.astype(jnp.float32) * self.scales).astype(self.dtype)
+        return _joined(blocks, self.axis, self.size)
 
     def add(self, update: jax.Array, key: jax.Array | None) -> Self:
-        update = update.astype(jnp.float32)
-        old, wide = self.values.astype(jnp.float32), self._spread(self.scales)
-        new = old * wide + update
-        update = jnp.where(jnp.isfinite(new), update, 0)
-        new = jnp.where(jnp.isfinite(new), new, old * wide)
+        old = self.values.astype(jnp.float32)
+        update = _cut(update.astype(jnp.float32), self.values.shape[self.axis], self.axis)
+        update = jnp.where(jnp.isfinite(old * self.scales + update), update, 0)
+        new = old * self.scales + update
         # A scale stays until its block outgrows it: a new one moves the grid under all weights of the block.
-        largest = self._largest(jnp.abs(new))
-        outgrown = largest > _MOST * self.scales
-        scales = jnp.where(outgrown, largest / _MOST, self.scales)
-        in_units = jnp.where(self._spread(outgrown), new / self._spread(scales), old + update / wide)
-        return self._replace(_rounded(in_units, key), scales)
+        largest = jnp.max(jnp.abs(new), axis=self.axis, keepdims=True)
+        scales = jnp.where(largest > _MOST * self.scales, largest / _LARGEST, self.scales)
+        in_units = jnp.where(scales > self.scales, new / scales, old + update / self.scales)
+        return replace(self, values=_rounded(in_units, key), scales=scales)
 
-    def _in_float32(self) -> jax.Array:
-        return self.values.astype(jnp.float32) * self._spread(self.scales)
+    def axis_in_parts(self, axis: int) -> int:
+        return axis if axis <= self.ndim + self.axis else axis + 1
 
-    def _spread(self, of_blocks: jax.Array) -> jax.Array:
-        """Each block's entry for each of its weights."""
-        axis = self.axis
-        if axis is None:
-            return of_blocks
-        n, sharding = self.shape[axis], explicit_sharding(self.values)
-        shape = (*of_blocks.shape[: axis + 1], self.block, *of_blocks.shape[axis + 1 :])
-        rows = lax.broadcast_in_dim(of_blocks, shape, [a for a in range(len(shape)) if a != axis + 1])
-        wide = (*of_blocks.shape[:axis], of_blocks.shape[axis] * self.block, *of_blocks.shape[axis + 1 :])
-        return lax.slice_in_dim(lax.reshape(rows, wide, out_sharding=sharding), 0, n, axis=axis)
+    def without_axis(self, axis: int) -> Self:
+        return replace(self, axis=self.axis + 1) if axis > self.ndim + self.axis else self
 
-    def _largest(self, xs: jax.Array) -> jax.Array:
-        """The largest entry of each block."""
-        return _largest(xs, self.block, self.axis)
-
-    def _replace(self, values: jax.Array, scales: jax.Array) -> Self:
-        return type(self)(values, scales, self.block, self.dtype)
+    def spread(self, sharding: NamedSharding) -> Self:
+        at = self.ndim + self.axis
+        names = [*sharding.spec, *[None] * (self.ndim - len(sharding.spec))]
+        blocks = self.values.shape[at]
+        names[at] = names[at] if blocks % pieces(sharding.mesh, names[at]) == 0 else None
+        of_parts = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
+        return jax.tree.map(lambda _: of_parts, self)
 
 
 def int8(params: Any, *, block: int = 128, axis: int = -2, where: Any | Callable[[str], bool] | None = None) -> Any:
     """The tree with some of its floats in one byte each, `Int8`, for a step that `adalomo_jax.fuse` makes.
 
-    Each block of ``block`` neighbours along one axis has a float32 scale: its largest magnitude over 127. A weight is
-    rounded to the nearest of the 255 values of its block; 128 neighbours take 1.03 bytes each. The step then gives the
-    loss and ``tx`` floats of the dtype that they had, adds each update in float32, and rounds it at random.
+    Each block of ``block`` neighbours along one axis has a float32 scale, its largest magnitude over 120. A weight is
+    an integer from -127 to 127 times the scale, at first the nearest; with blocks of 128 it takes 1.03 bytes. The step
+    then gives the loss and ``tx`` floats of the dtype that they had, adds each update in float32, and rounds it at
+    random.
 
     Args:
       params: a tree of arrays or ``jax.ShapeDtypeStruct``s.
-      block: the neighbours that share a scale; along a shorter axis, all of it.
+      block: the most neighbours that share a scale. If a number from half of it on divides the axis, that is taken.
       axis: the axis to cut into blocks, counted from the end. It must not be the layer axis of a stack.
       where: which to encode: a function of a path such as ``"layers/up"``, or a tree of bools like ``params`` or a
         prefix of it. None chooses the floats with three axes or more: stacks of matrices. Vectors, embeddings and heads
@@ -137,24 +142,40 @@ def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
     axis = axis if x.ndim >= 2 else -1
     if not -x.ndim <= axis < 0:
         raise ValueError(f"axis must be from {-x.ndim} to -1 for an array of the shape {list(x.shape)}, got {axis}.")
-    block, axis = max(2, min(block, x.shape[axis])), axis + x.ndim
-    wide = x.astype(jnp.float32)
-    scales = jnp.maximum(_largest(jnp.abs(wide), block, axis) / _MOST, _TINY)
-    empty = Int8(jnp.zeros(x.shape, jnp.int8), scales, block, jnp.dtype(x.dtype))
-    return empty._replace(_rounded(wide / empty._spread(scales), None), scales)
+    blocks = _cut(x.astype(jnp.float32), _block_of(x.shape[axis], block), axis)
+    scales = jnp.maximum(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True) / _LARGEST, _TINY)
+    return Int8(_rounded(blocks / scales, None), scales, axis, x.shape[axis], jnp.dtype(x.dtype))
 
 
-def _largest(xs: jax.Array, block: int, axis: int | None) -> jax.Array:
-    """The largest of each ``block`` entries along an axis; the last block may be shorter."""
-    if axis is None:
-        return xs
-    n = xs.shape[axis]
-    blocks = -(-n // block)
-    if blocks * block != n:
-        xs = lax.pad(
-            xs, jnp.zeros([], xs.dtype), [(0, blocks * block - n if a == axis else 0, 0) for a in range(xs.ndim)]
-        )
-    return jnp.max(xs.reshape(*xs.shape[:axis], blocks, block, *xs.shape[axis + 1 :]), axis=axis + 1)
+def _block_of(size: int, most: int) -> int:
+    """The size of a block: the largest from half of ``most`` on that divides the axis, or else ``most``."""
+    most = min(most, size)
+    return next((n for n in range(most, (most - 1) // 2, -1) if size % n == 0), most)
+
+
+def _cut(x: jax.Array, block: int, axis: int) -> jax.Array:
+    """The array with an axis cut in two, blocks and their entries. The last block is filled up with zeros."""
+    at, missing, sharding = x.ndim + axis, -x.shape[axis] % block, explicit_sharding(x)
+    blocks = (x.shape[axis] + missing) // block
+    if sharding is not None:
+        names = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+        if missing or blocks % pieces(sharding.mesh, names[at]):  # a device must have whole blocks
+            names[at] = None
+            x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*names)))
+        sharding = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
+    if missing:
+        x = lax.pad(x, jnp.zeros([], x.dtype), [(0, missing if a == at else 0, 0) for a in range(x.ndim)])
+    return lax.reshape(x, (*x.shape[:at], blocks, block, *x.shape[at + 1 :]), out_sharding=sharding)
+
+
+def _joined(blocks: jax.Array, axis: int, size: int) -> jax.Array:
+    """The array that was cut into blocks, of this size along the axis."""
+    at, shape, sharding = blocks.ndim - 1 + axis, blocks.shape, explicit_sharding(blocks)
+    if sharding is not None:
+        names = [*sharding.spec, *[None] * (blocks.ndim - len(sharding.spec))]
+        sharding = sharding.update(spec=PartitionSpec(*names[: at + 1], *names[at + 2 :]))
+    whole = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+    return lax.slice_in_dim(lax.reshape(blocks, whole, out_sharding=sharding), 0, size, axis=at)
 
 
 def _rounded(in_units: jax.Array, key: jax.Array | None) -> jax.Array:

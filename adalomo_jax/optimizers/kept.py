@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 
 class Kept(abc.ABC):
     """Floats that are kept in another form.
 
-    A subclass is a pytree of arrays, its parts. Each part has as many axes as the floats, in the same order, and its
-    size along an axis is theirs, or divides it roughly, as the number of blocks does. So one layer of a stack, a stack
-    of layers and a shard on a device are made of the same of each part, and only the form itself knows more.
+    A subclass is a pytree of arrays, its parts. Each part has the axes of the floats in their order, and may have more.
+    So one layer of a stack is one layer of each part, a stack of layers stacks each part, and a device holds a shard of
+    each part.
     """
 
     name: ClassVar[str]
@@ -56,6 +56,18 @@ class Kept(abc.ABC):
         nearest if ``key`` is None. A zero update changes no bit. An entry whose sum is not finite keeps its old value.
         """
 
+    def axis_in_parts(self, axis: int) -> int:
+        """The axis of the parts that is an axis of the floats; both are counted from the first."""
+        return axis
+
+    def without_axis(self, axis: int) -> Self:
+        """The same, if the parts have lost this axis of the floats."""
+        return self
+
+    @abc.abstractmethod
+    def spread(self, sharding: NamedSharding) -> Self:
+        """The shardings of the parts if the floats have this one."""
+
     @property
     def ndim(self) -> int:
         """The number of axes of the floats."""
@@ -80,22 +92,47 @@ def as_floats(x: Any) -> Any:
     return x.floats() if is_kept(x) else x
 
 
+def take_layer(stack: Any, take: Callable[[Any, int], Any], axis: int, *, keepdims: bool = False) -> Any:
+    """One layer of a stack of weights in any form: ``take(part, axis)`` of each part, and the axis is gone.
+
+    With ``keepdims`` it is not.
+    """
+    if not is_kept(stack):
+        return take(stack, axis)
+    parts, treedef = jax.tree.flatten(stack)
+    layer = treedef.unflatten([take(part, stack.axis_in_parts(axis)) for part in parts])
+    return layer if keepdims else layer.without_axis(axis)
+
+
+def put_layer(stack: Any, layer: Any, put: Callable[[Any, Any, int], Any], axis: int) -> Any:
+    """A stack of weights in any form with one layer changed: ``put(part, part of the layer, axis)`` of each part."""
+    if not is_kept(stack):
+        return put(stack, layer, axis)
+    parts, treedef = jax.tree.flatten(stack)
+    at = stack.axis_in_parts(axis)
+    return treedef.unflatten([put(part, new, at) for part, new in zip(parts, jax.tree.leaves(layer), strict=True)])
+
+
+def pieces(mesh: Any, names: Any) -> int:
+    """Into how many pieces an axis is cut that is spread over these axes of a mesh."""
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+
 def floats(params: Any) -> Any:
     """The tree with the floats of all weights that `int8` or `float24` has put in another form.
 
-        Args:
-          params: a tree of arrays and of `Int8` and `Float24`.
+    Args:
+      params: a tree of arrays and of `Int8` and `Float24`.
 
-        Returns:
-          The tree with arrays only. Under ``jax.jit`` only what is read of them is computed.
+    Returns:
+      The tree with arrays only. Under ``jax.jit`` only what is read of them is computed.
 
-        Example:
-          >>> import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-          >>> from adalomo_jax import floats, int8
-          >>> params = {"layers": jnp.ones((2, 4, 3)), "head": jnp.ones((3, 2))}
-          >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
-          float32 (2, 4, 3)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from adalomo_jax import floats, int8
+      >>> params = {"layers": jnp.ones((2, 4, 3)), "head": jnp.ones((3, 2))}
+      >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
+      float32 (2, 4, 3)
     """
     return jax.tree.map(as_floats, params, is_leaf=is_kept)
 
@@ -103,22 +140,11 @@ def floats(params: Any) -> Any:
 def encoded(x: Any, encode: Callable[[Any], Kept]) -> Any:
     """An array in another form; for its ``jax.ShapeDtypeStruct``, the description of that. It is spread as before."""
     shapes, sharding = jax.eval_shape(encode, x), getattr(x, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        spread = jax.tree.map(lambda part: of_part(sharding, part.shape), shapes)
-    else:
-        spread = jax.tree.map(lambda _: sharding, shapes)
+    named = isinstance(sharding, NamedSharding)
+    spread = shapes.spread(sharding) if named else jax.tree.map(lambda _: sharding, shapes)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.tree.map(lambda part, sharding: part.update(sharding=sharding), shapes, spread)
     return jax.jit(encode, out_shardings=spread)(x)
-
-
-def of_part(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of a part of a weight: along each axis that of the weight, if it cuts the part evenly."""
-    cuts = lambda names: math.prod(
-        sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
-    )
-    entries = [names if n % cuts(names) == 0 else None for n, names in zip(shape, sharding.spec)]
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
 
 
 def encode_tree(

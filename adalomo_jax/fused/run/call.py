@@ -23,6 +23,15 @@ from adalomo_jax.fused.state import FusedState
 from adalomo_jax.optimizers.rounding import rounds_stochastically
 
 
+def loss_and_aux(traced: Traced, options: Options, outputs: Sequence[Any]) -> tuple[jax.Array, Any]:
+    """The loss of the batch and aux, given the program's outputs for each microbatch."""
+    loss, *aux = outputs
+    if options.microbatches is not None:
+        loss = jnp.mean(loss) if options.reduction == "mean" else jnp.sum(loss)
+    result = traced.result_treedef.unflatten([loss, *aux])
+    return result if options.has_aux else (result, None)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of a training step, traced: with its options, its state, and the arguments for ``tx.update``."""
@@ -44,7 +53,7 @@ class Call:
         updater = self._updater()
         offloads = options.offloads_activations
         ran = passes.forward(plan, leaves, self.traced.args, options.microbatches, self._d_loss(), offloads)
-        result = self._result_of(ran.outputs)
+        result = loss_and_aux(self.traced, options, ran.outputs)
         measure = lambda: passes.norm_of_gradient(plan, ran, updater)
         looks_ahead, norm = self._looks_ahead(), None
         if looks_ahead is not False:
@@ -56,7 +65,7 @@ class Call:
     def unfused(self) -> StepResult:
         """The step by ``jax.vjp`` of the whole loss."""
         outputs, gradients = all_gradients(self.loss_fn, self.traced, self.options.microbatches, self._d_loss())
-        result, updater = self._result_of(outputs), self._updater()
+        result, updater = loss_and_aux(self.traced, self.options, outputs), self._updater()
         looks_ahead, norm = self._looks_ahead(), None
         if looks_ahead is not False:
             norm = jnp.where(looks_ahead, updater.measure(None, list(gradients.values())).squares.norm(), 0)
@@ -74,14 +83,6 @@ class Call:
     def _scale(self) -> Any:
         scale = self.options.loss_scale
         return self.state.loss_scale.scale if isinstance(scale, DynamicLossScale) else scale
-
-    def _result_of(self, outputs: Sequence[Any]) -> tuple[jax.Array, Any]:
-        """The loss and aux."""
-        loss, *aux = outputs
-        if self.options.microbatches is not None:
-            loss = jnp.mean(loss) if self.options.reduction == "mean" else jnp.sum(loss)
-        result = self.traced.result_treedef.unflatten([loss, *aux])
-        return result if self.options.has_aux else (result, None)
 
     def _updater(self) -> Updater:
         """The updater, without what depends on the loss."""

@@ -15,6 +15,7 @@ from jax import lax
 
 from adalomo_jax.barriers import after, barrier, in_order
 from adalomo_jax.fused.offload import fetch, is_on_host, put_beside
+from adalomo_jax.optimizers.kept import put_layer, take_layer
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
@@ -98,7 +99,7 @@ def update_parts(
       read_by: everything else that this iteration computes from the layers.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
-    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: _squeeze(layer, axis)
+    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: without_axis(layer, axis)
     weights = {k: read(layers[k], stacks.weights[k], i, axes[k], gradients[k]) for part in parts for k in part.weights}
     read_by = (read_by, [gradients[k] for k in weights])
     previous, found = (), {}
@@ -135,8 +136,8 @@ def layer_at(stack: Any, i: Any, axis: int = 0, *, keepdims: bool = False) -> An
     Otherwise, if a multiplication prefers another order, a TPU's compiler gives the stack that order throughout the
     loop, and copies the whole stack before and after it. Now it copies a layer at most.
     """
-    index = lambda part: in_order(fetch(lax.dynamic_index_in_dim(part, i, axis, keepdims=keepdims)))
-    return jax.tree.map(index, stack)
+    take = lambda part, axis: in_order(fetch(lax.dynamic_index_in_dim(part, i, axis, keepdims=keepdims)))
+    return take_layer(stack, take, axis, keepdims=keepdims)
 
 
 def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
@@ -147,20 +148,22 @@ def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     A CPU's compiler copies no layer, and each layer in the host's memory is fetched once.
     """
     if is_on_host(stack):
-        return _squeeze(layer, axis)
+        return without_axis(layer, axis)
 
     def again(layer, stack, i, gradient):
         i = after(i, gradient)
-        return jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, i, axis), stack)
+        take = lambda part, axis: lax.dynamic_index_in_dim(part, i, axis)
+        return take_layer(stack, take, axis, keepdims=True)
 
     first = lambda layer, stack, i, gradient: layer
-    return _squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
+    return without_axis(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
-    write = lambda part, of_layer: lax.dynamic_update_index_in_dim(part, of_layer, i, axis)
-    return jax.tree.map(write, stack, put_beside(layer, stack))
+    put = lambda part, new, axis: lax.dynamic_update_index_in_dim(part, new, i, axis)
+    return put_layer(stack, put_beside(layer, stack), put, axis)
 
 
-def _squeeze(layer: Any, axis: int) -> Any:
-    return jax.tree.map(lambda part: jnp.squeeze(part, axis), layer)
+def without_axis(layer: Any, axis: int) -> Any:
+    """A layer without its layer axis, which has size 1."""
+    return take_layer(layer, jnp.squeeze, axis)

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adalomo_jax.barriers import in_order
 from adalomo_jax.fused.plan.contents import largest_made, reads_in_order
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import LayerScan
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate, pull
-from adalomo_jax.fused.run.in_place import layer_at
+from adalomo_jax.fused.run.in_place import layer_at, without_axis
 from adalomo_jax.fused.run.segment import Context
 from adalomo_jax.fused.sharding import constrain
-from adalomo_jax.optimizers.kept import as_floats
+from adalomo_jax.optimizers.kept import is_kept
 
 
 def update_order(stage: LayerScan, program: Program, one_by_one: bool) -> list[list[int]]:
@@ -63,7 +64,8 @@ def received(
 
     The pullback gives the gradient of the layer of each trained stack among them, by the stack's number in the program.
     """
-    slices = {value: as_floats(layer) for value, layer in slices.items()}
+    axes = {stack.value: stack.axis for stack in stage.stacks}
+    slices = {value: _floats(layer, axes[value]) if is_kept(layer) else layer for value, layer in slices.items()}
     there = {value for value, stacks in stage.made_of.items() if stacks <= slices.keys()}
     chain = [equation for equation in stage.chain if there.issuperset(equation.outputs)]
     layers = [(v, value) for v, value in stage.layers if value in there]
@@ -91,3 +93,8 @@ def received(
         return {stack.value: jnp.squeeze(gradients[stack.value], stack.axis) for stack in trained}
 
     return {v: jnp.squeeze(values[value], 0) for v, value in layers}, pull_chain
+
+
+def _floats(layer: Any, axis: int) -> Any:
+    """The floats of a layer in another form. With the layer axis in between, a TPU's compiler fuses no decoding."""
+    return jnp.expand_dims(in_order(without_axis(layer, axis).floats()), axis)
