@@ -1,4 +1,4 @@
-"""Weights in one byte: int8 values, with a float32 scale for each block of neighbours."""
+"""Weights in one byte: int8 values, with a bfloat16 scale for each block of neighbours."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TINY = 2.0**-126
 class Int8(Kept):
     """Floats as ``values * scales``, in one byte and a bit each. `int8` makes them.
 
-    Both arrays have one axis more than the floats: one of these is cut into blocks and their entries. So a scale is
+    The values have one axis more than the floats, one of which is cut into blocks and their entries. So a scale is
     broadcast over its block without a reshape, which XLA could not fuse into the write of a layer.
     """
 
@@ -40,7 +40,7 @@ class Int8(Kept):
     values: jax.Array
     """int8, from -127 to 127. The last block is filled up with zeros."""
     scales: jax.Array
-    """float32, with size 1 along the axis of a block's entries."""
+    """bfloat16, one for each block, and for each entry of the other axes."""
     axis: int
     """The axis of the floats that is cut into blocks, counted from their last axis: -1 or less."""
     size: int
@@ -67,22 +67,39 @@ class Int8(Kept):
         return sharding.update(spec=PartitionSpec(*entries))
 
     def floats(self) -> jax.Array:
-        blocks = (self.values.astype(jnp.float32) * self.scales).astype(self.dtype)
-        return _joined(blocks, self.axis, self.size)
+        return self._decoded(_joined(self.values, self.axis, self.size), self.scales, self.axis)
+
+    def layer_floats(self, i: Any, axis: int) -> jax.Array:
+        if self.values.shape[self.axis] * self.values.shape[self.axis - 1] != self.size:
+            return super().layer_floats(i, axis)
+        # The whole stack without its blocks is no copy, and XLA fuses what is then done to a slice into products.
+        values = lax.dynamic_index_in_dim(_joined(self.values, self.axis, self.size), i, axis, keepdims=False)
+        scales = lax.dynamic_index_in_dim(self.scales, i, axis, keepdims=False)
+        return self._decoded(values, scales, self.without_axis(axis).axis)
+
+    def _decoded(self, values: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
+        blocks = jnp.expand_dims(scales.astype(jnp.float32), scales.ndim + 1 + axis)
+        shape = [n if a != blocks.ndim + axis else self.values.shape[self.axis] for a, n in enumerate(blocks.shape)]
+        wide = _joined(jnp.broadcast_to(blocks, shape), axis, self.size)
+        return (values.astype(jnp.float32) * wide).astype(self.dtype)
 
     def add(self, update: jax.Array, key: jax.Array | None) -> Self:
-        old = self.values.astype(jnp.float32)
+        old, at = self.values.astype(jnp.float32), self.ndim + 1 + self.axis
+        old_scales = jnp.expand_dims(self.scales.astype(jnp.float32), at)
         update = _cut(update.astype(jnp.float32), self.values.shape[self.axis], self.axis)
-        update = jnp.where(jnp.isfinite(old * self.scales + update), update, 0)
-        new = old * self.scales + update
+        update = jnp.where(jnp.isfinite(old * old_scales + update), update, 0)
+        new = old * old_scales + update
         # A scale stays until its block outgrows it: a new one moves the grid under all weights of the block.
         largest = jnp.max(jnp.abs(new), axis=self.axis, keepdims=True)
-        scales = jnp.where(largest > _MOST * self.scales, largest / _LARGEST, self.scales)
-        in_units = jnp.where(scales > self.scales, new / scales, old + update / self.scales)
-        return replace(self, values=_rounded(in_units, key), scales=scales)
+        scales = jnp.where(largest > _MOST * old_scales, _scale(largest), old_scales)
+        in_units = jnp.where(scales > old_scales, new / scales, old + update / old_scales)
+        return replace(self, values=_rounded(in_units, key), scales=jnp.squeeze(scales, at).astype(jnp.bfloat16))
 
-    def axis_in_parts(self, axis: int) -> int:
-        return axis if axis <= self.ndim + self.axis else axis + 1
+    def axis_in_parts(self, axis: int) -> tuple[int, int]:
+        return axis + (axis > self.ndim + self.axis), axis
+
+    def cuts(self, axis: int) -> bool:
+        return axis == self.ndim + self.axis and self.values.shape[self.axis] > 1
 
     def without_axis(self, axis: int) -> Self:
         return replace(self, axis=self.axis + 1) if axis > self.ndim + self.axis else self
@@ -92,15 +109,15 @@ class Int8(Kept):
         names = [*sharding.spec, *[None] * (self.ndim - len(sharding.spec))]
         blocks = self.values.shape[at]
         names[at] = names[at] if blocks % pieces(sharding.mesh, names[at]) == 0 else None
-        of_parts = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
-        return jax.tree.map(lambda _: of_parts, self)
+        of_values = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
+        return replace(self, values=of_values, scales=sharding.update(spec=PartitionSpec(*names)))
 
 
 def int8(params: Any, *, block: int = 128, axis: int = -2, where: Any | Callable[[str], bool] | None = None) -> Any:
     """The tree with some of its floats in one byte each, `Int8`, for a step that `adalomo_jax.fuse` makes.
 
-    Each block of ``block`` neighbours along one axis has a float32 scale, its largest magnitude over 120. A weight is
-    an integer from -127 to 127 times the scale, at first the nearest; with blocks of 128 it takes 1.03 bytes. The step
+    Each block of ``block`` neighbours along one axis has a bfloat16 scale, its largest magnitude over 120. A weight is
+    an integer from -127 to 127 times the scale, at first the nearest; with blocks of 128 it takes 1.02 bytes. The step
     then gives the loss and ``tx`` floats of the dtype that they had, adds each update in float32, and rounds it at
     random.
 
@@ -143,8 +160,15 @@ def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
     if not -x.ndim <= axis < 0:
         raise ValueError(f"axis must be from {-x.ndim} to -1 for an array of the shape {list(x.shape)}, got {axis}.")
     blocks = _cut(x.astype(jnp.float32), _block_of(x.shape[axis], block), axis)
-    scales = jnp.maximum(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True) / _LARGEST, _TINY)
-    return Int8(_rounded(blocks / scales, None), scales, axis, x.shape[axis], jnp.dtype(x.dtype))
+    scales = _scale(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True))
+    narrow = jnp.squeeze(scales, axis).astype(jnp.bfloat16)
+    return Int8(_rounded(blocks / scales, None), narrow, axis, x.shape[axis], jnp.dtype(x.dtype))
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """The scale of a block with this largest magnitude, float32 with the precision of bfloat16."""
+    info = jnp.finfo(jnp.bfloat16)
+    return jnp.maximum(lax.reduce_precision(largest / _LARGEST, info.nexp, info.nmant), _TINY)
 
 
 def _block_of(size: int, most: int) -> int:

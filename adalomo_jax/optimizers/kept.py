@@ -9,10 +9,12 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding
 
 
@@ -56,9 +58,17 @@ class Kept(abc.ABC):
         nearest if ``key`` is None. A zero update changes no bit. An entry whose sum is not finite keeps its old value.
         """
 
-    def axis_in_parts(self, axis: int) -> int:
-        """The axis of the parts that is an axis of the floats; both are counted from the first."""
-        return axis
+    def layer_floats(self, i: Any, axis: int) -> jax.Array:
+        """The floats of layer ``i`` of a stack, without the layer axis."""
+        return take_layer(self, partial(lax.dynamic_index_in_dim, index=i, keepdims=False), axis).floats()
+
+    def axis_in_parts(self, axis: int) -> tuple[int, ...]:
+        """The axis of each part that is an axis of the floats; all are counted from the first."""
+        return (axis,) * len(jax.tree.leaves(self))
+
+    def cuts(self, axis: int) -> bool:
+        """Whether neighbours along an axis of the floats, counted from the first, share anything."""
+        return False
 
     def without_axis(self, axis: int) -> Self:
         """The same, if the parts have lost this axis of the floats."""
@@ -92,15 +102,15 @@ def as_floats(x: Any) -> Any:
     return x.floats() if is_kept(x) else x
 
 
-def take_layer(stack: Any, take: Callable[[Any, int], Any], axis: int, *, keepdims: bool = False) -> Any:
-    """One layer of a stack of weights in any form: ``take(part, axis)`` of each part, and the axis is gone.
+def take_layer(stack: Any, take: Callable[..., Any], axis: int, *, keepdims: bool = False) -> Any:
+    """One layer of a stack of weights in any form: ``take(part, axis=axis)`` of each part, and the axis is gone.
 
     With ``keepdims`` it is not.
     """
     if not is_kept(stack):
-        return take(stack, axis)
+        return take(stack, axis=axis)
     parts, treedef = jax.tree.flatten(stack)
-    layer = treedef.unflatten([take(part, stack.axis_in_parts(axis)) for part in parts])
+    layer = treedef.unflatten([take(part, axis=at) for part, at in zip(parts, stack.axis_in_parts(axis), strict=True)])
     return layer if keepdims else layer.without_axis(axis)
 
 
@@ -109,8 +119,8 @@ def put_layer(stack: Any, layer: Any, put: Callable[[Any, Any, int], Any], axis:
     if not is_kept(stack):
         return put(stack, layer, axis)
     parts, treedef = jax.tree.flatten(stack)
-    at = stack.axis_in_parts(axis)
-    return treedef.unflatten([put(part, new, at) for part, new in zip(parts, jax.tree.leaves(layer), strict=True)])
+    of_each = zip(parts, jax.tree.leaves(layer), stack.axis_in_parts(axis), strict=True)
+    return treedef.unflatten([put(part, new, at) for part, new, at in of_each])
 
 
 def pieces(mesh: Any, names: Any) -> int:

@@ -23,7 +23,9 @@ IS_MATRIX = lambda path: any(name in path for name in ("mix", "up", "down"))
 ENCODE: dict[str, Any] = {
     "int8": functools.partial(int8, block=BLOCK, where=IS_MATRIX),
     "bf16+8": functools.partial(float24, where=IS_MATRIX),
-    "int8 everywhere": functools.partial(int8, block=BLOCK, where=lambda path: "norm" not in path),
+    "int8 everywhere": functools.partial(
+        int8, block=BLOCK, where=lambda path: "norm" not in path and "scale" not in path
+    ),
 }
 LOSSES = {
     "scan": make_loss(),
@@ -68,7 +70,7 @@ def parts(tree):
 def units(w):
     """The distance between neighbours on the grid of each weight."""
     if isinstance(w, Int8):
-        return np.asarray(w.floats() / jnp.where(w.values == 0, 1, w.values))
+        return np.asarray(w.scales, np.float32)
     return 2.0**-15 * np.abs(np.asarray(w.floats()))
 
 
@@ -123,10 +125,8 @@ def test_equals_plain_optax_on_the_layers_apart():
             of_layer: Any = jax.tree.map(lambda part, i=i: part[i], w)
             update, _ = tx.update(grads["layers0"][name][i], tx.init(of_layer.floats()), of_layer.floats())
             exact = np.asarray(of_layer.floats(), np.float64) + np.asarray(update, np.float64)
-            scales = np.repeat(np.asarray(new.scales[i], np.float64), BLOCK, axis=0)[: exact.shape[0]]
+            scales = np.repeat(np.asarray(new.scales[i], np.float64), new.values.shape[-2], axis=0)
             assert np.all(np.abs(np.asarray(new.floats()[i]) - exact) <= 0.501 * scales)
-            outgrown = np.any(np.asarray(new.scales[i] != w.scales[i]))
-            assert np.max(np.abs(np.asarray(new.values[i], np.int32))) <= (127 if outgrown else 127)
         assert np.mean(np.asarray(new.values != w.values)) > 0.5
 
 
@@ -211,7 +211,7 @@ def test_a_layer_in_another_form_stays_by_itself():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_alone(loss, microbatches):
     step = fuse(LOSSES[loss], adalomo(1e-2), microbatches=microbatches)
-    params = int8(params_of(loss), block=BLOCK, axis=-1, where=lambda path: "norm" not in path)
+    params = int8(params_of(loss), block=BLOCK, axis=-1, where=IS_MATRIX)
     rtol = 1e-2 if loss == "cast" else 1e-5
     np.testing.assert_allclose(jax.jit(step.loss)(params, BATCHES[0]), LOSSES[loss](floats(params), BATCHES[0]), rtol)
 
@@ -248,7 +248,7 @@ def test_weights_that_a_step_has_used_are_named():
     state = step.init(params, BATCHES[0])
     result = step.jit(params, state, BATCHES[0])
     with pytest.raises(ValueError, match=r"params\['layers0'\]\['down'\].values was given to an earlier step"):
-        step.jit(params, result.state, BATCHES[0])
+        step.jit(result.params | {"layers0": params["layers0"]}, result.state, BATCHES[0])
 
 
 @pytest.mark.uncached
@@ -260,15 +260,9 @@ def test_no_floats_of_a_stack_exist(form):
         params = ENCODE[form](jax.eval_shape(lambda: init_params(layers, dim=64, hidden=256, tied=True)))
         step = fuse(make_loss(), lomo(1e-2))
         sizes = step.jit.lower(params, step.abstract_state(params, BATCHES[0]), BATCHES[0]).compile().memory_analysis()
-        assert (
-            sizes.alias_size_in_bytes
-            == sizes.output_size_in_bytes - sum(x.nbytes if x.size else 0 for x in [np.zeros(5, np.float32)][:0])
-            or sizes.output_size_in_bytes - sizes.alias_size_in_bytes < 1000
-        )
-        return sizes.temp_size_in_bytes, tree_bytes(floats_of_stacks(layers))
+        assert sizes.output_size_in_bytes - sizes.alias_size_in_bytes < 1000  # all but the loss and the metrics
+        return sizes.temp_size_in_bytes
 
-    floats_of_stacks = lambda layers: jax.eval_shape(
-        lambda: init_params(layers, dim=64, hidden=256, tied=True)["layers0"]
-    )
-    (few, of_few), (many, of_many) = temporaries(4), temporaries(24)
-    assert many - few < 0.1 * (of_many - of_few)
+    one_layer = tree_bytes(init_params(1, dim=64, hidden=256, tied=True)["layers0"])
+    saved = 4 * BATCHES[0].size * 64
+    assert temporaries(24) - temporaries(4) < 20 * (saved + 0.05 * one_layer)

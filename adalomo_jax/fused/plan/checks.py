@@ -165,8 +165,8 @@ def check_program(program: Program, paths: Sequence[str], trained: Sequence[bool
 def check_blocks(plan: Plan, leaves: Sequence[Any]) -> None:
     """Refuses a stack in another form if a block holds entries of several layers: layers are written one by one."""
     for stack in (stack for stage in plan.stages if isinstance(stage, LayerScan) for stack in stage.stacks):
-        leaf, n = leaves[stack.leaf], plan.leaves[stack.leaf].shape[stack.axis]
-        if is_kept(leaf) and any(part.shape[leaf.axis_in_parts(stack.axis)] != n for part in jax.tree.leaves(leaf)):
+        leaf = leaves[stack.leaf]
+        if is_kept(leaf) and leaf.cuts(stack.axis):
             axis = stack.axis - leaf.ndim
             raise ValueError(
                 f"A layer of a stack must have blocks of its own, but {plan.leaves[stack.leaf].path!r} is kept as "

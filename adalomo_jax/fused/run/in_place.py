@@ -15,7 +15,7 @@ from jax import lax
 
 from adalomo_jax.barriers import after, barrier, in_order
 from adalomo_jax.fused.offload import fetch, is_on_host, put_beside
-from adalomo_jax.optimizers.kept import put_layer, take_layer
+from adalomo_jax.optimizers.kept import is_kept, put_layer, take_layer
 
 UpdateLayer = Callable[[jax.Array, list[Any], list[Any], list[Any]], tuple[list[Any], list[Any], Any]]
 """``(i, weights, gradients, state) -> (weights, state, statistics)`` of layer ``i`` of each stack."""
@@ -66,6 +66,7 @@ def update(
       update_layer: the optimizer's step on one layer.
       read_by: everything else that this iteration computes from the weights.
     """
+    weights = [_held(x, gradient) if is_kept(x) else x for x, gradient in zip(weights, gradients)]
     weights, own_layer, statistics = update_layer(i, weights, gradients, stacks.own_layer)
     of_each = zip(stacks.own, stacks.own_layer, own_layer, strict=True)
     own = [x if new is old else _write(x, new, i, 0) for x, old, new in of_each]
@@ -99,8 +100,15 @@ def update_parts(
       read_by: everything else that this iteration computes from the layers.
     """
     new = Stacks(list(stacks.weights), list(stacks.own), list(stacks.own_layer))
-    read = read_again if len(parts) > 1 else lambda layer, stack, i, axis, gradient: without_axis(layer, axis)
-    weights = {k: read(layers[k], stacks.weights[k], i, axes[k], gradients[k]) for part in parts for k in part.weights}
+    several = len(parts) > 1
+
+    def read(k: int) -> Any:
+        stack, axis = stacks.weights[k], axes[k]
+        if is_kept(stack):
+            return layer_at(stack, after(i, gradients[k]), axis)
+        return read_again(layers[k], stack, i, axis, gradients[k]) if several else jnp.squeeze(layers[k], axis)
+
+    weights = {k: read(k) for part in parts for k in part.weights}
     read_by = (read_by, [gradients[k] for k in weights])
     previous, found = (), {}
     for p, part in enumerate(parts):
@@ -148,15 +156,10 @@ def read_again(layer: Any, stack: Any, i: Any, axis: int, gradient: Any) -> Any:
     A CPU's compiler copies no layer, and each layer in the host's memory is fetched once.
     """
     if is_on_host(stack):
-        return without_axis(layer, axis)
-
-    def again(layer, stack, i, gradient):
-        i = after(i, gradient)
-        take = lambda part, axis: lax.dynamic_index_in_dim(part, i, axis)
-        return take_layer(stack, take, axis, keepdims=True)
-
+        return jnp.squeeze(layer, axis)
+    again = lambda layer, stack, i, gradient: lax.dynamic_index_in_dim(stack, after(i, gradient), axis)
     first = lambda layer, stack, i, gradient: layer
-    return without_axis(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
+    return jnp.squeeze(lax.platform_dependent(layer, stack, i, gradient, cpu=first, default=again), axis)
 
 
 def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
@@ -164,6 +167,16 @@ def _write(stack: Any, layer: Any, i: Any, axis: int) -> Any:
     return put_layer(stack, put_beside(layer, stack), put, axis)
 
 
-def without_axis(layer: Any, axis: int) -> Any:
-    """A layer without its layer axis, which has size 1."""
-    return take_layer(layer, jnp.squeeze, axis)
+def _held(layer: Any, gradient: Any) -> Any:
+    """A layer in another form. On a CPU its parts are copied before the stacks that they are from are written.
+
+    Each part of the new layer is made of all parts of the old one. If they were read from the stacks, no stack could be
+    written before another is read, and XLA's CPU compiler would copy one. It does not fuse across a condition, and it
+    does not know that this one always holds.
+    """
+
+    def copied(layer, gradient):
+        zero = after(jnp.zeros([], jnp.int32), gradient)
+        return lax.cond(zero == 0, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), layer)
+
+    return lax.platform_dependent(layer, gradient, cpu=copied, default=lambda layer, _: layer)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from adalomo_jax.barriers import in_order
+from adalomo_jax.fused.offload import is_on_host
 from adalomo_jax.fused.plan.contents import largest_made, reads_in_order
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import LayerScan
 from adalomo_jax.fused.run.cotangents import Cotangents, accumulate, pull
-from adalomo_jax.fused.run.in_place import layer_at, without_axis
+from adalomo_jax.fused.run.in_place import layer_at
 from adalomo_jax.fused.run.segment import Context
 from adalomo_jax.fused.sharding import constrain
 from adalomo_jax.optimizers.kept import is_kept
@@ -51,9 +52,9 @@ def _in_halves(stage: LayerScan, program: Program, segment: int, order: list[int
 
 
 def slices_at(stage: LayerScan, stacks: Mapping[int, Any], i: Any, read: Collection[int]) -> dict[int, Any]:
-    """Layer ``i`` of each stack that is read, with its layer axis, by the stack's number in the program."""
+    """The floats of layer ``i`` of each stack that is read, with the layer axis, by the stack's number."""
     of_each = [stack for stack in stage.stacks if stack.value in read]
-    layers = {s.value: layer_at(stacks[s.value], i, s.axis, keepdims=True) for s in of_each}
+    layers = {s.value: _floats_at(stacks[s.value], i, s.axis) for s in of_each}
     return {stack.value: constrain(layers[stack.value], stack.sharding) for stack in of_each}
 
 
@@ -64,8 +65,6 @@ def received(
 
     The pullback gives the gradient of the layer of each trained stack among them, by the stack's number in the program.
     """
-    axes = {stack.value: stack.axis for stack in stage.stacks}
-    slices = {value: _floats(layer, axes[value]) if is_kept(layer) else layer for value, layer in slices.items()}
     there = {value for value, stacks in stage.made_of.items() if stacks <= slices.keys()}
     chain = [equation for equation in stage.chain if there.issuperset(equation.outputs)]
     layers = [(v, value) for v, value in stage.layers if value in there]
@@ -95,6 +94,9 @@ def received(
     return {v: jnp.squeeze(values[value], 0) for v, value in layers}, pull_chain
 
 
-def _floats(layer: Any, axis: int) -> Any:
-    """The floats of a layer in another form. With the layer axis in between, a TPU's compiler fuses no decoding."""
-    return jnp.expand_dims(in_order(without_axis(layer, axis).floats()), axis)
+def _floats_at(stack: Any, i: Any, axis: int) -> Any:
+    if not is_kept(stack):
+        return layer_at(stack, i, axis, keepdims=True)
+    floats = layer_at(stack, i, axis).floats() if is_on_host(stack) else stack.layer_floats(i, axis)
+    # Decoded with its layer axis, it would be written out: a TPU's compiler would not fuse that into the products.
+    return jnp.expand_dims(in_order(floats), axis)
