@@ -117,6 +117,7 @@ def _as_finetune(config: MemoryConfig, step: Step) -> FinetuneConfig:
         optimizer=step.optimizer,
         fused=step.fused,
         dtype=config.dtype,
+        weights=config.weights,
     )
 
 
@@ -133,4 +134,5 @@ def _name(optimizer: str, fused: bool) -> str:
 def _title(config: MemoryConfig) -> str:
     where = config.device if config.chips == 1 else f"{config.chips} x {config.device} ({config.shard})"
     how = "lower bound, not compiled: " if config.estimate else ""
-    return f"{how}{config.model}, {config.batch_size} x {config.seq_len}, {config.dtype}, on {where}"
+    kind = config.dtype if config.weights is None else f"{config.dtype} in {config.weights}"
+    return f"{how}{config.model}, {config.batch_size} x {config.seq_len}, {kind}, on {where}"

@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from adalomo_jax.inputs import InputError, batch_parts, check_preset, default, mesh_sizes, one_line
 from adalomo_jax.rules import HELP, Optimizer
+from adalomo_jax.training.config import Weights
 from adalomo_jax.training.output_folder import check_picture
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class MemoryConfig:
     model: str = "llama-2-7b"
     """Preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
     Or a file: a Llama's config.json in Hugging Face's format."""
-    device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "cpu"] = "tpu-v5e"
+    device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "rtx-4070", "cpu"] = "tpu-v5e"
     """The chip to compile for; cpu is this machine's."""
     batch_size: int = 1
     """Sequences in a step, on all chips together."""
@@ -42,6 +43,8 @@ class MemoryConfig:
     """Update each layer during the backward pass; --no-fused computes all gradients first."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations."""
+    weights: Annotated[Weights | None, default("as --dtype says")] = None
+    """Keep the matrices of the layers in one byte a weight (int8), or in three (bf16+8), between the steps."""
     compare: bool = False
     """Add rows for the unfused step and for the other optimizers."""
     chips: int = 1

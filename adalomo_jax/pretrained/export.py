@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adalomo_jax.models import DecoderConfig, to_hugging_face
+from adalomo_jax.optimizers.kept import floats, is_kept
 from adalomo_jax.pretrained.files import own_file, write_whole
 from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.names import Tensor, tensors_of
@@ -69,7 +70,7 @@ def export_params(
             write_whole(folder / name, partial(save_file, contents, metadata={"format": "pt"}))
     if writes and len(files) > 1:
         places = {tensor.name: name for name, tensors in zip(names, files) for tensor in tensors}
-        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(floats, params)))
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
@@ -117,7 +118,7 @@ def _files(params: Any, config: DecoderConfig, shard_bytes: int) -> Iterator[lis
     yield held
 
 
-def _leaf(params: Any, tensor: Tensor) -> jax.Array:
+def _leaf(params: Any, tensor: Tensor) -> Any:
     for name in tensor.path:
         params = params[name]
     return params
@@ -125,7 +126,9 @@ def _leaf(params: Any, tensor: Tensor) -> jax.Array:
 
 def _part(params: Any, tensor: Tensor) -> jax.Array:
     leaf = _leaf(params, tensor)
-    return leaf if tensor.layer is None else leaf[tensor.layer]
+    if tensor.layer is None:
+        return leaf
+    return leaf.layer_floats(tensor.layer, 0) if is_kept(leaf) else leaf[tensor.layer]
 
 
 def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:

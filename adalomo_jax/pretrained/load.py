@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import jax
@@ -12,6 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.fields import plain
+from adalomo_jax.models.weights import Weights, encoder_of
+from adalomo_jax.optimizers.kept import Kept, put_layer
 from adalomo_jax.pretrained.names import Tensor, check_layers, param_shapes, tensors_of
 from adalomo_jax.pretrained.source import TensorSource
 
@@ -47,6 +48,7 @@ def load_params(
     source: TensorSource,
     dtype: str,
     shardings: Any | None = None,
+    weights: Weights | None = None,
 ) -> dict[str, Any]:
     """The parameters of a `Decoder`, as a nested dictionary of arrays.
 
@@ -58,6 +60,7 @@ def load_params(
         source: reads the tensors.
         dtype: the type of the parameters.
         shardings: a tree like the parameters, of ``NamedSharding``s; None puts the parameters on one device.
+        weights: the form in which the matrices of layers are kept; None keeps floats.
 
     Raises:
         ValueError: see `check_tensors`; or a tensor has values that are not finite in ``dtype``.
@@ -70,29 +73,47 @@ def load_params(
     params: dict[str, Any] = {}
     for path, shape in _leaves(param_shapes(config, dtype)):
         sharding = by_path.get(path) or SingleDeviceSharding(jax.local_devices()[0])
-        _put(params, path, _load_leaf(source, tensors[path], shape, sharding))
+        _put(params, path, _load_leaf(source, tensors[path], shape, sharding, encoder_of(shape, weights)))
     return params
 
 
-def _load_leaf(source: TensorSource, tensors: list[Tensor], shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.Array:
-    """A parameter, from one tensor or from one per layer. The write also checks whether the values are finite."""
+def _load_leaf(
+    source: TensorSource,
+    tensors: list[Tensor],
+    shape: jax.ShapeDtypeStruct,
+    sharding: Any,
+    encode: Callable[[jax.Array], Kept] | None,
+) -> Any:
+    """A parameter, from one tensor or from one per layer. The write also checks whether the values are finite.
+
+    If ``encode`` is given, it puts each layer into the form in which the stack is kept.
+    """
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
     is_finite = lambda x: jnp.isfinite(x.astype(shape.dtype)).all()
-    write = lambda stack, x, i: (jax.lax.dynamic_update_index_in_dim(stack, turned(x), i, 0), is_finite(x))
-    shardings = (sharding, NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding)
+    layer_of = lambda x: turned(x) if encode is None else encode(turned(x))
+    put = lambda i: lambda stack, layer, axis: jax.lax.dynamic_update_index_in_dim(stack, layer, i, axis)
+    write = lambda stack, x, i: (put_layer(stack, layer_of(x), put(i), 0), is_finite(x))
+    empty = lambda: (
+        jnp.zeros(shape.shape, shape.dtype) if encode is None else encode(jnp.zeros(shape.shape, shape.dtype))
+    )
+    spread = sharding
+    if encode is not None:
+        kept = jax.eval_shape(empty)
+        spread = kept.spread(sharding) if _is_named(sharding) else jax.tree.map(lambda _: sharding, kept)
+    shardings = (spread, NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding)
     if tensors[0].layer is None:
         convert = jax.jit(lambda x: (turned(x), is_finite(x)), out_shardings=shardings)
         value, finite = convert(_read(source, tensors[0], sharding))
         _check_finite(finite, tensors[0], shape)
         return value.block_until_ready()
     write_in_place = jax.jit(write, donate_argnums=0, out_shardings=shardings)
-    value = jax.jit(partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)()
+    value = jax.jit(empty, out_shardings=spread)()
     for tensor in tensors:
         value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.layer)
         _check_finite(finite, tensor, shape)
         # Wait, so that the next tensor is not read while this one is still in memory.
-        value.block_until_ready()
+        jax.block_until_ready(value)
     return value
 
 

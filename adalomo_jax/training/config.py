@@ -15,6 +15,9 @@ from adalomo_jax.rules import HELP, RATES, Optimizer
 if TYPE_CHECKING:
     from adalomo_jax.models import DecoderConfig
 
+Weights = Literal["int8", "bf16+8"]
+"""The forms of `adalomo_jax.models.weights`, whose import takes JAX."""
+
 MOST_STEPS = 2**31 - 1
 
 
@@ -85,8 +88,12 @@ class FinetuneConfig:
     """Seed of the initial weights, the order of the batches, the rounding and the sample."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations."""
+    weights: Annotated[Weights | None, default("as --dtype says")] = None
+    """Keep the matrices of the layers in one byte a weight (int8), or in three (bf16+8), between the steps.
+    Each layer is decoded where it is used. Updates are added in float32, and rounded stochastically.
+    The run writes its model in --dtype."""
     stochastic_rounding: bool = True
-    """Round bfloat16 weights stochastically. With rounding to nearest, most of adalomo's steps vanish."""
+    """Round bfloat16 and --weights stochastically. With rounding to nearest, most of adalomo's steps vanish."""
     update_rms: Annotated[bool | None, default("yes, except on TPUs")] = None
     """Record how large each layer's update is, in metrics.jsonl, run.png and TensorBoard.
     On a TPU it costs memory: 0.16 GB of 14.9 for llama-2-7b on a v5e. CPUs and GPUs need none for it."""

@@ -25,6 +25,7 @@ from adalomo_jax.models import (
 )
 from adalomo_jax.models.attention import Kind, kind_for, splash_takes
 from adalomo_jax.models.sharding import everywhere
+from adalomo_jax.models.weights import Weights, kept
 from adalomo_jax.pretrained.by_name import Pretrained
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.rules import RULES
@@ -61,7 +62,9 @@ class Training(NamedTuple):
     """A run's step before it is compiled, for arrays or shapes."""
 
     make_params: Callable[[], Any]
-    """Random weights, as a nested dictionary; ``nnx.merge(graphdef, params)`` is the model."""
+    """Random weights, as a nested dictionary of floats; ``nnx.merge(graphdef, params)`` is the model."""
+    weights: Weights | None
+    """The form in which the step takes the matrices of layers."""
     graphdef: Any
     loss_fn: Callable[[Any, Batch, jax.Array], jax.Array]
     """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``."""
@@ -105,6 +108,7 @@ def make_training(
     parts = config.microbatches if config.microbatches > 1 else None
     return Training(
         make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
+        weights=config.weights,
         graphdef=graphdef,
         loss_fn=loss_fn,
         step=fuse(
@@ -182,7 +186,8 @@ def build_program(
     @jax.jit
     def evaluate(params, batches: Batch):
         total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
-        return jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch, total), batches))
+        loss = loss_fn if config.weights is None else step.loss  # which never has the floats of all layers
+        return jnp.sum(jax.lax.map(lambda batch: loss(params, batch, total), batches))
 
     return Program(
         params=params,
@@ -201,9 +206,10 @@ def _first_params(config: FinetuneConfig, model: Pretrained, training: Training,
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
         # If there is no memory for them, this raises. To ask for the address of such an array would wait for ever.
-        return jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
+        params = jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
+        return kept(params, config.weights)
     try:
-        return load_params(model.config, model.checkpoint.source, config.dtype, shardings)
+        return load_params(model.config, model.checkpoint.source, config.dtype, shardings, config.weights)
     except ValueError as error:
         raise InputError(f"--model {config.model}: {one_line(error)}") from None
 
@@ -217,9 +223,9 @@ def abstract_arrays(training: Training, mesh: Mesh | None) -> tuple[Any, Any]:
 def abstract_params(training: Training, mesh: Mesh | None) -> Any:
     """The parameters alone; see `abstract_arrays`."""
     params = jax.eval_shape(training.make_params)
-    if mesh is None:
-        return params
-    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), params, param_shardings(params, mesh))
+    if mesh is not None:
+        params = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), params, param_shardings(params, mesh))
+    return kept(params, training.weights)
 
 
 def _count(batch: Batch) -> jax.Array:

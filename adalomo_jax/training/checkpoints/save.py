@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from adalomo_jax.inputs import InputError, one_line
 from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.config import config_of
+from adalomo_jax.models.weights import kept
 from adalomo_jax.pretrained.names import param_shapes
 from adalomo_jax.training.checkpoints.fingerprints import checksums
 from adalomo_jax.training.checkpoints.quiet import quiet
@@ -186,7 +187,7 @@ def restore(path: Path, record: Record, params: Any, state: Any) -> tuple[Any, A
 def restore_params(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
     """The parameters of a checkpoint alone, on the first device, and the sizes of their model.
 
-    ``nnx.merge(graphdef, params)`` is the `Decoder`. The tokenizer is two folders above.
+    ``nnx.merge(graphdef, adalomo_jax.floats(params))`` is the `Decoder`. The tokenizer is two folders above.
 
     Args:
         path: of the checkpoint, ``.../checkpoints/<step>``.
@@ -197,7 +198,7 @@ def restore_params(path: Path) -> tuple[dict[str, Any], DecoderConfig]:
     record = read_record(path)
     try:
         config = config_of({k: v for k, v in record.origin.model.items() if k != "name"})
-        shapes = param_shapes(config, record.origin.options["dtype"])
+        shapes = kept(param_shapes(config, record.origin.options["dtype"]), record.origin.options.get("weights"))
     except (LookupError, TypeError) as error:
         raise ValueError(f"its record is of no model that this version reads: {one_line(error)}") from None
     return _restore_items(path, record, {"params": shapes})["params"], config
