@@ -31,7 +31,7 @@ def test_python_block_runs(path, code):
 
 
 def test_there_are_blocks_to_run():
-    assert len(blocks("python")) == 2 and len(blocks("bash")) == 2 and len(PYTHON) == 10
+    assert len(blocks("python")) == 2 and len(blocks("bash")) == 2 and len(PYTHON) == 11
 
 
 def test_readme_is_read_at_once():

@@ -237,7 +237,7 @@ class FusedStep:
           >>> loss_fn = lambda params, x: jnp.mean(jax.lax.scan(lambda x, w: (x @ w, None), x, params)[0])
           >>> step = fuse(loss_fn, adalomo(1e-2))
           >>> params, x = int8(jnp.full((12, 4, 4), 0.25)), jnp.ones((2, 4))
-          >>> print(jax.jit(step.loss)(params, x))
+          >>> print(f"{jax.jit(step.loss)(params, x):.1f}")
           1.0
         """
         with jax.disable_jit(False):

@@ -131,14 +131,15 @@ def test_equals_plain_optax_on_the_layers_apart():
 
 
 def test_what_is_not_finite_is_not_written():
-    loss_fn = lambda params, x: make_loss()(params, BATCHES[0]) + jnp.sum(params["layers0"]["up"][1]) * x
+    loss_of: Any = make_loss()
+    loss_fn = lambda params, x: loss_of(params, BATCHES[0]) + jnp.sum(params["layers0"]["up"][1]) * x
     step = fuse(loss_fn, adalomo(1e-2))
     params = ENCODE["int8"](init_params(3))
     result = step.jit(*copied((params, step.init(params, jnp.float32(1)))), jnp.float32(jnp.nan))
     assert bool(result.metrics["skipped"])
     chex.assert_trees_all_equal(result.params, params)
     step = fuse(
-        lambda params, x: make_loss()(params, BATCHES[0]) + jnp.sum(jnp.sqrt(params["layers0"]["up"][1] * x)),
+        lambda params, x: loss_of(params, BATCHES[0]) + jnp.sum(jnp.sqrt(params["layers0"]["up"][1] * x)),
         lomo(1e-3),
     )
     result = step.jit(*copied((params, step.init(params, jnp.float32(1)))), jnp.float32(0))

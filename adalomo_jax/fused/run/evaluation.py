@@ -58,7 +58,7 @@ def _run_scan(stage: LayerScan, context: Context, values: dict[int, Any]) -> Non
     scan, from_stacks = stage.scan, {v for v, _ in stage.layers}
     operands = list(zip(scan.body.inputs, stage.operands))
     floats_of = lambda pairs: {v: as_floats(values[operand]) for v, operand in pairs}
-    invariant = scan.body.constants | floats_of(operands[: scan.num_consts])
+    invariant = {**scan.body.constants, **floats_of(operands[: scan.num_consts])}
     evaluate(stage.invariant, invariant)
     carry = floats_of(operands[scan.num_consts : scan.first_xs])
     xs = floats_of((v, operand) for v, operand in operands[scan.first_xs :] if v not in from_stacks)

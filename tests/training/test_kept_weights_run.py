@@ -1,0 +1,79 @@
+"""Runs of finetune whose weights are kept in int8 or 24 bits: they resume to the same bits, and write floats."""
+
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from one_program import refused, tiny_programs
+from safetensors.numpy import load_file
+
+from adalomo_jax import Float24, Int8, floats
+from adalomo_jax.cli import main
+from adalomo_jax.models import PRESETS
+from adalomo_jax.pretrained.checkpoint import open_checkpoint
+from adalomo_jax.pretrained.load import load_params
+from adalomo_jax.training.checkpoints.save import restore_params
+
+FORMS = {"int8": Int8, "bf16+8": Float24}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with tiny_programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
+    return path
+
+
+def command(corpus, folder, weights, *others):
+    options = ["--batch-size", "8", "--seq-len", "16", "--steps", "6", "--weights", weights]
+    return ["finetune", "--data", str(corpus), *options, "--output", str(folder), *others]
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, corpus, tmp_path):
+    folder, again = tmp_path / "run", tmp_path / "again"
+    main(command(corpus, folder, weights))
+    losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [row["eval_loss"] for row in losses if "eval_loss" in row]
+    assert evaluated[-1] < evaluated[0]
+    shutil.copytree(folder, again)
+    for path in (again / "model.safetensors", again / "summary.json", again / "checkpoints" / "6"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    main(command(corpus, again, weights, "--resume"))
+    written = [load_file(path / "model.safetensors") for path in (folder, again)]
+    chex.assert_trees_all_equal(*written)
+    assert {x.dtype for x in written[0].values()} == {np.dtype(np.float32)}
+    params, config = restore_params(folder / "checkpoints" / "6")
+    kept = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(kept, FORMS[weights]) and config == PRESETS["tiny"]
+    exported = load_params(config, open_checkpoint(folder).source, "float32")
+    chex.assert_trees_all_equal(floats(params), exported)
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, corpus, tmp_path):
+    main(command(corpus, tmp_path, "int8"))
+    source = open_checkpoint(tmp_path).source
+    of_floats = load_params(PRESETS["tiny"], source, "float32")
+    kept = load_params(PRESETS["tiny"], source, "float32", weights=weights)
+    encoded = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, tuple(FORMS.values())))
+    assert sum(isinstance(x, FORMS[weights]) for x in encoded) == 7
+    largest = jax.tree.map(lambda x: float(jnp.max(jnp.abs(x))), of_floats)
+    for a, b, most in zip(*map(jax.tree.leaves, (floats(kept), of_floats, largest)), strict=True):
+        assert float(jnp.max(jnp.abs(a - b))) <= most / (230 if weights == "int8" else 2**16)
+
+
+def test_weights_of_another_form_are_not_resumed(corpus, tmp_path, capsys):
+    main(command(corpus, tmp_path / "run", "int8"))
+    error = refused(capsys, command(corpus, tmp_path / "run", "bf16+8", "--resume"))
+    assert "--weights was int8, and is bf16+8" in error
