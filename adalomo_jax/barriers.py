@@ -50,8 +50,10 @@ def in_order(x: Any) -> Any:
 
     There the constraint would only copy a layer that can be read from its stack.
     """
-    if x.ndim < 2 or x.dtype.itemsize == 1:
+    if x.ndim < 2:
         return x
+    if x.dtype.itemsize == 1:  # a TPU's compiler would give such an array other tiles than its stack has, and copy that
+        return lax.platform_dependent(x, cpu=lambda x: x, tpu=lambda x: x, default=with_axes_in_order)
     return lax.platform_dependent(x, cpu=lambda x: x, default=with_axes_in_order)
 
 
