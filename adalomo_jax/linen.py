@@ -9,10 +9,24 @@ import optax
 from flax import serialization, struct
 
 from adalomo_jax.fused import FusedState, FusedStep, InStack, Plan, Signature, StepResult, fuse
+from adalomo_jax.optimizers import Float24, Int8
 
 # These are part of the structure: a restored state takes them from the state that it is restored into.
 for static in (Signature, InStack):
     serialization.register_serialization_state(static, lambda _: {}, lambda x, _: x)
+
+
+def _parts(x: Any) -> dict[str, Any]:
+    """The arrays of a weight that is kept in another form, by name."""
+    return {path[0].name: part for path, part in jax.tree_util.tree_leaves_with_path(x)}
+
+
+def _restored(x: Any, parts: dict[str, Any]) -> Any:
+    return jax.tree.structure(x).unflatten([parts[name] for name in _parts(x)])
+
+
+for form in (Int8, Float24):
+    serialization.register_serialization_state(form, _parts, _restored)
 
 
 class TrainState(struct.PyTreeNode):

@@ -14,7 +14,7 @@ from adalomo_jax.fused import Plan, StepResult, fuse
 from adalomo_jax.fused.plan.contents import has_programs
 from adalomo_jax.fused.plan.jaxpr import Equation
 from adalomo_jax.fused.plan.origins import Origin, call_with_origins
-from adalomo_jax.fused.plan.paths import path_name
+from adalomo_jax.fused.plan.paths import leaves_with_paths, path_name
 from adalomo_jax.fused.plan.placed_tree import is_stacked
 from adalomo_jax.nnx_stacks import (
     is_traced,
@@ -275,11 +275,7 @@ def _over(left: _Others, before: _Others) -> _Others:
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {path_name(path): jnp.shape(leaf) for path, leaf in _leaves(params)}
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves_with_paths(params)}
 
 
 def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
@@ -302,7 +298,7 @@ def _check_same_params(before: Sequence[Any], after: Sequence[Any]) -> None:
 
 
 def _check_not_written(params: Any, origins: Sequence[Origin]) -> None:
-    for i, ((path, _), origin) in enumerate(zip(_leaves(params), origins)):
+    for i, ((path, _), origin) in enumerate(zip(leaves_with_paths(params), origins)):
         if origin == i or (isinstance(origin, Equation) and has_programs(origin)):
             continue  # The result of a cond, a while_loop or a custom_vjp is taken to be the parameter itself.
         raise ValueError(
@@ -333,7 +329,7 @@ def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
 
 def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
     """What the loss left, but with the floats as they were before if the loss is not finite."""
-    old = dict(_leaves(before))
+    old = dict(leaves_with_paths(before))
     is_finite = jnp.all(jnp.isfinite(loss))
     is_kept = lambda path, x: _is_float(x) and path in old and jnp.shape(old[path]) == jnp.shape(x)
     choose = lambda path, x: jnp.where(is_finite, x, old[path]) if is_kept(path, x) else x

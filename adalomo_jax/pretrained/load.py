@@ -91,30 +91,38 @@ def _load_leaf(
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
     is_finite = lambda x: jnp.isfinite(x.astype(shape.dtype)).all()
-    layer_of = lambda x: turned(x) if encode is None else encode(turned(x))
-    put = lambda i: lambda stack, layer, axis: jax.lax.dynamic_update_index_in_dim(stack, layer, i, axis)
-    write = lambda stack, x, i: (put_layer(stack, layer_of(x), put(i), 0), is_finite(x))
-    empty = lambda: (
-        jnp.zeros(shape.shape, shape.dtype) if encode is None else encode(jnp.zeros(shape.shape, shape.dtype))
-    )
-    spread = sharding
-    if encode is not None:
-        kept = jax.eval_shape(empty)
-        spread = kept.spread(sharding) if _is_named(sharding) else jax.tree.map(lambda _: sharding, kept)
-    shardings = (spread, NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding
     if tensors[0].layer is None:
-        convert = jax.jit(lambda x: (turned(x), is_finite(x)), out_shardings=shardings)
+        convert = jax.jit(lambda x: (turned(x), is_finite(x)), out_shardings=(sharding, everywhere))
         value, finite = convert(_read(source, tensors[0], sharding))
         _check_finite(finite, tensors[0], shape)
         return value.block_until_ready()
-    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=shardings)
-    value = jax.jit(empty, out_shardings=spread)()
+    layer_of = turned if encode is None else lambda x: encode(turned(x))
+    stack, spread = _stack_of(shape, sharding, encode)
+
+    def write(stack: Any, x: jax.Array, i: jax.Array) -> tuple[Any, jax.Array]:
+        put = lambda part, layer, axis: jax.lax.dynamic_update_index_in_dim(part, layer, i, axis)
+        return put_layer(stack, layer_of(x), put, 0), is_finite(x)
+
+    write_in_place = jax.jit(write, donate_argnums=0, out_shardings=(spread, everywhere))
+    zeros = lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), stack)
+    value = jax.jit(zeros, out_shardings=spread)()
     for tensor in tensors:
         value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.layer)
         _check_finite(finite, tensor, shape)
         # Wait, so that the next tensor is not read while this one is still in memory.
         jax.block_until_ready(value)
     return value
+
+
+def _stack_of(
+    shape: jax.ShapeDtypeStruct, sharding: Any, encode: Callable[[jax.Array], Kept] | None
+) -> tuple[Any, Any]:
+    """The shapes of a stack in the form in which it is kept, and how its parts are spread."""
+    if encode is None:
+        return shape, sharding
+    stack: Any = jax.eval_shape(encode, shape)
+    return stack, stack.spread(sharding) if _is_named(sharding) else jax.tree.map(lambda _: sharding, stack)
 
 
 def _check_finite(finite: jax.Array, tensor: Tensor, shape: jax.ShapeDtypeStruct) -> None:
