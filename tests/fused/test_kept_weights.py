@@ -88,8 +88,8 @@ CASES = [
     ("int8", {}),
     ("bf16+8", {"loss": "cast"}),
     ("int8 everywhere", {"microbatches": 2, "max_grad_norm": 0.1}),
-    ("int8", {"loss": "second axis"}),
     ("int8", {"offload": ("params", "activations")}),
+    slow("int8", {"loss": "second axis"}),
     slow("int8", {"loss": "cast", "rule": "adamw"}),
     slow("int8", {"dtype": jnp.bfloat16}),
     slow("int8 everywhere", {"rule": "sgd with momentum"}),
@@ -208,8 +208,9 @@ def test_a_layer_in_another_form_stays_by_itself():
     assert "layers/3/up is kept as floats" in str(plan) or "kept as int8 in blocks of 4" in str(plan)
 
 
-@pytest.mark.parametrize("microbatches", [None, 2])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "microbatches"), [("scan", 2), ("cast", None), slow("second axis", None), slow("second axis", 2)]
+)
 def test_the_loss_alone(loss, microbatches):
     step = fuse(LOSSES[loss], adalomo(1e-2), microbatches=microbatches)
     params = int8(params_of(loss), block=BLOCK, axis=-1, where=IS_MATRIX)
@@ -221,7 +222,7 @@ def test_the_loss_alone_returns_aux():
     step = fuse(make_loss(aux=True), adalomo(1e-2), has_aux=True)
     params = ENCODE["int8"](init_params(3))
     found, expected = jax.jit(step.loss)(params, BATCHES[0]), make_loss(aux=True)(floats(params), BATCHES[0])
-    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_state_is_that_of_the_floats():

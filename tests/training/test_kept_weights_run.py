@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from one_program import refused, tiny_programs
 from safetensors.numpy import load_file
+from tiers import slow
 
 from adalomo_jax import Float24, Int8, floats
 from adalomo_jax.cli import main
@@ -39,10 +40,23 @@ def command(corpus, folder, weights, *others):
     return ["finetune", "--data", str(corpus), *options, "--output", str(folder), *others]
 
 
-@pytest.mark.parametrize("weights", FORMS)
-def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, corpus, tmp_path):
-    folder, again = tmp_path / "run", tmp_path / "again"
-    main(command(corpus, folder, weights))
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """The folder of a run, by the form of its weights."""
+    made = {}
+
+    def folder(weights):
+        if weights not in made:
+            made[weights] = tmp_path_factory.mktemp("runs") / weights
+            main(command(corpus, made[weights], weights))
+        return made[weights]
+
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
+def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, finished, corpus, tmp_path):
+    folder, again = finished(weights), tmp_path / "again"
     losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row["eval_loss"] for row in losses if "eval_loss" in row]
     assert evaluated[-1] < evaluated[0]
@@ -61,9 +75,8 @@ def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, corpus, tmp_p
 
 
 @pytest.mark.parametrize("weights", FORMS)
-def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, corpus, tmp_path):
-    main(command(corpus, tmp_path, "int8"))
-    source = open_checkpoint(tmp_path).source
+def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, finished):
+    source = open_checkpoint(finished("int8")).source
     of_floats = load_params(PRESETS["tiny"], source, "float32")
     kept = load_params(PRESETS["tiny"], source, "float32", weights=weights)
     encoded = jax.tree.leaves(kept, is_leaf=lambda x: isinstance(x, tuple(FORMS.values())))
@@ -73,7 +86,7 @@ def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, corpus, tmp_path):
         assert float(jnp.max(jnp.abs(a - b))) <= most / (230 if weights == "int8" else 2**16)
 
 
-def test_weights_of_another_form_are_not_resumed(corpus, tmp_path, capsys):
-    main(command(corpus, tmp_path / "run", "int8"))
-    error = refused(capsys, command(corpus, tmp_path / "run", "bf16+8", "--resume"))
+def test_weights_of_another_form_are_not_resumed(finished, corpus, tmp_path, capsys):
+    folder = shutil.copytree(finished("int8"), tmp_path / "run")
+    error = refused(capsys, command(corpus, folder, "bf16+8", "--resume"))
     assert "--weights was int8, and is bf16+8" in error
