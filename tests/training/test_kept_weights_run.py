@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_program import refused, tiny_programs
+from one_program import refused
 from safetensors.numpy import load_file
 from tiers import slow
 
@@ -22,17 +22,7 @@ from adalomo_jax.training.checkpoints.save import restore_params
 FORMS = {"int8": Int8, "bf16+8": Float24}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    with tiny_programs():
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
-    return path
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def command(corpus, folder, weights, *others):

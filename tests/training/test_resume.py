@@ -10,7 +10,7 @@ import chex
 import numpy as np
 import pytest
 import tiny
-from one_program import refused, tiny_programs
+from one_program import refused
 from safetensors.numpy import load_file
 from tiers import slow
 
@@ -27,17 +27,7 @@ STEPS = 6
 OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--keep", "3"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    with tiny_programs():
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(200)))
-    return path
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 import tiny
-from one_program import tiny_programs
 
 from adalomo_jax.cli import main
 from adalomo_jax.run_files import RUN_FILES
@@ -26,10 +25,7 @@ OPTIONS += ["--batch-size", "8", "--microbatches", "2", "--seq-len", "32"]
 MESH = ["--mesh", "fsdp=4,tensor=2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    with tiny_programs():
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 @pytest.fixture(scope="module")
