@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import serialization, struct
 
@@ -22,7 +23,10 @@ def _parts(x: Any) -> dict[str, Any]:
 
 
 def _restored(x: Any, parts: dict[str, Any]) -> Any:
-    return jax.tree.structure(x).unflatten([parts[name] for name in _parts(x)])
+    found, due = ({name: jnp.shape(part) for name, part in of.items()} for of in (parts, _parts(x)))
+    if found != due:
+        raise ValueError(f"The saved weight has the parts {found}, but the form of the target, {x!r}, has {due}.")
+    return jax.tree.structure(x).unflatten([parts[name] for name in due])
 
 
 for form in (Int8, Float24):

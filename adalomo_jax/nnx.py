@@ -26,6 +26,7 @@ from adalomo_jax.nnx_stacks import (
     tree_in_model,
     unstack_in,
 )
+from adalomo_jax.optimizers.kept import is_kept
 
 _TAG = "adalomo_jax.FusedOptimizer"
 
@@ -156,6 +157,11 @@ class FusedOptimizer(nnx.Pytree):
             self._fused = fuse(functional_loss, tx, has_aux=True, roll=roll, **options)
             self._expected = tuple(expected.items())
             # It places shapes: the model stays as it is.
+            if roll and any(map(is_kept, jax.tree.leaves(params, is_leaf=is_kept))):
+                raise ValueError(
+                    "roll=True keeps layers of a list as stacks of arrays, but the model has weights in another form, "
+                    "such as Int8. Leave roll out, or stack the layers with nnx.vmap before you encode them."
+                )
             placed = self._fused.place(shapes_of(params), *args, **extra_args) if roll else params
             self._stacking = stacking_of(placed) if is_stacked(placed) else None
             self.opt_state = nnx.data(jax.tree.map(nnx.OptState, self._fused.init(placed, *args)))

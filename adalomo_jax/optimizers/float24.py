@@ -20,7 +20,7 @@ _TAKEN = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["high", "low"], meta_fields=["dtype"])
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Float24(Kept):
     """float32 without its 8 lowest bits. `float24` makes them."""
 

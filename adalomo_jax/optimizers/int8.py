@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -22,12 +22,14 @@ _MOST = 127
 _LARGEST = 120
 """A new scale gives this value to the largest weight of its block. So it can grow by 6% before the block needs another
 scale, which rounds all weights of the block once more."""
+_HUGE = 2.0**121
+"""The largest scale: 127 times it is still finite."""
 _TINY = 2.0**-126
 """The smallest scale: a block of zeros has it, and float32 has no smaller normal number."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["axis", "size", "dtype"])
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Int8(Kept):
     """Floats as ``values * scales``, in one byte and a bit each. `int8` makes them.
 
@@ -92,8 +94,11 @@ class Int8(Kept):
         # A scale stays until its block outgrows it: a new one moves the grid under all weights of the block.
         largest = jnp.max(jnp.abs(new), axis=self.axis, keepdims=True)
         scales = jnp.where(largest > _MOST * old_scales, _scale(largest), old_scales)
-        in_units = jnp.where(scales > old_scales, new / scales, old + update / old_scales)
-        return replace(self, values=_rounded(in_units, key), scales=jnp.squeeze(scales, at).astype(jnp.bfloat16))
+        # Old values are whole: what is added to them alone is rounded, so that float32 loses nothing of it.
+        start = jnp.where(scales > old_scales, 0, old)
+        added = jnp.where(scales > old_scales, new / scales, update / old_scales)
+        values = _as_int8(start + _rounded(added, key))
+        return replace(self, values=values, scales=jnp.squeeze(scales, at).astype(jnp.bfloat16))
 
     def axis_in_parts(self, axis: int) -> tuple[int, int]:
         return axis + (axis > self.ndim + self.axis), axis
@@ -106,9 +111,7 @@ class Int8(Kept):
 
     def spread(self, sharding: NamedSharding) -> Self:
         at = self.ndim + self.axis
-        names = [*sharding.spec, *[None] * (self.ndim - len(sharding.spec))]
-        blocks = self.values.shape[at]
-        names[at] = names[at] if blocks % pieces(sharding.mesh, names[at]) == 0 else None
+        names = _spread_names(sharding, self.shape, at, self.values.shape[at])
         of_values = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
         return replace(self, values=of_values, scales=sharding.update(spec=PartitionSpec(*names)))
 
@@ -162,18 +165,18 @@ def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
     blocks = _cut(x.astype(jnp.float32), _block_of(x.shape[axis], block), axis)
     scales = _scale(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True))
     narrow = jnp.squeeze(scales, axis).astype(jnp.bfloat16)
-    return Int8(_rounded(blocks / scales, None), narrow, axis, x.shape[axis], jnp.dtype(x.dtype))
+    return Int8(_as_int8(_rounded(blocks / scales, None)), narrow, axis, x.shape[axis], jnp.dtype(x.dtype))
 
 
 def _scale(largest: jax.Array) -> jax.Array:
     """The scale of a block with this largest magnitude, float32 with the precision of bfloat16."""
     info = jnp.finfo(jnp.bfloat16)
-    return jnp.maximum(lax.reduce_precision(largest / _LARGEST, info.nexp, info.nmant), _TINY)
+    return jnp.clip(lax.reduce_precision(largest / _LARGEST, info.nexp, info.nmant), _TINY, _HUGE)
 
 
 def _block_of(size: int, most: int) -> int:
     """The size of a block: the largest from half of ``most`` on that divides the axis, or else ``most``."""
-    most = min(most, size)
+    most = max(1, min(most, size))
     return next((n for n in range(most, (most - 1) // 2, -1) if size % n == 0), most)
 
 
@@ -182,14 +185,28 @@ def _cut(x: jax.Array, block: int, axis: int) -> jax.Array:
     at, missing, sharding = x.ndim + axis, -x.shape[axis] % block, explicit_sharding(x)
     blocks = (x.shape[axis] + missing) // block
     if sharding is not None:
-        names = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-        if missing or blocks % pieces(sharding.mesh, names[at]):  # a device must have whole blocks
-            names[at] = None
-            x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*names)))
+        names = _spread_names(sharding, x.shape, at, blocks)
+        x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*names)))
         sharding = sharding.update(spec=PartitionSpec(*names[: at + 1], None, *names[at + 1 :]))
     if missing:
         x = lax.pad(x, jnp.zeros([], x.dtype), [(0, missing if a == at else 0, 0) for a in range(x.ndim)])
     return lax.reshape(x, (*x.shape[:at], blocks, block, *x.shape[at + 1 :]), out_sharding=sharding)
+
+
+def _spread_names(sharding: NamedSharding, shape: Sequence[int], at: int, blocks: int) -> list[Any]:
+    """The mesh axes along each axis of the floats, so that each device has whole blocks along the axis ``at``.
+
+    If they do not divide the blocks, another axis is spread over them: the largest that they divide.
+    """
+    names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    parts = pieces(sharding.mesh, names[at])
+    if blocks % parts == 0 and shape[at] % parts == 0:
+        return names
+    free = [a for a, n in enumerate(shape) if a >= len(shape) - 2 and names[a] is None and n % parts == 0]
+    for a in sorted(free, key=lambda a: shape[a])[-1:]:
+        names[a] = names[at]
+    names[at] = None
+    return names
 
 
 def _joined(blocks: jax.Array, axis: int, size: int) -> jax.Array:
@@ -203,11 +220,13 @@ def _joined(blocks: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _rounded(in_units: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Units of a scale as int8: at random with a key, so that the mean is right, otherwise to nearest."""
+    """Whole units of a scale: at random with a key, so that the mean is right, otherwise to nearest."""
     if key is None:
-        whole = jnp.round(in_units)
-    else:
-        # 16 bits: a whole number of up to 127 plus such a fraction is exact in float32, and rounds down to itself.
-        fraction = (hashed_bits(key, in_units.shape) >> 16).astype(jnp.float32) * 2.0**-16
-        whole = jnp.floor(in_units + fraction)
+        return jnp.round(in_units)
+    # From 2**-24 to 1 - 2**-24, exact in float32: 0 stays 0, and small numbers of both signs are treated alike.
+    fraction = ((hashed_bits(key, in_units.shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+    return jnp.floor(in_units + fraction)
+
+
+def _as_int8(whole: jax.Array) -> jax.Array:
     return jnp.clip(whole, -_MOST, _MOST).astype(jnp.int8)

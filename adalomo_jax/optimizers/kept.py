@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 
@@ -71,7 +72,7 @@ class Kept(abc.ABC):
         return False
 
     def without_axis(self, axis: int) -> Self:
-        """The same, if the parts have lost this axis of the floats."""
+        """The same parts, described as they are to be once they have lost this axis of the floats."""
         return self
 
     @abc.abstractmethod
@@ -84,6 +85,9 @@ class Kept(abc.ABC):
         return len(self.shape)
 
     def __repr__(self) -> str:
+        parts = jax.tree.leaves(self)
+        if not parts or not all(hasattr(part, "shape") for part in parts):  # a tree of shardings, say
+            return f"{type(self).__name__}({', '.join(map(repr, parts))})"
         return f"{type(self).__name__}({self.dtype}{list(self.shape)})"
 
 
@@ -109,9 +113,9 @@ def take_layer(stack: Any, take: Callable[..., Any], axis: int, *, keepdims: boo
     """
     if not is_kept(stack):
         return take(stack, axis=axis)
-    parts, treedef = jax.tree.flatten(stack)
-    layer = treedef.unflatten([take(part, axis=at) for part, at in zip(parts, stack.axis_in_parts(axis), strict=True)])
-    return layer if keepdims else layer.without_axis(axis)
+    treedef = jax.tree.structure(stack if keepdims else stack.without_axis(axis))
+    of_each = zip(jax.tree.leaves(stack), stack.axis_in_parts(axis), strict=True)
+    return treedef.unflatten([take(part, axis=at) for part, at in of_each])
 
 
 def put_layer(stack: Any, layer: Any, put: Callable[[Any, Any, int], Any], axis: int) -> Any:
@@ -144,7 +148,13 @@ def floats(params: Any) -> Any:
       >>> print(floats(int8(params))["layers"].dtype, floats(int8(params))["layers"].shape)
       float32 (2, 4, 3)
     """
-    return jax.tree.map(as_floats, params, is_leaf=is_kept)
+    return jax.tree.map(lambda x: _decoded(x) if is_kept(x) else x, params, is_leaf=is_kept)
+
+
+@jax.jit
+def _decoded(x: Kept) -> jax.Array:
+    """Operation by operation, there would be several float32 arrays."""
+    return x.floats()
 
 
 def encoded(x: Any, encode: Callable[[Any], Kept]) -> Any:
@@ -154,7 +164,10 @@ def encoded(x: Any, encode: Callable[[Any], Kept]) -> Any:
     spread = shapes.spread(sharding) if named else jax.tree.map(lambda _: sharding, shapes)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.tree.map(lambda part, sharding: part.update(sharding=sharding), shapes, spread)
-    return jax.jit(encode, out_shardings=spread)(x)
+    value, is_finite = jax.jit(lambda x: (encode(x), jnp.isfinite(x).all()), out_shardings=(spread, None))(x)
+    if not isinstance(is_finite, Tracer) and not is_finite:
+        raise ValueError("it has NaN or infinities, which this form cannot hold. Mend the weights first.")
+    return value
 
 
 def encode_tree(
@@ -191,9 +204,13 @@ def encode_tree(
             f"None of the {len(leaves)} leaves of params is {'chosen' if where is None else 'selected by where'}. "
             "Name those to keep in another form with where=lambda path: ..."
         )
-    return treedef.unflatten(
-        [encoded(x, encode) if is_asked and not is_kept(x) else x for x, is_asked in zip(leaves, asked)]
-    )
+    found = []
+    for name, leaf, is_asked in zip(names, leaves, asked, strict=True):
+        try:
+            found.append(encoded(leaf, encode) if is_asked and not is_kept(leaf) else leaf)
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot be kept in another form: {error}") from error
+    return treedef.unflatten(found)
 
 
 def _holds_floats(x: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adalomo_jax.models import DecoderConfig, to_hugging_face
-from adalomo_jax.optimizers.kept import floats, is_kept
+from adalomo_jax.optimizers.kept import Kept, floats, is_kept
 from adalomo_jax.pretrained.files import own_file, write_whole
 from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.names import Tensor, tensors_of
@@ -128,7 +128,12 @@ def _part(params: Any, tensor: Tensor) -> jax.Array:
     leaf = _leaf(params, tensor)
     if tensor.layer is None:
         return leaf
-    return leaf.layer_floats(tensor.layer, 0) if is_kept(leaf) else leaf[tensor.layer]
+    return _layer_floats(leaf, tensor.layer) if is_kept(leaf) else leaf[tensor.layer]
+
+
+@jax.jit
+def _layer_floats(stack: Kept, layer: int) -> jax.Array:
+    return stack.layer_floats(layer, 0)
 
 
 def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:

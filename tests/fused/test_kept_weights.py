@@ -268,3 +268,44 @@ def test_no_floats_of_a_stack_exist(form):
     one_layer = tree_bytes(init_params(1, dim=64, hidden=256, tied=True)["layers0"])
     saved = 4 * BATCHES[0].size * 64
     assert temporaries(24) - temporaries(4) < 20 * (saved + 0.05 * one_layer)
+
+
+def test_layers_after_blocks_on_the_first_axis():
+    """The layer axis lies behind the axis of the blocks: a layer is then described anew."""
+    loss = lambda params, x: jnp.mean(
+        jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.moveaxis(params, 1, 0))[0]
+    )
+    params, x = (
+        int8(jnp.asarray(np.random.default_rng(0).normal(size=(16, 3, 16)), jnp.float32), axis=-3),
+        jnp.ones((2, 16)),
+    )
+    step = fuse(loss, adalomo(1e-2))
+    state = step.init(params, x)
+    results = [run(*copied((params, state)), x) for run in (step.jit, jax.jit(step.unfused))]
+    chex.assert_trees_all_equal(results[0].params, results[1].params)
+    np.testing.assert_allclose(jax.jit(step.loss)(params, x), loss(floats(params), x), 1e-5)
+
+
+@pytest.mark.uncached
+def test_layers_in_a_list_are_decoded_one_at_a_time():
+    """Under checkpoints in the step, and in any case for the loss alone."""
+
+    def temporaries(layers, only_loss):
+        layer = jax.checkpoint(lambda x, w: x + jnp.tanh(x @ w))
+        layer = (lambda x, w: x + jnp.tanh(x @ w)) if only_loss else layer
+
+        def loss(params, x):
+            for w in params:
+                x = layer(x, w)
+            return jnp.mean(x**2)
+
+        params = int8([jax.ShapeDtypeStruct((256, 256), jnp.float32)] * layers, where=lambda path: True)
+        x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+        step = fuse(loss, lomo(1e-2), roll=False)
+        if only_loss:
+            return jax.jit(step.loss).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+        state = step.abstract_state(params, x)
+        return step.jit.lower(params, state, x).compile().memory_analysis().temp_size_in_bytes
+
+    for only_loss in (False, True):
+        assert temporaries(12, only_loss) - temporaries(6, only_loss) < 0.5 * 4 * 256 * 256

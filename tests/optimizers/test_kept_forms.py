@@ -90,6 +90,17 @@ def test_the_mean_over_keys_is_the_sum(form, size):
         assert np.mean(lost == np.asarray(w.floats())) > 0.9
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_smallest_updates_of_both_signs_add_up(sign):
+    """A hundred thousandth of a unit, thousands of times smaller than the random bits of 16 bits would tell apart."""
+    w = kept("int8", np.linspace(-1, 1, 64).reshape(16, 4))
+    unit = np.asarray(w.scales, np.float32)[0, 0]
+    add = jax.jit(jax.vmap(lambda key: w.add(jnp.full(w.shape, sign * 1e-5 * unit), key).values - w.values))
+    moved = np.asarray(add(jax.random.split(jax.random.key(2), 40_000)), np.float64).mean(0)[:, 0].mean()
+    due = sign * 1e-5
+    assert abs(moved - due) < 5 * np.sqrt(abs(due) / (16 * 40_000))
+
+
 def test_a_scale_stays_until_its_block_outgrows_it():
     w = kept("int8", WEIGHTS["normal"])
     inwards = -0.3 * w.floats()
@@ -143,7 +154,22 @@ def test_trees_and_what_is_chosen():
     chex.assert_trees_all_equal_shapes_and_dtypes(int8(shapes), int8(params), jax.eval_shape(int8, params))
 
 
+def test_a_tree_of_something_else_is_shown():
+    w = kept("int8", WEIGHTS["normal"])
+    assert repr(jax.tree.map(lambda x: None, w)) == "Int8()" and repr(jax.tree.map(lambda x: 1, w)) == "Int8(1, 1)"
+    assert w != kept("int8", WEIGHTS["normal"]) and isinstance(hash(w), int)
+
+
+def test_empty_arrays_have_a_form():
+    params = {"w": jnp.ones((3, 0, 4)), "v": jnp.ones((2, 4, 0)), "x": jnp.ones((2, 4, 4))}
+    chex.assert_trees_all_equal_shapes_and_dtypes(floats(int8(params)), params)
+
+
 REFUSED = {
+    "not finite": (
+        lambda p: int8({"w": p["w"].at[0, 1, 2].set(jnp.nan)}),
+        "'w' cannot be kept in another form: it has NaN",
+    ),
     "block": (lambda p: int8(p, block=1), "block must be an integer of at least 2, got 1"),
     "axis": (lambda p: int8(p, axis=-4), r"axis must be from -3 to -1 for an array of the shape \[2, 3, 4\], got -4"),
     "nothing": (lambda p: int8({"w": p["v"]}), "None of the 1 leaves of params is chosen"),

@@ -97,7 +97,8 @@ def check_spread(state: Signature, params: Any, args: Sequence[Any]) -> None:
         if not any(shardings) or len(paths_and_leaves) != len(shardings):
             continue
         for (path, x), was in zip(paths_and_leaves, shardings):
-            if was is None or isinstance(x, Tracer) or not isinstance(x, jax.Array):
+            parts = jax.tree.leaves(x)
+            if was is None or any(isinstance(part, Tracer) or not isinstance(part, jax.Array) for part in parts):
                 continue
             now = sharding_of(x)
             if now is None or not was.is_equivalent_to(now, x.ndim):

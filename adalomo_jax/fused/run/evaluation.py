@@ -13,8 +13,8 @@ from adalomo_jax.barriers import barrier
 from adalomo_jax.fused.plan.jaxpr import evaluate
 from adalomo_jax.fused.plan.plan import LayerScan, Plan
 from adalomo_jax.fused.run.layers import received, slices_at
-from adalomo_jax.fused.run.segment import Context
-from adalomo_jax.optimizers.kept import as_floats
+from adalomo_jax.fused.run.segment import Context, floats_after
+from adalomo_jax.optimizers.kept import as_floats, is_kept
 
 
 def outputs_of(
@@ -47,8 +47,13 @@ def _outputs(plan: Plan, inputs: Sequence[Any]) -> list[Any]:
         if isinstance(stage, LayerScan):
             _run_scan(stage, context, values)
         else:
-            there = {v: as_floats(values[v]) for v in stage.inputs}
-            evaluate(stage.equations, there)
+            there = {v: values[v] for v in stage.inputs}
+            for equation in stage.equations:
+                # Each weight is decoded where it is read: a segment may hold many layers of a list.
+                made = [there[v] for v in equation.inputs if not is_kept(there[v])]
+                operands = {v: floats_after(there[v], made) for v in equation.inputs}
+                evaluate([equation], operands)
+                there |= {v: operands[v] for v in equation.outputs}
             values |= {v: there[v] for v in stage.outputs}
     return [as_floats(values[v]) for v in program.outputs]
 

@@ -16,7 +16,7 @@ from adalomo_jax.barriers import after
 from adalomo_jax.fused.plan.jaxpr import Program, evaluate
 from adalomo_jax.fused.plan.plan import Segment
 from adalomo_jax.fused.run.cotangents import Cotangents, pull
-from adalomo_jax.optimizers.kept import as_floats
+from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.optimizers.precision import add, promoted
 
 
@@ -93,7 +93,7 @@ def backward(
     d_outputs = {v: cotangents[v] for v in segment.outputs if v in cotangents}
     if not d_outputs:
         return {}
-    there = {v: as_floats(values[v]) for v in segment.inputs if v in context.again}
+    there = {v: floats_after(values[v], d_outputs) for v in segment.inputs if v in context.again}
 
     def pull(of_batch: tuple[dict[int, Any], list[Any], Cotangents]) -> tuple[None, Cotangents]:
         again, saved, d_outputs = of_batch
@@ -164,9 +164,19 @@ def _for_each_microbatch(
     return outputs, d_inputs
 
 
+def floats_after(x: Any, computed: Any) -> Any:
+    """The floats of a weight in another form, decoded once some arrays are computed; any other value as it is.
+
+    Otherwise XLA may decode all weights at the start, or keep the floats from the forward pass for the backward pass.
+    """
+    return jax.tree.map(lambda part: after(part, computed), x).floats() if is_kept(x) else x
+
+
 def _inputs(segment: Segment, context: Context, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[int, Any]]:
     """The segment's inputs: those that are the same for each microbatch, and those that differ."""
-    read = {v: as_floats(values[v]) for v in segment.inputs}
+    given = {*context.program.inputs, *context.program.constants}
+    made = [values[v] for v in segment.inputs if v not in given]
+    read = {v: floats_after(values[v], made) for v in segment.inputs}
     of_batch = {v: x for v, x in read.items() if segment.batched and v in context.batched}
     return {v: x for v, x in read.items() if v not in of_batch}, of_batch
 
