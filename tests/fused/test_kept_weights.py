@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from comparison import RULES, copied
-from compiled import tree_bytes
+from compiled import memory_of, tree_bytes
 from language_model import batch, init_params, layer, make_loss, normalize
 from lists_of_layers import MODELS, data, fuse_lists
 from tiers import slow
@@ -303,9 +303,8 @@ def test_layers_in_a_list_are_decoded_one_at_a_time():
         x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
         step = fuse(loss, lomo(1e-2), roll=False)
         if only_loss:
-            return jax.jit(step.loss).lower(params, x).compile().memory_analysis().temp_size_in_bytes
-        state = step.abstract_state(params, x)
-        return step.jit.lower(params, state, x).compile().memory_analysis().temp_size_in_bytes
+            return memory_of(jax.jit(step.loss).lower(params, x).compile()).temp_size_in_bytes
+        return memory_of(step.jit.lower(params, step.abstract_state(params, x), x).compile()).temp_size_in_bytes
 
     for only_loss in (False, True):
         assert temporaries(12, only_loss) - temporaries(6, only_loss) < 0.5 * 4 * 256 * 256
