@@ -202,7 +202,8 @@ def _spread_names(sharding: NamedSharding, shape: Sequence[int], at: int, blocks
     parts = pieces(sharding.mesh, names[at])
     if blocks % parts == 0 and shape[at] % parts == 0:
         return names
-    free = [a for a, n in enumerate(shape) if a >= len(shape) - 2 and names[a] is None and n % parts == 0]
+    is_free = lambda a: a != at and pieces(sharding.mesh, names[a]) == 1 and shape[a] % parts == 0
+    free = [a for a in range(max(len(shape) - 2, 0), len(shape)) if is_free(a)]
     for a in sorted(free, key=lambda a: shape[a])[-1:]:
         names[a] = names[at]
     names[at] = None
