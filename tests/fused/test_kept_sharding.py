@@ -39,7 +39,7 @@ def on_one_device(form):
     ("form", "spread", "axis_type"),
     [
         ("int8", "fsdp and tensor", "automatic"),
-        ("int8", "fsdp", "explicit"),
+        slow("int8", "fsdp", "explicit"),
         slow("int8, blocks over devices", "fsdp", "automatic"),
         slow("int8, blocks over devices", "fsdp and tensor", "explicit"),
         slow("int8", "tensor", "automatic"),

@@ -88,7 +88,7 @@ CASES = [
     ("int8", {}),
     ("bf16+8", {"loss": "cast"}),
     ("int8 everywhere", {"microbatches": 2, "max_grad_norm": 0.1}),
-    ("int8", {"offload": ("params", "activations")}),
+    slow("int8", {"offload": ("params", "activations")}),
     slow("int8", {"loss": "second axis"}),
     slow("int8", {"loss": "cast", "rule": "adamw"}),
     slow("int8", {"dtype": jnp.bfloat16}),
@@ -177,7 +177,7 @@ def test_frozen_weights_keep_every_bit():
     assert not np.allclose(results[0]["b"], 0)
 
 
-@pytest.mark.parametrize("first", ["encode", "place"])
+@pytest.mark.parametrize("first", ["encode", slow("place")])
 def test_layers_in_a_list(first):
     found = MODELS["plain, remat layer"]()
     step = fuse_lists(found.loss_fn, adalomo(1e-2))

@@ -121,7 +121,8 @@ def test_what_is_not_finite_is_not_written(form, value):
     chex.assert_trees_all_equal(start.add(update, jax.random.key(0)), start)
 
 
-@settings(max_examples=6)
+@pytest.mark.slow
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 50), st.integers(-2, -1), st.integers(0, 2**31 - 1))
 def test_any_size_and_block(m, n, block, axis, seed):
     weights = np.random.default_rng(seed).normal(size=(m, n))

@@ -64,7 +64,7 @@ def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, finished, cor
     chex.assert_trees_all_equal(floats(params), exported)
 
 
-@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
 def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, finished):
     source = open_checkpoint(finished("int8")).source
     of_floats = load_params(PRESETS["tiny"], source, "float32")
