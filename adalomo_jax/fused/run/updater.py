@@ -87,7 +87,8 @@ class Updater:
         squares = [_squares(g, beyond=beyond) for g, beyond in zip(gradients, keeps_none)]
         statistics = _statistics(squares)
         gradients = [_times(g, self.clip) for g in gradients]
-        updates, new_own = self._ask(group, gradients, own, list(map(as_floats, weights)))
+        floats = list(map(as_floats, weights))
+        updates, new_own = self._ask(group, gradients, own, floats)
         # State that tx returns unchanged stays the same value and is not written: AdaLomo's state has such parts.
         new_own = [
             new if new is old else constrain(new.astype(old.dtype), sharding)
@@ -95,9 +96,7 @@ class Updater:
         ]
         written = self._spread(group, self._write(group, layer, weights, updates))
         if self.measures_rms:
-            statistics = statistics._replace(
-                update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, map(as_floats, weights)))
-            )
+            statistics = statistics._replace(update_rms=list(map(_rms, updates)), param_rms=list(map(_rms, floats)))
         if self.proceed is None:
             return written, new_own, statistics
         # Each tensor by itself: otherwise all gradients of a layer would have to wait for the last one.
