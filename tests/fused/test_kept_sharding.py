@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -32,7 +31,13 @@ def run(step, params, place):
 @functools.cache
 def on_one_device(form):
     params, losses = run(fuse(make_loss(), adalomo(1e-2)), ENCODE[form](init_params()), lambda args: args)
-    return jax.tree.map(np.asarray, floats(params)), losses
+    return params, losses
+
+
+def differing(a, b):
+    """The share of the layers' matrices that differs by more than sums in another order make up."""
+    pairs = [[np.asarray(floats(tree)["layers"][name]) for tree in (a, b)] for name in ("up", "down")]
+    return max(float(np.mean(np.abs(x - y) > 1e-4 * np.abs(x).max())) for x, y in pairs)
 
 
 @pytest.mark.parametrize(
@@ -65,4 +70,4 @@ def test_numbers_and_shardings(form, spread, axis_type):
         assert x.sharding.is_equivalent_to(sharding, x.ndim), path
     expected, expected_losses = on_one_device(form)
     np.testing.assert_allclose(losses, expected_losses, 1e-3)
-    chex.assert_trees_all_close(jax.tree.map(np.asarray, floats(params)), expected, atol=0.03)
+    assert differing(params, expected) <= 0.02 < differing(params, ENCODE[form](init_params()))

@@ -84,6 +84,12 @@ def assert_equal_but_for_rounding(a, b, share=0.01):
     chex.assert_trees_all_close(floats(a)["norm"], floats(b)["norm"], rtol=1e-3)
 
 
+def differing(a, b):
+    """The share of int8 values that differ."""
+    pairs = list(zip(parts(a), parts(b), strict=True))
+    return max(float(np.mean(np.asarray(x.values) != np.asarray(y.values))) for x, y in pairs)
+
+
 CASES = [
     ("int8", {}),
     ("bf16+8", {"loss": "cast"}),
@@ -195,7 +201,7 @@ def test_layers_in_a_list(first):
     state = step.init(params, *data(0))
     result = step.jit(*copied((params, state)), *data(0))
     unfused = jax.jit(step.unfused)(params, state, *data(0))
-    chex.assert_trees_all_close(floats(result.params), floats(unfused.params), atol=0.05)
+    assert differing(result.params, unfused.params) <= 0.01 < differing(result.params, params)
     np.testing.assert_allclose(jax.jit(step.loss)(params, *data(0)), found.loss_fn(floats(list_of), *data(0)), 1e-5)
 
 
