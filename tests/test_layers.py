@@ -28,7 +28,7 @@ LAYERS = [
 """The layers, bottom to top. The package itself offers `optimizers` and `fused`, and counts as `fused`."""
 MODULES = {
     "optimizers": [
-        *("arguments", "sums", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer"),
+        *("choice", "arguments", "sums", "moments", "precision", "rounding", "layer_axes", "matrix_axes", "per_layer"),
         *("kept", "int8", "float24", "adalomo", "lomo", "optax_rules"),
     ],
     "fused": [

@@ -11,6 +11,7 @@ import numpy as np
 
 from adalomo_jax.fused.loss_scale import DynamicLossScale
 from adalomo_jax.fused.plan.runs import FEWEST
+from adalomo_jax.optimizers.choice import is_bool, shown
 
 
 class Range(NamedTuple):
@@ -28,14 +29,6 @@ def check_option(name: str, value: Any, allowed: Range) -> None:
         raise ValueError(f"{name} must be {allowed.due}, got {shown(value)}. {allowed.way_out}".rstrip())
 
 
-def shown(value: Any) -> str:
-    """A value as one short line."""
-    if callable(value) and hasattr(value, "__name__"):
-        return f"the function {value.__name__}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _is_number(x: Any) -> bool:
     """Whether it is one real number, as a Python number or an array; a bool is not."""
     if isinstance(x, (np.generic, np.ndarray, jax.Array)):
@@ -49,11 +42,6 @@ def _is_whole(x: Any) -> bool:
 
 def _is_of(x: Any, kind: Any) -> bool:
     return jnp.issubdtype(getattr(x, "dtype", type(x)), kind)
-
-
-def is_bool(x: Any) -> bool:
-    """Whether it is True or False, as a Python bool or an array."""
-    return isinstance(x, (bool, np.bool_)) or (getattr(x, "shape", None) == () and _is_of(x, np.bool_))
 
 
 def _is_positive(x: Any) -> bool:

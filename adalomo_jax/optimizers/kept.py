@@ -18,6 +18,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
+from adalomo_jax.optimizers.choice import chosen_leaves
+
 
 class Kept(abc.ABC):
     """Floats that are kept in another form.
@@ -186,13 +188,8 @@ def encode_tree(
     leaves = [leaf for _, leaf in paths_and_leaves]
     if where is None:
         asked = [_holds_floats(leaf) and chosen(leaf) for leaf in leaves]
-    elif callable(where):
-        asked = [bool(where(name)) for name in names]
     else:
-        try:
-            asked = jax.tree.leaves(jax.tree.broadcast(where, treedef.unflatten([0] * len(leaves))))
-        except ValueError as error:
-            raise ValueError(f"where must be a tree of bools like params, or a prefix of it. {error}") from error
+        asked = chosen_leaves("where", where, names, treedef)
     for name, leaf, is_asked in zip(names, leaves, asked, strict=True):
         if is_asked and not (_holds_floats(leaf) and leaf.ndim >= 1):
             raise ValueError(

@@ -176,7 +176,11 @@ REFUSED = {
     "nothing": (lambda p: int8({"w": p["v"]}), "None of the 1 leaves of params is chosen"),
     "none": (lambda p: int8(p, where=lambda path: False), "None of the 3 leaves of params is selected by where"),
     "integers": (lambda p: int8(p, where=lambda path: path == "n"), r"'n' is int32\[3\]"),
-    "a tree": (lambda p: float24(p, where={"w": True}), "where must be a tree of bools like params"),
+    "a tree": (
+        lambda p: float24(p, where={"w": True}),
+        "where must be a tree like params, or a prefix of it, of bools",
+    ),
+    "no bool": (lambda p: int8(p, where=lambda path: "yes"), "where must return True or False of a path, but of 'n'"),
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adalomo_jax.fused.offload import is_on_host
-from adalomo_jax.fused.options import Options, shown
+from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan.contents import reads_references
 from adalomo_jax.fused.plan.jaxpr import Program
 from adalomo_jax.fused.plan.lists import Lists
@@ -20,6 +20,7 @@ from adalomo_jax.fused.plan.paths import leaves_with_paths
 from adalomo_jax.fused.plan.plan import LayerScan, Plan
 from adalomo_jax.fused.plan.selection import leaves_on_host
 from adalomo_jax.jax_versions import varying_axes
+from adalomo_jax.optimizers.choice import shown
 from adalomo_jax.optimizers.kept import is_kept
 
 

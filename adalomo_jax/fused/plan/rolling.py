@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adalomo_jax.fused.offload import shapes_on_device
-from adalomo_jax.fused.options import Options, is_bool
+from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan.differences import Leaf
 from adalomo_jax.fused.plan.jaxpr import Program, is_checkpoint, trace
 from adalomo_jax.fused.plan.leafwise import rules_of_leaves
@@ -19,6 +19,7 @@ from adalomo_jax.fused.plan.placed_tree import layers_of, unstack_layers
 from adalomo_jax.fused.plan.repeats import Repeat, find_repeats
 from adalomo_jax.fused.plan.selection import trained_leaves
 from adalomo_jax.fused.sharding import Sharding, sharding_of
+from adalomo_jax.optimizers.choice import is_bool
 from adalomo_jax.optimizers.kept import form_of, is_kept
 from adalomo_jax.optimizers.per_layer import ExtraArgumentMissing, Group, PerLayer
 

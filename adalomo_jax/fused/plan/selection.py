@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adalomo_jax.fused.options import Options, is_bool, shown
+from adalomo_jax.fused.options import Options
 from adalomo_jax.fused.plan.paths import leaves_with_paths, path_name
 from adalomo_jax.fused.plan.plan import Plan
+from adalomo_jax.optimizers.choice import chosen_leaves, shown
 from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.optimizers.rounding import is_too_narrow
 
@@ -29,18 +30,9 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
             )
     if trainable is None:
         asked = [jnp.issubdtype(leaf.dtype, jnp.inexact) for _, leaf in paths_and_leaves]
-    elif callable(trainable):
-        asked = [_asked(trainable, path_name(path)) for path, _ in paths_and_leaves]
     else:
-        try:
-            asked = [
-                bool(flag)
-                for flag in jax.tree.leaves(
-                    jax.tree.broadcast(trainable, jax.tree.map(lambda _: 0, params, is_leaf=is_kept))
-                )
-            ]
-        except ValueError as error:
-            raise ValueError(f"trainable must be a tree like params, or a prefix of it, of bools. {error}") from error
+        paths = [path_name(path) for path, _ in paths_and_leaves]
+        asked = chosen_leaves("trainable", trainable, paths, jax.tree.structure(params, is_leaf=is_kept))
     for (path, leaf), is_asked in zip(paths_and_leaves, asked, strict=True):
         if is_asked and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
@@ -57,13 +49,6 @@ def trained_leaves(params: Any, trainable: Any) -> tuple[bool, ...]:
             f"Nothing is trained: none of the {len(asked)} leaves of params is a float that trainable selects."
         )
     return tuple(asked)
-
-
-def _asked(trainable: Any, path: str) -> bool:
-    answer = trainable(path)
-    if not is_bool(answer):
-        raise ValueError(f"trainable must return True or False of a path, but of {path!r} it returned {shown(answer)}.")
-    return bool(answer)
 
 
 def leaves_on_host(plan: Plan, options: Options) -> tuple[int, ...]:
