@@ -1,21 +1,33 @@
 """`FusedOptimizer`: like `nnx.Optimizer` in an NNX loop, with the backward pass and the update in one step."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from adalomo_jax.fused import Plan, StepResult, fuse
-from adalomo_jax.fused.plan.contents import has_programs
-from adalomo_jax.fused.plan.jaxpr import Equation
-from adalomo_jax.fused.plan.origins import Origin, call_with_origins
-from adalomo_jax.fused.plan.paths import leaves_with_paths, path_name
+from adalomo_jax.fused.plan.origins import call_with_origins
 from adalomo_jax.fused.plan.placed_tree import is_stacked
+from adalomo_jax.nnx_graphs import (
+    TAG,
+    Others,
+    check_not_written,
+    check_params,
+    check_same_params,
+    completed,
+    filled,
+    leaf_shapes,
+    loss_and_aux,
+    merge,
+    of_one_batch,
+    split_call,
+    split_graphs,
+    unless_skipped,
+    where_written,
+)
 from adalomo_jax.nnx_stacks import (
     is_traced,
     placed_shapes,
@@ -27,8 +39,6 @@ from adalomo_jax.nnx_stacks import (
     unstack_in,
 )
 from adalomo_jax.optimizers.kept import is_kept
-
-_TAG = "adalomo_jax.FusedOptimizer"
 
 
 class FusedOptimizer(nnx.Pytree):
@@ -128,29 +138,29 @@ class FusedOptimizer(nnx.Pytree):
         extra_args: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ):
-        with nnx.update_context(_TAG):
-            params, args = _split(model, batch, wrt)
-            expected = _shapes(params)
+        with nnx.update_context(TAG):
+            params, args = split_call(model, batch, wrt)
+            expected = leaf_shapes(params)
             if not expected:
                 raise ValueError(f"wrt={wrt!r} selects nothing of the model, so nothing would be trained.")
             if options.get("microbatches") is not None and options.get("batch_argnums") is None:
                 options["batch_argnums"] = tuple(range(1, 1 + len(batch)))
             skips = options.get("skip_nonfinite", True)
 
-            def call(params: Any, others: _Others, batch: Any) -> Any:
-                _check_params(expected, _shapes(params))
-                model, nodes = _merge(others, params, inner=True)
-                loss, aux = _loss_and_aux(loss_fn(model, *_filled(batch, nodes)), has_aux)
-                written, left = _split_graphs(model, nodes, wrt)
-                _check_same_params((params, *others.frozen), (written, *left.frozen))
+            def call(params: Any, others: Others, batch: Any) -> Any:
+                check_params(expected, leaf_shapes(params))
+                model, nodes = merge(others, params, inner=True)
+                loss, aux = loss_and_aux(loss_fn(model, *filled(batch, nodes)), has_aux)
+                written, left = split_graphs(model, nodes, wrt)
+                check_same_params((params, *others.frozen), (written, *left.frozen))
                 return written, left, loss, aux
 
             def functional_loss(params: Any, *args: Any) -> Any:
                 *batch, others = args
                 (written, left, loss, aux), origins = call_with_origins(call, params, others, batch)
-                _check_not_written(written, origins)
-                left = left._replace(frozen=_where_written(left.frozen, origins, len(expected)))
-                return loss, (_unless_skipped(left, others, loss) if skips else left, aux)
+                check_not_written(written, origins)
+                left = left._replace(frozen=where_written(left.frozen, origins, len(expected)))
+                return loss, (unless_skipped(left, others, loss) if skips else left, aux)
 
             self.wrt = wrt
             self._microbatched = options.get("microbatches") is not None
@@ -171,7 +181,7 @@ class FusedOptimizer(nnx.Pytree):
         """Steps taken, int32. (`nnx.Optimizer` calls this ``optimizer.step``, which here is the step itself.)"""
         return nnx.as_pure(self.opt_state).count
 
-    @nnx.update_context(_TAG)
+    @nnx.update_context(TAG)
     def step(self, model: Any, *batch: Any, **extra_args: Any) -> StepResult:
         """Updates model, arguments and this optimizer, and returns the step's ``loss``, ``aux`` and ``metrics``.
 
@@ -180,15 +190,15 @@ class FusedOptimizer(nnx.Pytree):
         """
         stacking = self._stacking
         if stacking is not None:
-            _check_params(dict(self._expected), _shapes(shapes_of(nnx.as_pure(nnx.state(model, self.wrt)))))
+            check_params(dict(self._expected), leaf_shapes(shapes_of(nnx.as_pure(nnx.state(model, self.wrt)))))
             stack_in(model, self.wrt, stacking)
-        params, args = _split(model, batch, self.wrt)
+        params, args = split_call(model, batch, self.wrt)
         placed = params if stacking is None else placed_tree(params, stacking)
         result = self._fused.jit(placed, nnx.as_pure(self.opt_state), *args, **extra_args)
         left, aux = result.aux
-        left = _over(_of_one_batch(left) if self._microbatched else left, args[-1])
+        left = completed(of_one_batch(left) if self._microbatched else left, args[-1])
         new = result.params if stacking is None else tree_in_model(result.params, stacking, jax.tree.structure(params))
-        _merge(left, new, inner=False)
+        merge(left, new, inner=False)
         nnx.update(self.opt_state, nnx.state(result.state))
         if stacking is not None and is_traced(model, self.wrt):
             unstack_in(model, self.wrt)  # only arrays can go into a function under nnx.jit, and come out of it
@@ -203,149 +213,17 @@ class FusedOptimizer(nnx.Pytree):
         """
         unstack_in(model, self.wrt)
 
-    @nnx.update_context(_TAG)
+    @nnx.update_context(TAG)
     def plan(self, model: Any, *batch: Any) -> Plan:
         """Where each parameter is updated, as a value that prints as a table. Computes nothing."""
-        params, args = _split(model, batch, self.wrt)
+        params, args = split_call(model, batch, self.wrt)
         return self._fused.plan(self._shapes_placed(params), *args)
 
-    @nnx.update_context(_TAG)
+    @nnx.update_context(TAG)
     def lower(self, model: Any, *batch: Any, **extra_args: Any) -> Any:
         """The step, lowered: ``optimizer.lower(model, *batch).compile().memory_analysis()`` says its memory."""
-        params, args = _split(model, batch, self.wrt)
+        params, args = split_call(model, batch, self.wrt)
         return self._fused.jit.lower(self._shapes_placed(params), nnx.as_pure(self.opt_state), *args, **extra_args)
 
     def _shapes_placed(self, params: Any) -> Any:
         return params if self._stacking is None else placed_shapes(params, self._stacking)
-
-
-class _Others(NamedTuple):
-    """What the loss reads besides trained parameters and the batch's arrays: pairs, for the model and other nodes."""
-
-    graphs: Any
-    """The static part. It has no leaves, so a step is compiled for it, and it is compared by value."""
-    frozen: Any
-    """The parameters that are not trained. After the loss: None for those that it left as they were."""
-    state: Any
-    """All other arrays."""
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class _Node:
-    """The place of a graph node among the arguments."""
-
-    position: int
-
-
-def _split(model: Any, batch: Sequence[Any], wrt: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The parameters that are trained, and the other arguments of the functional loss: the batch, and `_Others`."""
-    leaves, treedef = jax.tree.flatten(tuple(batch), is_leaf=nnx.graph.is_graph_node)
-    nodes: list[Any] = []
-    for i, x in enumerate(leaves):
-        if nnx.graph.is_graph_node(x):
-            leaves[i] = _Node(len(nodes))
-            nodes.append(x)
-    params, others = _split_graphs(model, nodes, wrt)
-    return params, (*treedef.unflatten(leaves), others)
-
-
-def _filled(batch: Any, nodes: Sequence[Any]) -> Any:
-    """The batch, with its nodes put back."""
-    is_node = lambda x: isinstance(x, _Node)
-    return jax.tree.map(lambda x: nodes[x.position] if is_node(x) else x, batch, is_leaf=is_node)
-
-
-def _split_graphs(model: Any, nodes: list[Any], wrt: Any) -> tuple[Any, _Others]:
-    """The model and the nodes as arrays. Both are one graph: a Variable that they share is the model's."""
-    with nnx.split_context(_TAG) as context:
-        graph, *of_model = context.split(model, wrt, nnx.Param, ...)
-        nodes_graph, *of_nodes = context.split(nodes, nnx.Param, ...)
-    params, frozen, state = map(nnx.as_pure, of_model)
-    nodes_frozen, nodes_state = map(nnx.as_pure, of_nodes)
-    return params, _Others((graph, nodes_graph), (frozen, nodes_frozen), (state, nodes_state))
-
-
-def _merge(others: _Others, params: Any, *, inner: bool) -> tuple[Any, list[Any]]:
-    """The model and the nodes: new ones in the loss (``inner``); after the step, the split ones, updated."""
-    graphs, frozen, state = others
-    with nnx.merge_context(_TAG, inner) as context:
-        model = context.merge(graphs[0], params, frozen[0], state[0])
-        return model, context.merge(graphs[1], frozen[1], state[1])
-
-
-def _over(left: _Others, before: _Others) -> _Others:
-    """What the loss left, completed by the parameters that it did not change."""
-    choose = lambda new, old: old if new is None else new
-    return left._replace(frozen=jax.tree.map(choose, left.frozen, before.frozen, is_leaf=lambda x: x is None))
-
-
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves_with_paths(params)}
-
-
-def _check_params(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
-    for path in [*expected, *actual]:
-        if actual.get(path) != expected.get(path):
-            was, now = (f"of the shape {s[path]}" if path in s else "not there" for s in (expected, actual))
-            raise ValueError(
-                f"A FusedOptimizer holds the state of the model that it was made for, in which the parameter {path!r} "
-                f"was {was}; in this one it is {now}. Make a FusedOptimizer for this model."
-            )
-
-
-def _check_same_params(before: Sequence[Any], after: Sequence[Any]) -> None:
-    for was, now in zip(map(_shapes, before), map(_shapes, after), strict=True):
-        for path in was.keys() ^ now.keys():
-            raise ValueError(
-                f"The loss must not add or remove parameters, but it {'makes' if path in now else 'removes'} "
-                f"{path!r}. Do so before the FusedOptimizer is made."
-            )
-
-
-def _check_not_written(params: Any, origins: Sequence[Origin]) -> None:
-    for i, ((path, _), origin) in enumerate(zip(leaves_with_paths(params), origins)):
-        if origin == i or (isinstance(origin, Equation) and has_programs(origin)):
-            continue  # The result of a cond, a while_loop or a custom_vjp is taken to be the parameter itself.
-        raise ValueError(
-            f"The loss writes the parameter {path_name(path)!r}, as nnx.WeightNorm does. A FusedOptimizer would train "
-            "its old value, nnx.Optimizer the written one. Write it between the steps, or leave it out of wrt."
-        )
-
-
-def _where_written(frozen: Any, origins: Sequence[Origin], first: int) -> Any:
-    """The frozen parameters, which are inputs of the loss from ``first`` on; None for one that it did not change."""
-    leaves, treedef = jax.tree.flatten(frozen)
-    return treedef.unflatten([None if origins[i] == i else x for i, x in enumerate(leaves, first)])
-
-
-def _loss_and_aux(result: Any, has_aux: bool) -> tuple[Any, Any]:
-    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(
-            f"With has_aux=True, loss_fn must return (loss, aux), but it returned {type(result).__name__}."
-        )
-    loss, aux = result if has_aux else (result, None)
-    if jax.tree.structure(loss) != jax.tree.structure(0):
-        raise ValueError(
-            f"loss_fn must return one scalar, but it returned {jax.tree.structure(loss)}. "
-            "If it returns (loss, aux), say FusedOptimizer(..., has_aux=True)."
-        )
-    return loss, aux
-
-
-def _unless_skipped(left: Any, before: Any, loss: jax.Array) -> Any:
-    """What the loss left, but with the floats as they were before if the loss is not finite."""
-    old = dict(leaves_with_paths(before))
-    is_finite = jnp.all(jnp.isfinite(loss))
-    is_kept = lambda path, x: _is_float(x) and path in old and jnp.shape(old[path]) == jnp.shape(x)
-    choose = lambda path, x: jnp.where(is_finite, x, old[path]) if is_kept(path, x) else x
-    return jax.tree_util.tree_map_with_path(choose, left)
-
-
-def _of_one_batch(left: Any) -> Any:
-    """What the whole batch left, given what each microbatch left, along the first axis."""
-    return jax.tree.map(lambda x: jnp.mean(x, 0) if _is_float(x) else x[-1], left)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating)

@@ -13,7 +13,7 @@ LAYERS = [
     {"rules"},
     {"fused"},
     {"models"},
-    {"nnx_stacks"},
+    {"nnx_graphs", "nnx_stacks"},
     {"linen", "nnx"},
     {"pretrained"},
     {"memory"},
