@@ -71,3 +71,13 @@ def make_loss(explicit=False):
         return jnp.mean((dot(hidden, embed.T, "fsdp", None) - y) ** 2)
 
     return loss_fn
+
+
+def run(step, params, place, steps=5):
+    """The result of the last step, and all losses."""
+    state, losses = step.init(params, *place(batch(0))), []
+    for i in range(steps):
+        result = step.jit(params, state, *place(batch(i)))
+        params, state = result.params, result.state
+        losses.append(float(result.loss))
+    return result, losses

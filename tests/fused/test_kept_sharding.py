@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from sharded_model import SPREADS, batch, init_params, make_loss, put
+from sharded_model import SPREADS, init_params, make_loss, put, run
 from tiers import slow
 
 from adalomo_jax import adalomo, float24, floats, fuse, int8
@@ -20,18 +20,10 @@ ENCODE = {
 AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-def run(step, params, place):
-    state, losses = step.init(params, *place(batch(0))), []
-    for i in range(3):
-        params, state, loss, *_ = step.jit(params, state, *place(batch(i)))
-        losses.append(float(loss))
-    return params, losses
-
-
 @functools.cache
 def on_one_device(form):
-    params, losses = run(fuse(make_loss(), adalomo(1e-2)), ENCODE[form](init_params()), lambda args: args)
-    return params, losses
+    result, losses = run(fuse(make_loss(), adalomo(1e-2)), ENCODE[form](init_params()), lambda args: args, 3)
+    return result.params, losses
 
 
 def differing(a, b):
@@ -63,7 +55,8 @@ def test_numbers_and_shardings(form, spread, axis_type):
             assert up.sharding.is_equivalent_to(jax.NamedSharding(mesh, SPREADS[spread].specs["layers"]["up"]), 3)
         for part in jax.tree.leaves(up):  # each device has its share, along this axis or another
             assert part.sharding.shard_shape(part.shape) != part.shape
-        params, losses = run(fuse(make_loss(axis_type == "explicit"), adalomo(1e-2)), params, place)
+        result, losses = run(fuse(make_loss(axis_type == "explicit"), adalomo(1e-2)), params, place, 3)
+        params = result.params
     for (path, x), sharding in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
     ):

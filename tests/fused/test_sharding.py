@@ -12,7 +12,7 @@ from comparison import relative_error
 from compiled import memory_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded_model import DIM, HIDDEN, SPREADS, batch, init_params, make_loss, put
+from sharded_model import DIM, HIDDEN, SPREADS, batch, init_params, make_loss, put, run
 from tiers import slow
 
 from adalomo_jax import adalomo, fuse, lomo
@@ -20,16 +20,6 @@ from adalomo_jax import adalomo, fuse, lomo
 RULES = {"adalomo": adalomo(1e-2), "lomo": lomo(1e-1), "adamw": optax.adamw(1e-2)}
 OPTIONS = {"max_grad_norm": 0.1, "microbatches": 2}
 AXIS_TYPES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def run(step, params, place, steps=5):
-    """The result of the last step, and all losses."""
-    state, losses = step.init(params, *place(batch(0))), []
-    for i in range(steps):
-        result = step.jit(params, state, *place(batch(i)))
-        params, state = result.params, result.state
-        losses.append(float(result.loss))
-    return result, losses
 
 
 @functools.cache
