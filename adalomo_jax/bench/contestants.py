@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from adalomo_jax.rules import Optimizer
+from adalomo_jax.training.config import Weights
 
 How = Literal["fused", "unfused", "optax", "gradients", "gradients in place"]
 
@@ -24,6 +25,8 @@ class Contestant(NamedTuple):
     microbatches: int | None = None
     stochastic_rounding: bool | None = None
     """Stochastic rounding of narrow weights; None is the default of `fuse`."""
+    weights: Weights | None = None
+    """The form that keeps the matrices of the layers; None keeps them as floats."""
 
 
 REFERENCE = "adalomo, fused"
@@ -34,6 +37,8 @@ OFFICIAL = "lomo-optim (PyTorch)"
 CONTESTANTS = (
     Contestant(REFERENCE, "fused", "adalomo"),
     Contestant("adalomo, fused, to nearest", "fused", "adalomo", stochastic_rounding=False),
+    Contestant("adalomo, fused, int8", "fused", "adalomo", weights="int8"),
+    Contestant("adalomo, fused, bf16+8", "fused", "adalomo", weights="bf16+8"),
     Contestant("adalomo, fused, clipped", "fused", "adalomo", max_grad_norm=1.0),
     Contestant("adalomo, fused, 4 microbatches", "fused", "adalomo", microbatches=4),
     Contestant("adalomo, unfused", "unfused", "adalomo"),

@@ -16,6 +16,7 @@ from adalomo_jax.bench.contestants import Contestant
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Decoder, DecoderConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
+from adalomo_jax.models.weights import kept
 from adalomo_jax.rules import RULES
 from adalomo_jax.training.memory_use import release_freed_memory
 
@@ -101,7 +102,11 @@ def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tu
         stochastic_rounding=contestant.stochastic_rounding,
     )
     jitted = fused.jit if contestant.how == "fused" else jax.jit(fused.unfused, donate_argnums=(0, 1))
-    with_state = lambda params: (params, fused.init(params, tokens))
+
+    def with_state(params):
+        params = kept(params, contestant.weights)
+        return params, fused.init(params, tokens)
+
     return jitted, with_state, lambda now, result: (result.params, result.state)
 
 
