@@ -20,7 +20,6 @@ from adalomo_jax.commands.failures import reason_of
 from adalomo_jax.commands.find_lr import find_lr
 from adalomo_jax.inputs import InputError, Stopped, batch_parts, check_preset, mesh_sizes, one_line
 from adalomo_jax.models import PRESETS, decoder_of, generate
-from adalomo_jax.optimizers.kept import floats
 from adalomo_jax.pretrained.by_name import Pretrained, export_rest, find_model
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
@@ -240,7 +239,7 @@ def sample(model: Pretrained, params: Any, data: Data, config: FinetuneConfig) -
     @jax.jit
     def continued(params, prompt_BP):
         # No mesh can spread one sequence, and not every kernel takes any length.
-        llama = decoder_of(model.config, floats(params))
+        llama = decoder_of(model.config, params)
         return generate(llama, prompt_BP, length, key=jax.random.key(config.seed), temperature=0.7)
 
     tokens = gather(continued(params, prompt[None]))[0]

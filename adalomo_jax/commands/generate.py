@@ -16,6 +16,7 @@ from adalomo_jax.commands.generate_options import GenerateConfig, check_generate
 from adalomo_jax.inputs import InputError, one_line
 from adalomo_jax.models import PRESETS, DecoderConfig, decoder_of
 from adalomo_jax.models.sampling import Sampler, stream
+from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.pretrained.by_name import find_model, find_tokenizer
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
@@ -69,7 +70,7 @@ def load_model(name: str, dtype: str) -> Loaded:
     try:
         if path.parent.name == FOLDER and path.name.isdecimal():
             params, sizes = restore_params(path)
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
+            params = jax.tree.map(lambda x: x.astype(dtype), params, is_leaf=is_kept)
             return Loaded(sizes, find_tokenizer(path.parents[1]), params)
         model = find_model(name)
         if model.checkpoint is None:

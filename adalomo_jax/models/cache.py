@@ -14,6 +14,7 @@ from flax import nnx
 from adalomo_jax.models.attention import cached_attention
 from adalomo_jax.models.decoder import Block, Decoder
 from adalomo_jax.models.rotary import rotary_angles
+from adalomo_jax.optimizers.kept import floats
 
 
 class Cache(NamedTuple):
@@ -63,7 +64,7 @@ def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[j
 
     def run_layer(x_BSD, layer_and_cache):
         layer, k_BTKH, v_BTKH = layer_and_cache
-        block: Block = nnx.merge(graphdef, layer)
+        block: Block = nnx.merge(graphdef, floats(layer))
         q_BSNH, k_BSKH, v_BSKH = block.self_attn.project(block.input_layernorm(x_BSD), *angles)
         k_BTKH, v_BTKH = _write(k_BTKH, k_BSKH, first), _write(v_BTKH, v_BSKH, first)
         out_BSNH = cached_attention(q_BSNH, k_BTKH, v_BTKH, first, window=config.sliding_window)

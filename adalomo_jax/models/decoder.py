@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import DecoderConfig
 from adalomo_jax.models.rotary import rotary_angles, rotate
+from adalomo_jax.optimizers.kept import floats
 
 HeadAxes = Literal["dv", "vd"]
 """The axes of the head, or of the embedding if that is also the head."""
@@ -194,7 +195,7 @@ class Decoder(nnx.Module):
         graphdef, layers = nnx.split(self.layers)
 
         def run_layer(x_BTD, layer):
-            x_BTD = nnx.merge(graphdef, layer)(x_BTD, cos, sin, segments_BT)
+            x_BTD = nnx.merge(graphdef, floats(layer))(x_BTD, cos, sin, segments_BT)
             return self._spread(x_BTD), None
 
         x_BTD = self._spread(self.embed_tokens(tokens_BT))
@@ -219,6 +220,8 @@ class Decoder(nnx.Module):
 
 def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
     """The model with these parameters, a nested dictionary of arrays; ``nnx.state`` of the model gives them back.
+
+    Weights in another form stay in it: the model decodes each layer where it runs it.
 
     Example:
         >>> from adalomo_jax.models import PRESETS

@@ -7,10 +7,11 @@ bfloat16: the loss and ``tx`` get floats, one layer of a stack at a time, and th
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,10 @@ class Kept(abc.ABC):
     @abc.abstractmethod
     def sharding(self) -> Any:
         """How the floats are spread over devices, and in which memory they are."""
+
+    def astype(self, dtype: Any) -> Self:
+        """The same weights, whose floats have another dtype."""
+        return dataclasses.replace(cast(Any, self), dtype=jnp.dtype(dtype))
 
     @abc.abstractmethod
     def floats(self) -> jax.Array:
