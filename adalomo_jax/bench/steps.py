@@ -39,7 +39,7 @@ class Compiled(NamedTuple):
 
 def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, seq_len: int, dtype: str) -> Compiled:
     """The contestant's step on one batch of random tokens."""
-    kind = kind_for(jax.default_backend(), seq_len, model.head_dim, jnp.dtype(dtype))
+    kind = kind_for(jax.default_backend(), seq_len, model.head_dim, jnp.dtype(dtype), model.attention_softcap)
     make_model = lambda: Decoder(model, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=kind)
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, model.vocab_size)
@@ -103,11 +103,11 @@ def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tu
     )
     jitted = fused.jit if contestant.how == "fused" else jax.jit(fused.unfused, donate_argnums=(0, 1))
 
-    def with_state(params):
+    def encoded_with_state(params):
         params = kept(params, contestant.weights)
         return params, fused.init(params, tokens)
 
-    return jitted, with_state, lambda now, result: (result.params, result.state)
+    return jitted, encoded_with_state, lambda now, result: (result.params, result.state)
 
 
 def _memory_of(compiled: Any) -> dict[str, int] | None:

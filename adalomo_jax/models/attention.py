@@ -6,7 +6,6 @@ Letters in names of arrays: B batch, T position, N query heads, K key and value 
 from __future__ import annotations
 
 import contextlib
-import math
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adalomo_jax.models.tiled_attention import TILES, is_seen, tiled_attention
+from adalomo_jax.models.tiled_attention import TILES, Scores, capped, is_seen, tiled_attention
 
 Kind = Literal["blocks", "tiles", "splash", "cudnn"]
 
@@ -31,10 +30,13 @@ def causal_attention(
     *,
     segments_BT: jax.Array | None = None,
     window: int | None = None,
+    is_windowed: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     sharding: NamedSharding | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """``softmax(q k^T / sqrt(H)) v`` over the positions that a query sees; ``N / K`` query heads share each key head.
+    """``softmax(scale * q k^T) v`` over the positions that a query sees; ``N / K`` query heads share each key head.
 
     A query sees the positions up to its own. If segments or a window are given, it sees only those within them.
 
@@ -47,6 +49,10 @@ def causal_attention(
         ``"splash"`` is JAX's kernel for TPUs, ``"cudnn"`` NVIDIA's for GPUs.
       segments_BT: the number of the document that each position belongs to.
       window: how many positions a query sees, its own included.
+      is_windowed: a traced bool, whether there is this window: layers of one scan may differ. Tiles and kernels, which
+        skip what no query sees, then have a branch for each.
+      scale: the factor of the scores; None is ``1 / sqrt(H)``.
+      softcap: if given, scores ``s`` become ``softcap * tanh(s / softcap)``. cuDNN has no such scores.
       sharding: the sharding of a batch that is spread over a mesh; heads are spread over its axis ``tensor``. Tiles and
         kernels run on each device's part, with all heads if ``tensor`` does not divide the number of key heads; XLA
         spreads blocks by itself.
@@ -64,12 +70,21 @@ def causal_attention(
             f"attention='splash' takes a multiple of 128 positions and heads 128 wide, got {T} positions and heads "
             f"{H} wide. Take attention='blocks'."
         )
+    if kind == "cudnn" and softcap is not None:
+        raise ValueError("attention='cudnn' takes no softcap. Take attention='blocks'.")
     if kind == "blocks":
-        return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+        return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segments_BT, Scores(scale, softcap, window, is_windowed))
+    if is_windowed is not None:
+        options: dict[str, Any] = dict(scale=scale, softcap=softcap, sharding=sharding, interpret=interpret)
+        branch = lambda window: (
+            lambda *args: causal_attention(*args, kind, segments_BT=segments_BT, window=window, **options)
+        )
+        return lax.cond(is_windowed, branch(window), branch(None), q_BTNH, k_BTKH, v_BTKH)
+    scores = Scores(scale, softcap, window)
     kernel = {
-        "tiles": partial(tiled_attention, window=window),
-        "cudnn": partial(_cudnn, window=window),
-        "splash": partial(_splash, window=window, interpret=interpret),
+        "tiles": partial(tiled_attention, scores=scores),
+        "cudnn": partial(_cudnn, scores=scores),
+        "splash": partial(_splash, scores=scores, interpret=interpret),
     }[kind]
     segments = () if segments_BT is None else (segments_BT,)
     if sharding is None or sharding.mesh.size == 1:
@@ -82,7 +97,7 @@ def causal_attention(
 
 
 def cached_attention(
-    q_BQNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first: int | jax.Array, *, window: int | None = None
+    q_BQNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first: int | jax.Array, scores: Scores
 ) -> jax.Array:
     """The rows of ``causal_attention`` only for the queries at the positions ``first``, ``first + 1``, ....
 
@@ -91,22 +106,22 @@ def cached_attention(
       k_BTKH: keys of the positions 0, 1, ...; those after a query's own may hold anything finite.
       v_BTKH: values.
       first: the position of the first query; it may be traced.
-      window: how many positions a query sees, its own included.
+      scores: the scores, and the window.
 
     Returns:
       ``[B, Q, N, H]``, in the dtype of the queries.
     """
-    return _in_blocks(q_BQNH, k_BTKH, v_BTKH, None, window, first)
+    return _in_blocks(q_BQNH, k_BTKH, v_BTKH, None, scores, first)
 
 
-def kind_for(platform: str, length: int, head_dim: int, dtype: Any) -> Kind:
+def kind_for(platform: str, length: int, head_dim: int, dtype: Any, softcap: float | None = None) -> Kind:
     """The best kind for a platform (``"tpu"``, ``"gpu"``, ``"cuda"`` or ``"cpu"``): its own kernel if available.
 
     This process looks for cuDNN itself, so a program that it compiles for a GPU elsewhere has blocks.
     """
     if platform == "tpu" and splash_takes(length, head_dim):
         return "splash"
-    if platform in ("gpu", "cuda") and jax.default_backend() == "gpu":
+    if platform in ("gpu", "cuda") and jax.default_backend() == "gpu" and softcap is None:
         x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
         with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # raised if JAX cannot use cuDNN
             jax.eval_shape(lambda x: causal_attention(x, x, x, "cudnn"), x)
@@ -125,13 +140,16 @@ def _in_blocks(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None,
-    window: int | None,
+    scores: Scores,
     first: int | jax.Array = 0,
 ) -> jax.Array:
     (B, Q, N, H), keys = q_BQNH.shape, jnp.arange(k_BTKH.shape[1])
+    window = scores.window
+    if window is not None and scores.is_windowed is not None:
+        window = jnp.where(scores.is_windowed, window, keys.size)
     if Q <= BLOCK:
         mask = is_seen(first + jnp.arange(Q), keys, segments_BT, segments_BT, window)
-        return _attend(q_BQNH, k_BTKH, v_BTKH, mask=mask)
+        return _attend(q_BQNH, k_BTKH, v_BTKH, mask, scores)
     in_blocks = lambda x: jnp.moveaxis(_padded(x).reshape(B, -1, BLOCK, *x.shape[2:]), 1, 0)
     blocks = in_blocks(q_BQNH)
     firsts = first + jnp.arange(blocks.shape[0]) * BLOCK
@@ -140,13 +158,25 @@ def _in_blocks(
     def of_block(first_block_and_segments):
         first, q, segments_BQ = first_block_and_segments
         mask = is_seen(first + jnp.arange(BLOCK), keys, segments_BQ, segments_BT, window)
-        return _attend(q, k_BTKH, v_BTKH, mask=mask)
+        return _attend(q, k_BTKH, v_BTKH, mask, scores)
 
     out = lax.map(of_block, (firsts, blocks, None if segments_BT is None else in_blocks(segments_BT)))
     return jnp.moveaxis(out, 0, 1).reshape(B, -1, N, H)[:, :Q]
 
 
-def _attend(*args: jax.Array, **options: Any) -> jax.Array:
+def _attend(q_BQNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask: jax.Array, scores: Scores) -> jax.Array:
+    if scores.softcap is None:
+        return _of_jax(q_BQNH, k_BTKH, v_BTKH, mask=mask, scale=scores.scale)
+    B, Q, N, H = q_BQNH.shape
+    q_BQKGH = q_BQNH.reshape(B, Q, k_BTKH.shape[2], -1, H)
+    s_BKGQT = jnp.einsum("bqkgh,btkh->bkgqt", q_BQKGH, k_BTKH, preferred_element_type=jnp.float32)
+    s_BKGQT = capped(scores.factor(H) * s_BKGQT, scores.softcap)
+    p_BKGQT = jax.nn.softmax(jnp.where(mask[:, :, None], s_BKGQT, jnp.finfo(jnp.float32).min), axis=-1)
+    out_BQKGH = jnp.einsum("bkgqt,btkh->bqkgh", p_BKGQT.astype(v_BTKH.dtype), v_BTKH)
+    return out_BQKGH.reshape(B, Q, N, H)
+
+
+def _of_jax(*args: jax.Array, **options: Any) -> jax.Array:
     """JAX's attention, which implicitly promotes bfloat16 to float32 (JAX 0.12), even if users forbid that."""
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(*args, **options)
@@ -163,11 +193,12 @@ def _cudnn(
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
-    window: int | None,
+    scores: Scores,
 ) -> jax.Array:
-    size = None if window is None else (window - 1, 0)
+    size = None if scores.window is None else (scores.window - 1, 0)
     mask = None if segments_BT is None else segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return _attend(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, local_window_size=size, implementation="cudnn")
+    options: dict[str, Any] = dict(scale=scores.scale, is_causal=True, local_window_size=size, implementation="cudnn")
+    return _of_jax(q_BTNH, k_BTKH, v_BTKH, mask=mask, **options)
 
 
 def _splash(
@@ -176,7 +207,7 @@ def _splash(
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
-    window: int | None,
+    scores: Scores,
     interpret: bool,
 ) -> jax.Array:
     # Imported here because it is slow, and not every build of JAX has Pallas' TPU part.
@@ -192,10 +223,13 @@ def _splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
+    window, cap = scores.window, scores.softcap
     seen = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
     mask = splash.MultiHeadMask([seen for _ in range(N)])
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH / math.sqrt(H), k_BTKH, v_BTKH)]
+    kernel = splash.make_splash_mha(
+        mask, block_sizes=sizes, attn_logits_soft_cap=cap, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q_BTNH * scores.factor(H), k_BTKH, v_BTKH)]
     segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
     out_BNTH = jnp.asarray(jax.vmap(kernel)(*heads_first, segments))
     return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)

@@ -13,7 +13,8 @@ from flax import nnx
 
 from adalomo_jax.models.attention import cached_attention
 from adalomo_jax.models.decoder import Block, Decoder
-from adalomo_jax.models.rotary import rotary_angles
+from adalomo_jax.models.positions import Positions
+from adalomo_jax.models.tiled_attention import Scores
 from adalomo_jax.optimizers.kept import floats
 
 
@@ -59,19 +60,21 @@ def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[j
     """
     config, first = model.config, cache.length
     S = tokens_BS.shape[1]
-    angles = rotary_angles(S, config.head_dim, config.rope_theta, config.rope_scaling, first=first)
+    positions = Positions(config, S, first=first, room=cache.k_LBTKH.shape[2])
     graphdef, layers = nnx.split(model.layers)
 
     def run_layer(x_BSD, layer_and_cache):
-        layer, k_BTKH, v_BTKH = layer_and_cache
+        layer, traits, k_BTKH, v_BTKH = layer_and_cache
+        at = positions.of_layer(traits)
         block: Block = nnx.merge(graphdef, floats(layer))
-        q_BSNH, k_BSKH, v_BSKH = block.self_attn.project(block.input_layernorm(x_BSD), *angles)
+        q_BSNH, k_BSKH, v_BSKH = block.self_attn.project(block.read(x_BSD), at)
         k_BTKH, v_BTKH = _write(k_BTKH, k_BSKH, first), _write(v_BTKH, v_BSKH, first)
-        out_BSNH = cached_attention(q_BSNH, k_BTKH, v_BTKH, first, window=config.sliding_window)
+        scores = Scores(config.attention_scale, config.attention_softcap, config.sliding_window, at.is_windowed)
+        out_BSNH = cached_attention(q_BSNH, k_BTKH, v_BTKH, first, scores)
         return block.add(x_BSD, block.self_attn.join(out_BSNH)), (k_BSKH, v_BSKH)
 
-    x_BSD = model.embed_tokens(tokens_BS)
-    x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(run_layer, x_BSD, (layers, cache.k_LBTKH, cache.v_LBTKH))
+    inputs = (layers, positions.traits, cache.k_LBTKH, cache.v_LBTKH)
+    x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(run_layer, model.embed(tokens_BS), inputs)
     # Only the new positions leave the scan: if it stacked the whole cache, each token would copy it.
     k_LBTKH, v_LBTKH = (_write(old, new, first) for old, new in ((cache.k_LBTKH, k_LBSKH), (cache.v_LBTKH, v_LBSKH)))
     return model.norm(x_BSD), Cache(k_LBTKH, v_LBTKH, first + S)

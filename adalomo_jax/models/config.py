@@ -1,4 +1,4 @@
-"""The sizes of a decoder, under Hugging Face's field names, and the sizes of well-known models."""
+"""The sizes of a decoder, under Hugging Face's field names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, Literal
 class RopeScaling:
     """Rotary frequencies for longer sequences than a model was first trained on; the names are Hugging Face's."""
 
-    rope_type: Literal["linear", "llama3"]
-    """``linear`` divides all frequencies by the factor; ``llama3`` those of long waves, and partly those in between."""
-    factor: float
+    rope_type: Literal["linear", "llama3", "longrope"]
+    """``linear`` divides all frequencies by the factor; ``llama3`` those of long waves, and partly those in between;
+    ``longrope`` divides each frequency by a factor of its own."""
+    factor: float = 1.0
     """The divisor of the frequencies."""
     low_freq_factor: float = 1.0
     """Waves longer than ``original_max_position_embeddings`` divided by this are long."""
@@ -21,13 +22,19 @@ class RopeScaling:
     """Waves shorter than ``original_max_position_embeddings`` divided by this are short."""
     original_max_position_embeddings: int = 8192
     """Positions that the model was first trained on."""
+    short_factor: tuple[float, ...] = ()
+    """``longrope``: the divisor of each frequency for sequences of up to ``original_max_position_embeddings``."""
+    long_factor: tuple[float, ...] = ()
+    """``longrope``: the divisor of each frequency for longer sequences."""
+    attention_factor: float = 1.0
+    """``longrope``: the cosines and sines are multiplied by it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `Decoder`: a Llama, or a Mistral or Qwen2, which differ in the last fields.
+    """Sizes of a `Decoder`, and how it differs from a Llama.
 
-    The field names are those of Hugging Face's ``config.json``, except the biases, which each family names differently.
+    The field names are those of Hugging Face's ``config.json`` if all families mean the same by them.
     """
 
     vocab_size: int
@@ -55,11 +62,44 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     """How the rotary frequencies are scaled: Llama 3.1 and later."""
     sliding_window: int | None = None
-    """How many positions a query sees, its own included: Mistral. With None it sees all before it."""
+    """How many positions a query sees, its own included, in layers that have a window. With None it sees all before
+    it."""
+    windowed: tuple[bool, ...] = (True,)
+    """Which layers have the window: this is repeated over the layers. Gemma 2: every other one."""
+    rotated: tuple[bool, ...] = (True,)
+    """Which layers have rotary positions: this is repeated over the layers. SmolLM3: three of four."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of layers with a window, which are not scaled: Gemma 3. None: as in the others."""
+    partial_rotary_factor: float = 1.0
+    """The share of a head's coordinates that rotary positions turn, the first ones: Phi-4-mini."""
     qkv_bias: bool = False
     """Whether queries, keys and values have biases: Qwen2."""
     o_bias: bool = False
     """Whether the attention's output has a bias."""
+    mlp_bias: bool = False
+    """Whether the three matrices after the attention have biases."""
+    fused_projections: bool = False
+    """Whether queries, keys and values are one matrix, and gate and up another: Phi-3."""
+    qk_norm: Literal["head", "all"] | None = None
+    """RMSNorm of queries and keys before they are turned: over each head (Qwen3, Gemma 3), or all heads (OLMo 2)."""
+    attention_scale: float | None = None
+    """The factor of the attention's scores; None is ``head_dim**-0.5``."""
+    attention_softcap: float | None = None
+    """Scores ``s`` become ``cap * tanh(s / cap)``: Gemma 2."""
+    logits_softcap: float | None = None
+    """Logits ``s`` become ``cap * tanh(s / cap)``: Gemma 2."""
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    """The activation of the gate: SiLU, or GELU by tanh (Gemma)."""
+    norms: Literal["before", "after", "around"] = "before"
+    """Whether attention and MLP have an RMSNorm before them, after them (OLMo 2), or both (Gemma)."""
+    norm_offset: float = 0.0
+    """Added to the weights of the stream's and the heads' norms: Gemma's is 1."""
+    embedding_scale: float = 1.0
+    """The factor of the embeddings, rounded to their type: Gemma, Granite."""
+    residual_scale: float = 1.0
+    """The factor of what attention and MLP add to the stream: Granite."""
+    logits_divisor: float = 1.0
+    """The divisor of the logits: Granite."""
 
     def __post_init__(self):
         sizes = [field.name for field in dataclasses.fields(self) if field.type == "int"]
@@ -73,77 +113,48 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even: rotary positions turn pairs, got {self.head_dim}.")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"partial_rotary_factor must be at most 1, and give an even part of the {self.head_dim} of head_dim, "
+                f"got {self.partial_rotary_factor:g}."
+            )
+        for name in ("windowed", "rotated"):
+            object.__setattr__(self, name, _shortest_period(getattr(self, name)))
+        self._check_longrope()
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of a head's coordinates that rotary positions turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def _check_longrope(self) -> None:
+        scaling, pairs = self.rope_scaling, self.rotary_dim // 2
+        if scaling is not None and scaling.rope_type == "longrope":
+            lengths = (len(scaling.short_factor), len(scaling.long_factor))
+            if lengths != (pairs, pairs):
+                raise ValueError(
+                    f"short_factor and long_factor must have a number for each of the {pairs} rotary frequencies, "
+                    f"got {lengths[0]} and {lengths[1]}."
+                )
+
+
+def _shortest_period(values: tuple[bool, ...]) -> tuple[bool, ...]:
+    """The shortest beginning that gives all values if it is repeated."""
+    if not values:
+        raise ValueError("windowed and rotated must say it of at least one layer, got none.")
+    repeats = lambda n: all(value == values[i % n] for i, value in enumerate(values))
+    return values[: next(n for n in range(1, len(values) + 1) if repeats(n))]
 
 
 def config_of(fields: Mapping[str, Any]) -> DecoderConfig:
     """The config from which ``dataclasses.asdict`` made these fields, perhaps by way of JSON."""
-    scaling = fields["rope_scaling"]
-    return DecoderConfig(**{**fields, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    fields = _with_tuples(fields)
+    scaling = fields.get("rope_scaling")
+    return DecoderConfig(
+        **{**fields, "rope_scaling": None if scaling is None else RopeScaling(**_with_tuples(scaling))}
+    )
 
 
-PRESETS: dict[str, DecoderConfig] = {
-    "tiny": DecoderConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    ),
-    "smollm2-135m": DecoderConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rope_theta=100000.0,
-        tie_word_embeddings=True,
-    ),
-    "llama-2-7b": DecoderConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
-        max_position_embeddings=4096,
-    ),
-    "llama-2-13b": DecoderConfig(
-        vocab_size=32000,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-        max_position_embeddings=4096,
-    ),
-    "llama-65b": DecoderConfig(
-        vocab_size=32000,
-        hidden_size=8192,
-        intermediate_size=22016,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=64,
-        head_dim=128,
-        max_position_embeddings=2048,
-    ),
-    "llama-3-8b": DecoderConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-    ),
-}
-"""Models by name. ``tiny`` reads bytes; the others have the sizes, not the weights, of the published models."""
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

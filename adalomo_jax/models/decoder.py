@@ -1,6 +1,6 @@
 """A Llama-like decoder in Flax NNX, with its layers stacked on axis 0 and run by one scan.
 
-Letters in names of arrays: B batch, T position, D residual stream, F SwiGLU, N query heads, K key and value heads,
+Letters in names of arrays: B batch, T position, D residual stream, F gated MLP, N query heads, K key and value heads,
 H width of a head, V vocabulary, L layers.
 """
 
@@ -17,7 +17,9 @@ from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.rotary import rotary_angles, rotate
+from adalomo_jax.models.positions import Position, Positions
+from adalomo_jax.models.rotary import rotate
+from adalomo_jax.models.tiled_attention import capped
 from adalomo_jax.optimizers.kept import floats
 
 HeadAxes = Literal["dv", "vd"]
@@ -27,17 +29,21 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x**2) + eps) * weight``, computed in float32."""
+    """``x / sqrt(mean(x**2) + eps) * (weight + offset)``, computed in float32. At first the factor is 1."""
 
-    def __init__(self, size: int, *, eps: float, dtype):
-        self.weight = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+    def __init__(self, size: int, *, eps: float, dtype, offset: float = 0.0):
+        self.weight = nnx.Param(jnp.full((size,), 1 - offset, dtype))
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
-        return (x * weight).astype(x_BTD.dtype)
+        return (x * (weight + self.offset if self.offset else weight)).astype(x_BTD.dtype)
+
+
+def _norm(config: DecoderConfig, size: int, *, dtype) -> RMSNorm:
+    return RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
 def _linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False) -> nnx.Linear:
@@ -58,28 +64,46 @@ class Attention(nnx.Module):
     ):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = _linear(D, N * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
-        self.k_proj = _linear(D, K * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
-        self.v_proj = _linear(D, K * H, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
+        into = lambda size: _linear(D, size, rngs=rngs, dtype=dtype, bias=config.qkv_bias)
+        if config.fused_projections:
+            self.qkv_proj = into((N + 2 * K) * H)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = into(N * H), into(K * H), into(K * H)
         self.o_proj = _linear(N * H, D, rngs=rngs, dtype=dtype, bias=config.o_bias)
+        if config.qk_norm is not None:
+            heads = (1, 1) if config.qk_norm == "head" else (N, K)
+            self.q_norm, self.k_norm = (_norm(config, n * H, dtype=dtype) for n in heads)
         self.kind: Kind = kind
-        self.head_dim, self.window, self.sharding = H, config.sliding_window, sharding
+        self.config, self.sharding = config, sharding
 
-    def __call__(
-        self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, cos, sin)
+    def __call__(self, x_BTD: jax.Array, at: Position, segments_BT: jax.Array | None = None) -> jax.Array:
+        config = self.config
         out_BTNH = causal_attention(
-            q_BTNH, k_BTKH, v_BTKH, self.kind, segments_BT=segments_BT, window=self.window, sharding=self.sharding
+            *self.project(x_BTD, at),
+            self.kind,
+            segments_BT=segments_BT,
+            window=config.sliding_window,
+            is_windowed=at.is_windowed,
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+            sharding=self.sharding,
         )
         return self.join(out_BTNH)
 
-    def project(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, at: Position) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, turned by the angles of their positions."""
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = rotate(self.q_proj(x_BTD).reshape(heads), cos, sin)
-        k_BTKH = rotate(self.k_proj(x_BTD).reshape(heads), cos, sin)
-        return q_BTNH, k_BTKH, self.v_proj(x_BTD).reshape(heads)
+        config, heads = self.config, (*x_BTD.shape[:2], -1, self.config.head_dim)
+        N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if config.fused_projections:
+            q, k, v = jnp.split(self.qkv_proj(x_BTD), [N * H, (N + K) * H], axis=-1)
+        else:
+            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if config.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTNH, k_BTKH, v_BTKH = (x.reshape(heads) for x in (q, k, v))
+        if config.qk_norm == "head":
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return rotate(q_BTNH, at.cos, at.sin), rotate(k_BTKH, at.cos, at.sin), v_BTKH
 
     def join(self, out_BTNH: jax.Array) -> jax.Array:
         """Projects the heads' results back into the residual stream."""
@@ -87,36 +111,65 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """A gated MLP: ``down(act(gate(x)) * up(x))``."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_proj = _linear(D, F, rngs=rngs, dtype=dtype)
-        self.up_proj = _linear(D, F, rngs=rngs, dtype=dtype)
-        self.down_proj = _linear(F, D, rngs=rngs, dtype=dtype)
+        linear = lambda size_in, size_out: _linear(size_in, size_out, rngs=rngs, dtype=dtype, bias=config.mlp_bias)
+        if config.fused_projections:
+            self.gate_up_proj = linear(D, 2 * F)
+        else:
+            self.gate_proj, self.up_proj = linear(D, F), linear(D, F)
+        self.down_proj = linear(F, D)
+        self.is_fused, self.act = config.fused_projections, config.hidden_act
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        if self.is_fused:
+            gate, up = jnp.split(self.gate_up_proj(x_BTD), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        gate = jax.nn.silu(gate) if self.act == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self.down_proj(gate * up)
 
 
 class Block(nnx.Module):
-    """One layer: attention, then SwiGLU, each on the normalized stream and added to it."""
+    """One layer: attention, then an MLP, each added to the stream. Norms have Hugging Face's names.
+
+    ``post_attention_layernorm`` is the norm before the MLP if norms come before, and else the norm of the attention's
+    result.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, **attention):
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        norm = lambda: _norm(config, config.hidden_size, dtype=dtype)
+        if config.norms != "after":
+            self.input_layernorm = norm()
         self.self_attn = Attention(config, rngs=rngs, dtype=dtype, **attention)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = norm()
+        if config.norms == "around":
+            self.pre_feedforward_layernorm = norm()
+        if config.norms != "before":
+            self.post_feedforward_layernorm = norm()
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+        self.norms, self.residual_scale = config.norms, config.residual_scale
 
-    def __call__(
-        self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
-        return self.add(x_BTD, self.self_attn(self.input_layernorm(x_BTD), cos, sin, segments_BT))
+    def __call__(self, x_BTD: jax.Array, at: Position, segments_BT: jax.Array | None = None) -> jax.Array:
+        return self.add(x_BTD, self.self_attn(self.read(x_BTD), at, segments_BT))
+
+    def read(self, x_BTD: jax.Array) -> jax.Array:
+        """What the attention reads of the stream."""
+        return x_BTD if self.norms == "after" else self.input_layernorm(x_BTD)
 
     def add(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
-        """Adds the attention's result to the stream, then what SwiGLU makes of the sum."""
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        """Adds the attention's result to the stream, then what the MLP makes of the sum."""
+        if self.norms == "before":
+            x_BTD = x_BTD + self._scaled(attended_BTD)
+            return x_BTD + self._scaled(self.mlp(self.post_attention_layernorm(x_BTD)))
+        x_BTD = x_BTD + self._scaled(self.post_attention_layernorm(attended_BTD))
+        read_BTD = x_BTD if self.norms == "after" else self.pre_feedforward_layernorm(x_BTD)
+        return x_BTD + self._scaled(self.post_feedforward_layernorm(self.mlp(read_BTD)))
+
+    def _scaled(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.residual_scale == 1 else self.residual_scale * x_BTD
 
 
 def _stacked_blocks(config: DecoderConfig, *, rngs: nnx.Rngs, **options) -> Block:
@@ -131,7 +184,7 @@ def _stacked_blocks(config: DecoderConfig, *, rngs: nnx.Rngs, **options) -> Bloc
 
 
 class Decoder(nnx.Module):
-    """A language model: a Llama, a Mistral or a Qwen2, depending on its config.
+    """A language model: a Llama, or a model of another of `adalomo_jax.models.families`, depending on its config.
 
     ``model.layers`` is one ``Block`` whose leaves are stacked on axis 0. One ``jax.lax.scan`` takes them as its ``xs``,
     untransformed, so ``adalomo_jax.fuse`` updates them layer by layer.
@@ -171,7 +224,7 @@ class Decoder(nnx.Module):
             config.vocab_size, config.hidden_size, param_dtype=dtype, embedding_init=_INIT, rngs=rngs
         )
         self.layers = _stacked_blocks(config, rngs=rngs, dtype=dtype, kind=attention, sharding=batch_sharding)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = _norm(config, config.hidden_size, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs=rngs, dtype=dtype)
 
@@ -191,16 +244,22 @@ class Decoder(nnx.Module):
                 f"a sequence has at most max_position_embeddings={config.max_position_embeddings} tokens, "
                 f"got {tokens_BT.shape[1]}. Shorten it or raise max_position_embeddings."
             )
-        cos, sin = rotary_angles(tokens_BT.shape[1], config.head_dim, config.rope_theta, config.rope_scaling)
+        positions = Positions(config, tokens_BT.shape[1])
         graphdef, layers = nnx.split(self.layers)
 
-        def run_layer(x_BTD, layer):
-            x_BTD = nnx.merge(graphdef, floats(layer))(x_BTD, cos, sin, segments_BT)
+        def run_layer(x_BTD, layer_and_traits):
+            layer, traits = layer_and_traits
+            x_BTD = nnx.merge(graphdef, floats(layer))(x_BTD, positions.of_layer(traits), segments_BT)
             return self._spread(x_BTD), None
 
-        x_BTD = self._spread(self.embed_tokens(tokens_BT))
-        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), x_BTD, layers)
+        x_BTD = self._spread(self.embed(tokens_BT))
+        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), x_BTD, (layers, positions.traits))
         return self.norm(x_BTD)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The tokens' embeddings ``[B, T, D]``, scaled as the config says."""
+        x_BTD, scale = self.embed_tokens(tokens_BT), self.config.embedding_scale
+        return x_BTD if scale == 1 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
     def _spread(self, x_BTD: jax.Array) -> jax.Array:
         """The residual stream, spread so that each device has whole sequences."""
@@ -209,7 +268,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Only the head: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
-        return project(x_BTD, *self.head())
+        return finished_logits(self.config, project(x_BTD, *self.head()))
 
     def head(self) -> tuple[jax.Array, HeadAxes]:
         """The head's matrix, or the embedding, untransposed, and the names of its axes."""
@@ -233,6 +292,13 @@ def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
     """
     dtype = params["embed_tokens"]["embedding"].dtype
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
+
+
+def finished_logits(config: DecoderConfig, logits_BTV: jax.Array) -> jax.Array:
+    """What the head gives, divided and capped as the config says."""
+    if config.logits_divisor != 1:
+        logits_BTV = logits_BTV / config.logits_divisor
+    return logits_BTV if config.logits_softcap is None else capped(logits_BTV, config.logits_softcap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

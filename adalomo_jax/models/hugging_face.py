@@ -6,15 +6,34 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from adalomo_jax.models.config import DecoderConfig, RopeScaling
-from adalomo_jax.models.families import FAMILIES
+from adalomo_jax.models.config import DecoderConfig
+from adalomo_jax.models.families import FAMILIES, Family
+from adalomo_jax.models.families.rope import rope_entries
 
 _DEFAULTS = {"rms_norm_eps": 1e-6}
 """Hugging Face's defaults that differ from those of `DecoderConfig`."""
+_NULLS = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Fields whose null means that there is none. Any other null is as good as a missing field."""
+_COMMON = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+"""The fields that ``config.json`` and `DecoderConfig` share."""
 
 
 def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> DecoderConfig:
-    """The sizes in a Hugging Face ``config.json`` of a Llama, a Mistral or a Qwen2.
+    """The sizes in a Hugging Face ``config.json`` of a family of `adalomo_jax.models.families`.
+
+    A multimodal Gemma 3 is read as its text part, `text_config`.
 
     Args:
         config: the file's contents, as a dictionary. ``num_key_value_heads``, ``head_dim`` and fields that have a
@@ -22,9 +41,9 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
         place: where the contents are from, for messages.
 
     Raises:
-        ValueError: the architecture is another one, rotary positions are scaled other than by ``linear`` or ``llama3``,
-            the SwiGLU has biases, layers differ, a size is missing, or a value is of another type or out of its range;
-            one line with the place, the field, the value and what is allowed.
+        ValueError: the architecture is another one, a field is not known, rotary positions are scaled in an unknown
+            way, a size is missing, or a value is of another type or out of its range; one line with the place, the
+            field, the value and what is allowed.
 
     Example:
         >>> sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -32,50 +51,73 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
         >>> from_hugging_face(sizes | rest).head_dim
         16
     """
-    from adalomo_jax.models.config_fields import ConfigFields  # needs pydantic, but a Llama does not
+    from adalomo_jax.models.config_fields import ConfigFields, check_known  # needs pydantic, but a Llama does not
     from adalomo_jax.models.fields import check
 
+    config = text_config(config)
     fields = check(ConfigFields, config, place)
+    check_known(config, place)
     try:
         return _sizes(fields.model_dump(exclude_unset=True))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of ``config.json`` that describes the decoder: of a multimodal Gemma 3, the text part."""
+    text = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(text, Mapping):
+        return config
+    kept = {name: config[name] for name in ("torch_dtype", "dtype", "eos_token_id", "bos_token_id") if name in config}
+    return kept | dict(text) | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
 def to_hugging_face(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """The contents of ``config.json``, for the first family that has such models; `from_hugging_face` reads them.
 
     Raises:
-        ValueError: no family has both biases and a sliding window.
+        ValueError: no family has such models.
     """
-    values = dataclasses.asdict(config)
-    for name in ("qkv_bias", "o_bias", "sliding_window"):
-        del values[name]
-    described = [(family, family.fields(config)) for family in FAMILIES.values()]
-    family, fields = next(((family, fields) for family, fields in described if fields is not None), (None, {}))
-    if family is None:
-        raise ValueError(
-            f"no family of {', '.join(FAMILIES)} has qkv_bias={config.qkv_bias}, o_bias={config.o_bias} and "
-            f"sliding_window={config.sliding_window} together."
-        )
-    if values["rope_scaling"] and config.rope_scaling and config.rope_scaling.rope_type == "linear":
-        values["rope_scaling"] = {"rope_type": "linear", "factor": config.rope_scaling.factor}
-    return values | {
-        **fields,
+    for family in FAMILIES.values():
+        contents = _written(config, family, dtype)
+        if _is_read_back(contents, config):
+            return contents
+    plain = DecoderConfig(**{name: getattr(config, name) for name in _COMMON})
+    fields = [field.name for field in dataclasses.fields(config)]
+    differing = [name for name in fields if getattr(config, name) != getattr(plain, name)]
+    options = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
+    raise ValueError(f"no family of {', '.join(FAMILIES)} has models with {options} together.")
+
+
+def _written(config: DecoderConfig, family: Family, dtype: str) -> dict[str, Any]:
+    common = {name: getattr(config, name) for name in _COMMON}
+    return common | {
+        "hidden_act": config.hidden_act,
+        "rope_scaling": rope_entries(config.rope_scaling),
+        **family.fields(config),
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "hidden_act": "silu",
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,  # transformers' default may lie beyond the vocabulary
         "torch_dtype": dtype,
     }
 
 
+def _is_read_back(contents: Mapping[str, Any], config: DecoderConfig) -> bool:
+    try:
+        return _sizes(contents) == config
+    except ValueError:
+        return False
+
+
 def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
     """The sizes in checked fields."""
+    family = FAMILIES[config["model_type"]]
     given = {name: value for name, value in config.items() if value is not None}
-    of_family = FAMILIES[config["model_type"]].sizes(config)
-    found = {**_DEFAULTS, **_derived(given), **given, **_rope(given), **of_family}
+    nulls = {name: None for name in _NULLS if name in config and config[name] is None}
+    entries = {**_DEFAULTS, **family.defaults, **_derived(given), **given, **nulls}
+    found = entries | family.rope(entries) | family.sizes(entries)
     fields = dataclasses.fields(DecoderConfig)
     missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
     if missing:
@@ -92,26 +134,3 @@ def _derived(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     derived = {"num_key_value_heads": heads, "head_dim": width // heads if heads and width else None}
     return {name: value for name, value in derived.items() if value is not None}
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary base and scaling, from the places where older and newer files keep them."""
-    places = (config.get("rope_scaling", {}), config.get("rope_parameters", {}))
-    rope = {name: value for place in places for name, value in place.items() if value is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if "factor" in rope and not {"rope_type", "type"}.intersection(rope):
-        raise ValueError("rope_scaling.rope_type is missing, which says what its factor means")
-    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    if kind == "default":
-        return theta | {"rope_scaling": None}
-    if kind not in ("linear", "llama3"):
-        from adalomo_jax.models.fields import shown
-
-        raise ValueError(
-            f"rotary positions may be scaled by 'linear' or 'llama3', got rope scaling of the type {shown(kind)}"
-        )
-    names = [field.name for field in dataclasses.fields(RopeScaling)][1:]
-    missing = [name for name in (names if kind == "llama3" else ["factor"]) if name not in rope]
-    if missing:
-        raise ValueError(f"rope scaling of the type {kind!r} takes {', '.join(missing)} too")
-    return theta | {"rope_scaling": RopeScaling(kind, **{name: rope[name] for name in names if name in rope})}

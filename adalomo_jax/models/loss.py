@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from adalomo_jax.models.decoder import Decoder, HeadAxes, project
+from adalomo_jax.models.config import DecoderConfig
+from adalomo_jax.models.decoder import Decoder, HeadAxes, finished_logits, project
 from adalomo_jax.models.sharding import gather_rows, out_of_stream
 
 
@@ -93,11 +94,11 @@ def _total(
     head_DV = head if axes == "dv" else head.T
     mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
     if mesh is None or not _is_gathered(head_DV, mesh):
-        return _sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head, axes)
+        return _sum_of_chunks(model.config, chunk_size, x_BTD, targets_BT, weights_BT, head, axes)
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
         head_DV = jnp.asarray(gather_rows(head_DV, "fsdp"))
-        return jax.lax.psum(_sum_of_chunks(chunk_size, x_BTD, targets_BT, weights_BT, head_DV), "fsdp")
+        return jax.lax.psum(_sum_of_chunks(model.config, chunk_size, x_BTD, targets_BT, weights_BT, head_DV), "fsdp")
 
     of_parts, everywhere = PartitionSpec("fsdp"), PartitionSpec()
     on_parts = jax.shard_map(
@@ -114,6 +115,7 @@ def _is_gathered(head_DV: jax.Array, mesh: Mesh | AbstractMesh) -> bool:
 
 
 def _sum_of_chunks(
+    config: DecoderConfig,
     chunk_size: int,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
@@ -124,7 +126,8 @@ def _sum_of_chunks(
     @jax.checkpoint
     def chunk_loss(total, chunk):
         x_BCD, targets_BC, weights_BC = chunk
-        return total + jnp.sum(cross_entropy(project(x_BCD, head, axes), targets_BC) * weights_BC), None
+        logits_BCV = finished_logits(config, project(x_BCD, head, axes))
+        return total + jnp.sum(cross_entropy(logits_BCV, targets_BC) * weights_BC), None
 
     chunks = tuple(_chunked(a, chunk_size) for a in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)[0]

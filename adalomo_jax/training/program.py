@@ -139,7 +139,7 @@ def attention_of(config: FinetuneConfig, model: DecoderConfig, platform: str) ->
     """The option, or the kind that suits the platform."""
     if config.attention != "auto":
         return config.attention
-    return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype))
+    return kind_for(platform, config.seq_len, model.head_dim, jnp.dtype(config.dtype), model.attention_softcap)
 
 
 def check_attention(config: FinetuneConfig, model: DecoderConfig, platform: str) -> None:

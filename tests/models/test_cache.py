@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiers import always
+from tiers import always, slow
 
 from adalomo_jax.models import PRESETS, Decoder, RopeScaling
 from adalomo_jax.models.attention import BLOCK
@@ -22,6 +22,14 @@ FAMILIES = {
     "linear": dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 4.0)),
     "mistral": dataclasses.replace(LLAMA, sliding_window=5),
     "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, o_bias=True, tie_word_embeddings=True),
+    "gemma": dataclasses.replace(
+        *(LLAMA,),
+        **dict(norms="around", norm_offset=1.0, embedding_scale=3.0, attention_scale=0.2, qk_norm="head"),
+        **dict(sliding_window=5, windowed=(True, False), local_rope_theta=100.0, attention_softcap=2.0),
+        **dict(logits_softcap=3.0, hidden_act="gelu_pytorch_tanh"),
+    ),
+    "olmo": dataclasses.replace(LLAMA, norms="after", qk_norm="all", rotated=(True, False), residual_scale=0.5),
+    "phi": dataclasses.replace(LLAMA, fused_projections=True, partial_rotary_factor=0.5, logits_divisor=1.5),
 }
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 24)))
 
@@ -58,13 +66,36 @@ def test_logits_are_those_of_the_whole_at_every_position(family):
         np.testing.assert_allclose(in_parts(model, TOKENS, lengths), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama-3", "linear", "mistral"])
-def test_each_of_the_family_s_parts_is_seen(family):
-    """The test above would fail if the cache ignored positions, scaling or window."""
+OPTIONS = [
+    *(("llama-3", {"rope_scaling": None}), ("linear", {"rope_scaling": None}), ("mistral", {"sliding_window": None})),
+    *(("gemma", {name: None}) for name in ("sliding_window", "local_rope_theta", "attention_scale")),
+    *(("gemma", {name: None}) for name in ("attention_softcap", "logits_softcap")),
+    *(("gemma", {"windowed": (True,)}), ("gemma", {"embedding_scale": 1.0}), ("gemma", {"norm_offset": 0.0})),
+    *(("gemma", {"hidden_act": "silu"}), ("olmo", {"rotated": (True,)}), ("olmo", {"residual_scale": 1.0})),
+    *(("phi", {"partial_rotary_factor": 1.0}), ("phi", {"logits_divisor": 1.0})),
+]
+
+
+@pytest.mark.parametrize(("family", "option"), [*OPTIONS[:3], *(slow(*pair) for pair in OPTIONS[3:])])
+def test_each_of_the_family_s_parts_is_seen(family, option):
+    """The test above would fail if the cache ignored it."""
     config = FAMILIES[family]
-    changed = dataclasses.replace(config, rope_scaling=None, sliding_window=None)
+    changed = dataclasses.replace(config, **option)
     whole, other = (jax.jit(lambda model: model(TOKENS))(model_of(c)) for c in (config, changed))
-    assert float(jnp.max(jnp.abs(whole - other))) > 1e-2
+    assert float(jnp.max(jnp.abs(whole - other))) > 1e-3
+
+
+def test_norms_of_equal_shapes_are_not_exchanged():
+    """A model whose norms have been swapped loads as well, and computes something else."""
+    for family, one, other in (
+        ("llama", "input_layernorm", "post_attention_layernorm"),
+        ("gemma", "post_attention_layernorm", "pre_feedforward_layernorm"),
+        ("olmo", "post_attention_layernorm", "post_feedforward_layernorm"),
+    ):
+        model, swapped = model_of(FAMILIES[family]), model_of(FAMILIES[family])
+        setattr(swapped.layers, one, getattr(model.layers, other))
+        setattr(swapped.layers, other, getattr(model.layers, one))
+        assert float(jnp.max(jnp.abs(model(TOKENS) - swapped(TOKENS)))) > 1e-2
 
 
 def test_a_prompt_of_several_blocks():

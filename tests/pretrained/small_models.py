@@ -23,7 +23,65 @@ LLAMA = DecoderConfig(
 LLAMA_3 = dataclasses.replace(LLAMA, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192))
 MISTRAL = dataclasses.replace(LLAMA, sliding_window=9)
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tie_word_embeddings=True)
-FAMILIES = {"llama": LLAMA, "llama-3": LLAMA_3, "mistral": MISTRAL, "qwen2": QWEN2}
+QWEN3 = dataclasses.replace(LLAMA, qk_norm="head", rope_theta=1e6)
+GEMMA_2 = dataclasses.replace(
+    LLAMA,
+    norms="around",
+    norm_offset=1.0,
+    embedding_scale=8.0,
+    attention_scale=24**-0.5,
+    attention_softcap=3.0,
+    logits_softcap=2.0,
+    hidden_act="gelu_pytorch_tanh",
+    sliding_window=9,
+    windowed=(True, False),
+    tie_word_embeddings=True,
+    num_hidden_layers=4,
+)
+GEMMA_3 = dataclasses.replace(
+    GEMMA_2,
+    attention_softcap=None,
+    logits_softcap=None,
+    qk_norm="head",
+    rope_theta=1e6,
+    rope_scaling=RopeScaling("linear", 8.0),
+    local_rope_theta=1e4,
+    windowed=(True, True, False),
+    num_hidden_layers=6,
+)
+PHI_3 = dataclasses.replace(LLAMA, fused_projections=True, sliding_window=20)
+PHI_4_MINI = dataclasses.replace(
+    PHI_3,
+    sliding_window=None,
+    tie_word_embeddings=True,
+    partial_rotary_factor=0.75,
+    rope_scaling=RopeScaling(
+        "longrope",
+        original_max_position_embeddings=128,
+        short_factor=(1.0, 1.1, 1.2, 1.3, 1.4, 1.5),
+        long_factor=(1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
+        attention_factor=1.25,
+    ),
+)
+SMOLLM3 = dataclasses.replace(LLAMA, rotated=(True, True, False), rope_theta=2e6, tie_word_embeddings=True)
+GRANITE = dataclasses.replace(
+    LLAMA, embedding_scale=12.0, attention_scale=0.1, residual_scale=0.22, logits_divisor=4.0, tie_word_embeddings=True
+)
+OLMO_2 = dataclasses.replace(LLAMA, norms="after", qk_norm="all", rope_theta=5e5)
+FAMILIES = {
+    "llama": LLAMA,
+    "llama-3": LLAMA_3,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma-2": GEMMA_2,
+    "gemma-3": GEMMA_3,
+    "phi-3": PHI_3,
+    "phi-4-mini": PHI_4_MINI,
+    "smollm3": SMOLLM3,
+    "granite": GRANITE,
+    "olmo-2": OLMO_2,
+}
 
 
 def random_params(config, dtype="float32"):

@@ -1,9 +1,12 @@
 """The description of a family of models; each family has a module."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from adalomo_jax.models.config import DecoderConfig
+from adalomo_jax.models.families.rope import rope_of
 
 
 class Family(NamedTuple):
@@ -14,10 +17,15 @@ class Family(NamedTuple):
     architecture: str
     """Its class in Hugging Face's transformers."""
     sizes: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """Takes this family's ``config.json`` and returns the fields of `DecoderConfig` that only the family can tell from
-    it; ``ValueError`` if it describes no `Decoder`."""
-    fields: Callable[[DecoderConfig], dict[str, Any] | None]
-    """The entries of this family's ``config.json`` for a config; None if no model of the family is such a decoder."""
+    """Takes this family's ``config.json``, with the defaults and without nulls that mean them, and returns the fields
+    of `DecoderConfig` that only the family can tell from it; ``ValueError`` if it describes no `Decoder`."""
+    fields: Callable[[DecoderConfig], dict[str, Any]]
+    """The entries of ``config.json`` for such a decoder that not all families have. They need not describe a decoder
+    that is none of this family: what is written is read back, and compared."""
+    defaults: Mapping[str, Any] = {}
+    """What transformers takes for entries that are missing, if it differs from `DecoderConfig`."""
+    rope: Callable[[Mapping[str, Any]], dict[str, Any]] = rope_of
+    """Takes ``config.json``, and returns the fields of `DecoderConfig` about rotary positions."""
     gguf: str | None = None
     """Its name in llama.cpp's files; None if they use another family's name."""
     pairs_side_by_side: bool = False

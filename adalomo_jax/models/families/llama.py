@@ -8,14 +8,12 @@ from adalomo_jax.models.families.family import Family
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    has_bias = bool(config.get("attention_bias", False))
-    return {"qkv_bias": has_bias, "o_bias": has_bias, "sliding_window": None}
+    has_bias = config.get("attention_bias", False)
+    return {"qkv_bias": has_bias, "o_bias": has_bias, "mlp_bias": config.get("mlp_bias", False), "sliding_window": None}
 
 
-def _fields(config: DecoderConfig) -> dict[str, Any] | None:
-    if config.sliding_window or config.qkv_bias != config.o_bias:
-        return None
-    return {"attention_bias": config.o_bias, "mlp_bias": False}
+def _fields(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _sizes, _fields, gguf="llama", pairs_side_by_side=True)

@@ -14,8 +14,8 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config.get("sliding_window", _WINDOW)}
 
 
-def _fields(config: DecoderConfig) -> dict[str, Any] | None:
-    return None if config.qkv_bias or config.o_bias else {"sliding_window": config.sliding_window}
+def _fields(config: DecoderConfig) -> dict[str, Any]:
+    return {"sliding_window": config.sliding_window}
 
 
 MISTRAL = Family("mistral", "MistralForCausalLM", _sizes, _fields)
