@@ -77,7 +77,7 @@ def causal_attention(
     if is_windowed is not None:
         options: dict[str, Any] = dict(scale=scale, softcap=softcap, sharding=sharding, interpret=interpret)
         branch = lambda window: (
-            lambda *args: causal_attention(*args, kind, segments_BT=segments_BT, window=window, **options)
+            lambda q, k, v: causal_attention(q, k, v, kind, segments_BT=segments_BT, window=window, **options)
         )
         return lax.cond(is_windowed, branch(window), branch(None), q_BTNH, k_BTKH, v_BTKH)
     scores = Scores(scale, softcap, window)
