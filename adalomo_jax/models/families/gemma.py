@@ -50,7 +50,8 @@ def _gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     every = config.get("sliding_window_pattern", config.get("internal_pattern", 6))
-    return _common(config) | {"qk_norm": "head"} | windows_of(config, lambda i: (i + 1) % every != 0)
+    no_cap = {"attention_softcap": None}  # transformers has the entry, and does not use it
+    return _common(config) | no_cap | {"qk_norm": "head"} | windows_of(config, lambda i: (i + 1) % every != 0)
 
 
 def _gemma3_rope(config: Mapping[str, Any]) -> dict[str, Any]:
