@@ -26,8 +26,8 @@ class BenchConfig:
 
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: tuple[str, ...] = ("smollm2-135m",)
-    """Presets: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
-    Or files: a Llama's config.json in Hugging Face's format. Weights are random."""
+    """Presets, such as tiny, smollm2-135m, llama-2-7b or qwen3-4b; adalomo-jax memory --help lists them.
+    Or files: a config.json in Hugging Face's format. Weights are random."""
     batch_size: int = 1
     """Sequences in a step."""
     seq_len: tuple[int, ...] = (64, 512)

@@ -26,7 +26,7 @@ from adalomo_jax.bench.tables import (
 )
 from adalomo_jax.commands.memory_options import model_sizes
 from adalomo_jax.inputs import InputError
-from adalomo_jax.models import PRESETS, DecoderConfig
+from adalomo_jax.models import PRESETS, DecoderConfig, to_hugging_face
 from adalomo_jax.pretrained.files import write_whole
 
 
@@ -72,7 +72,8 @@ def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int 
     if seq_len > model.max_position_embeddings:
         most = model.max_position_embeddings
         raise InputError(f"--seq-len {seq_len} is longer than the {most} positions of {name}")
-    if config.against and (model.qkv_bias or model.o_bias or model.rope_scaling):
+    is_llama = to_hugging_face(model, dtype)["model_type"] == "llama"
+    if config.against and not (is_llama and not (model.qkv_bias or model.mlp_bias or model.rope_scaling)):
         raise InputError(f"--against lomo-optim takes Llamas without biases and rope scaling, which {name} has")
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
     case = Case(name, model.num_hidden_layers, config.batch_size, seq_len, dtype)

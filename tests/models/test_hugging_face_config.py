@@ -1,10 +1,13 @@
 """Sizes are read from a ``config.json``."""
 
 import dataclasses
+import math
 
+import jax
 import pytest
 
 from adalomo_jax.models import PRESETS, RopeScaling, from_hugging_face, to_hugging_face
+from adalomo_jax.pretrained.names import param_shapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,6 +34,23 @@ def test_a_published_config_is_the_preset():
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_finetune_exports_is_read_back(name):
     assert from_hugging_face(to_hugging_face(PRESETS[name], "float32")) == PRESETS[name]
+
+
+PUBLISHED = {
+    **{"smollm2-135m": 0.1345, "smollm3-3b": 3.0751, "llama-2-7b": 6.7384, "llama-2-13b": 13.0159},
+    **{"llama-3.1-8b": 8.0303, "llama-3.1-70b": 70.5537, "llama-3.2-1b": 1.2358, "llama-3.2-3b": 3.2127},
+    **{"mistral-7b": 7.2480, "qwen3-0.6b": 0.5960, "qwen3-1.7b": 1.7206, "qwen3-4b": 4.0225, "qwen3-8b": 8.1907},
+    **{"qwen3-14b": 14.7683, "qwen3-32b": 32.7621, "gemma-2-2b": 2.6143, "gemma-2-9b": 9.2417, "gemma-3-1b": 0.9999},
+    **{"gemma-3-4b": 3.8803, "gemma-3-12b": 11.7660, "gemma-3-27b": 27.0093, "phi-4-mini": 3.8360, "phi-4": 14.6595},
+    **{"olmo-2-7b": 7.2986, "granite-3-8b": 8.1708},
+}
+"""Billions of weights, as the hub counts them; of Gemma 3 those of the text part."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_as_many_weights_as_the_published_model(name):
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(param_shapes(PRESETS[name])))
+    assert round(weights / 1e9, 4) == PUBLISHED[name]
 
 
 LLAMA_3_1 = {
