@@ -7,8 +7,7 @@ H width of a head, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,10 @@ from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import DecoderConfig
+from adalomo_jax.models.head_loss import Head, HeadAxes
 from adalomo_jax.models.positions import Position, Positions
 from adalomo_jax.models.rotary import rotate
-from adalomo_jax.models.tiled_attention import capped
 from adalomo_jax.optimizers.kept import floats
-
-HeadAxes = Literal["dv", "vd"]
-"""The axes of the head, or of the embedding if that is also the head."""
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -268,7 +264,9 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Only the head: ``[..., D]`` to logits ``[..., V]``, accumulated in float32."""
-        return finished_logits(self.config, project(x_BTD, *self.head()))
+        head, axes = self.head()
+        products = jnp.einsum(f"...d,{axes}->...v", x_BTD, head, preferred_element_type=jnp.float32)
+        return Head(axes, self.config.logits_divisor, self.config.logits_softcap).logits(products)
 
     def head(self) -> tuple[jax.Array, HeadAxes]:
         """The head's matrix, or the embedding, untransposed, and the names of its axes."""
@@ -292,39 +290,6 @@ def decoder_of(config: DecoderConfig, params: Any) -> Decoder:
     """
     dtype = params["embed_tokens"]["embedding"].dtype
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))), params)
-
-
-def finished_logits(config: DecoderConfig, logits_BTV: jax.Array) -> jax.Array:
-    """What the head gives, divided and capped as the config says."""
-    if config.logits_divisor != 1:
-        logits_BTV = logits_BTV / config.logits_divisor
-    return logits_BTV if config.logits_softcap is None else capped(logits_BTV, config.logits_softcap)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x_BTD: jax.Array, head: jax.Array, axes: HeadAxes = "dv") -> jax.Array:
-    """``x @ head``, or ``x @ head.T`` if the axes say so, accumulated in float32 even if both are bfloat16.
-
-    An embedding is not transposed first: if XLA multiplied by the transpose more than once, it would write it out.
-
-    The cotangent is rounded to the type of ``x`` before it is multiplied. Otherwise the two products of the backward
-    pass would be float32, at half the speed of a GPU or less.
-    """
-    return jnp.einsum(f"...d,{axes}->...v", x_BTD, head, preferred_element_type=jnp.float32)
-
-
-def _project_forward(x_BTD, head, axes):
-    return project(x_BTD, head, axes), (x_BTD, head)
-
-
-def _project_backward(axes, saved, d_logits_BTV):
-    x_BTD, head = saved
-    d_logits_BTV = d_logits_BTV.astype(x_BTD.dtype)
-    d_x_BTD = jnp.einsum(f"...v,{axes}->...d", d_logits_BTV, head)
-    return d_x_BTD, jnp.einsum(f"...d,...v->{axes}", x_BTD, d_logits_BTV)
-
-
-project.defvjp(_project_forward, _project_backward)
 
 
 def _checkpoint(body: Callable, remat: bool | Callable[..., bool]) -> Callable:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.decoder import Decoder, HeadAxes, finished_logits, project
+from adalomo_jax.models.decoder import Decoder
+from adalomo_jax.models.head_loss import Head, head_loss
 from adalomo_jax.models.sharding import gather_rows, out_of_stream
-
-
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """``-log softmax(logits)[target]`` in nats, ``[B, T]``."""
-    # A sum over a comparison, not a gather: XLA fuses its gradient into the softmax's; a scatter takes another buffer.
-    tokens_V = jnp.arange(logits_BTV.shape[-1])
-    is_target_BTV = jnp.expand_dims(tokens_V, range(targets_BT.ndim)) == targets_BT[..., None]
-    picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
 def count_targets(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
@@ -34,10 +25,10 @@ def next_token_loss(
     count: jax.Array | None = None,
     chunk_size: int = 256,
 ) -> jax.Array:
-    """Mean of ``cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])`` over the targets that the mask keeps.
+    """Mean of ``-log(softmax(model(tokens)[:, :-1]))[tokens[:, 1:]]`` over the targets that the mask keeps.
 
-    Chunks of the sequence pass through the head one after the other, under ``jax.checkpoint``. So only one chunk of
-    logits, ``[B, chunk_size, V]`` in float32, exists at a time, forward and backward.
+    Tiles of the vocabulary pass through the head one after the other (`head_loss`). So only as many logits, in float32,
+    exist at a time as ``chunk_size`` positions have, forward and backward.
 
     Args:
         model: the model.
@@ -47,7 +38,7 @@ def next_token_loss(
         segments_BT: ``[B, T]``, integers: positions of different segments do not see and do not predict each other.
         count: the divisor of the sum, in place of the number of targets. For a part of a batch, pass the
             `count_targets` of the whole, so that the parts' losses add up to the batch's mean.
-        chunk_size: the number of positions whose logits exist at once. It need not divide ``T``.
+        chunk_size: as many logits exist at once as this number of positions has.
 
     Returns:
         The mean loss in nats a token, float32; 0 when the mask keeps no target.
@@ -86,55 +77,30 @@ def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Ar
 def _total(
     model: Decoder, chunk_size: int, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> jax.Array:
-    """The weighted sum of the loss. With FSDP only, each device gathers the head once and sums over its sequences.
+    """The weighted sum of the loss.
 
-    Otherwise XLA would sum the whole gradient of the head on each device.
+    On a mesh each device loops over its own part of the vocabulary, for its own sequences. With FSDP it gathers the
+    head once. Otherwise XLA would gather parts that it has to cut again, or sum the head's whole gradient everywhere.
     """
     head, axes = model.head()
-    head_DV = head if axes == "dv" else head.T
+    how = Head(axes, model.config.logits_divisor, model.config.logits_softcap)
+    width = lambda vocabulary: -(-vocabulary * chunk_size // x_BTD.shape[1])
     mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
-    if mesh is None or not _is_gathered(head_DV, mesh):
-        return _sum_of_chunks(model.config, chunk_size, x_BTD, targets_BT, weights_BT, head, axes)
+    head_DV = head if axes == "dv" else head.T
+    cut = (None, None) if mesh is None else out_of_stream(head_DV.shape, mesh).spec
+    names = {name for name in cut if mesh is not None and name is not None and mesh.shape[name] > 1}
+    if not names:
+        return head_loss(x_BTD, head, targets_BT, weights_BT, how._replace(width=width(model.config.vocab_size)))
+    rows, columns = (name if name in names else None for name in cut)
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
-        head_DV = jnp.asarray(gather_rows(head_DV, "fsdp"))
-        return jax.lax.psum(_sum_of_chunks(model.config, chunk_size, x_BTD, targets_BT, weights_BT, head_DV), "fsdp")
+        head_DV = head_DV if rows is None else jnp.asarray(gather_rows(head_DV, rows))
+        here = how._replace(axes="dv", width=width(head_DV.shape[1]), over=columns)
+        return jax.lax.psum(head_loss(x_BTD, head_DV, targets_BT, weights_BT, here), tuple(names))
 
-    of_parts, everywhere = PartitionSpec("fsdp"), PartitionSpec()
+    of_rows, everywhere = PartitionSpec(rows), PartitionSpec()
+    in_specs = (of_rows, of_rows, of_rows, PartitionSpec(rows, columns))
     on_parts = jax.shard_map(
-        of_part, mesh=mesh, in_specs=(of_parts,) * 4, out_specs=everywhere, axis_names={"fsdp"}, check_vma=False
+        of_part, mesh=mesh, in_specs=in_specs, out_specs=everywhere, axis_names=names, check_vma=False
     )
     return on_parts(x_BTD, targets_BT, weights_BT, head_DV)
-
-
-def _is_gathered(head_DV: jax.Array, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether only FSDP cuts the head: a head that ``tensor`` cuts would be whole on each device in ``shard_map``."""
-    return (
-        mesh.shape["fsdp"] > 1 and mesh.shape["tensor"] == 1 and out_of_stream(head_DV.shape, mesh).spec[0] is not None
-    )
-
-
-def _sum_of_chunks(
-    config: DecoderConfig,
-    chunk_size: int,
-    x_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    head: jax.Array,
-    axes: HeadAxes = "dv",
-) -> jax.Array:
-    @jax.checkpoint
-    def chunk_loss(total, chunk):
-        x_BCD, targets_BC, weights_BC = chunk
-        logits_BCV = finished_logits(config, project(x_BCD, head, axes))
-        return total + jnp.sum(cross_entropy(logits_BCV, targets_BC) * weights_BC), None
-
-    chunks = tuple(_chunked(a, chunk_size) for a in (x_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(chunk_loss, jnp.zeros((), jnp.float32), chunks)[0]
-
-
-def _chunked(x_BT: jax.Array, chunk_size: int) -> jax.Array:
-    """``[B, T, ...]`` to ``[chunks, B, chunk_size, ...]``, the end padded with zeros."""
-    B, T = x_BT.shape[:2]
-    padding = [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, padding).reshape(B, -1, chunk_size, *x_BT.shape[2:]).swapaxes(0, 1)
