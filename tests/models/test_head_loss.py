@@ -41,8 +41,8 @@ def expected(x, head, targets, weights, how):
 def test_value_and_gradients_are_those_of_the_equations(vocabulary, options, axes):
     how = Head(axes, **options, width=128)
     x, head, targets, weights = inputs(vocabulary, axes)
-    found = jax.jit(jax.value_and_grad(lambda x, head: 2 * head_loss(x, head, targets, weights, how), argnums=(0, 1)))
-    loss, gradients = found(x, head)
+    twice = lambda x, head: jnp.multiply(2, head_loss(x, head, targets, weights, how))
+    loss, gradients = jax.jit(jax.value_and_grad(twice, argnums=(0, 1)))(x, head)
     of_equations = expected(x, head, targets, weights, how)
     for ours, theirs in zip((loss, *gradients), of_equations, strict=True):
         np.testing.assert_allclose(ours, 2 * theirs, rtol=1e-4, atol=1e-5)
