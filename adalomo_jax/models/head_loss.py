@@ -90,9 +90,9 @@ def head_loss(x_BTD: jax.Array, head: jax.Array, targets_BT: jax.Array, weights_
 
 class _Tile(NamedTuple):
     start: jax.Array
-    columns_W: jax.Array
+    columns_11W: jax.Array
     """The tokens whose logits are in the tile."""
-    is_new_W: jax.Array | None
+    is_new_11W: jax.Array | None
     """Whether no tile before has the column; None if this holds for all. The last tile may begin before its place."""
 
 
@@ -101,10 +101,10 @@ def _forward(x_BTD, head, targets_BT, weights_BT, how):
         highest_BT, total_BT, picked_BT = sums
         tile = _tile_at(i, head, how)
         logits_BTW = how.logits(_products(x_BTD, _part(head, tile, how), how))
-        is_target_BTW = tile.columns_W == targets_BT[..., None]
-        if tile.is_new_W is not None:
-            logits_BTW = jnp.where(tile.is_new_W, logits_BTW, -jnp.inf)
-            is_target_BTW &= tile.is_new_W
+        is_target_BTW = tile.columns_11W == targets_BT[..., None]
+        if tile.is_new_11W is not None:
+            logits_BTW = jnp.where(tile.is_new_11W, logits_BTW, -jnp.inf)
+            is_target_BTW &= tile.is_new_11W
         new_BT = jnp.maximum(highest_BT, jnp.max(logits_BTW, axis=-1))
         total_BT = total_BT * jnp.exp(highest_BT - new_BT) + jnp.sum(jnp.exp(logits_BTW - new_BT[..., None]), axis=-1)
         # A sum over a comparison, not a gather: XLA fuses it with what is around it.
@@ -133,12 +133,13 @@ def _backward(how, saved, d_loss):
         tile = _tile_at(i, head, how)
         part = _part(head, tile, how)
         logits_BTW = how.logits(_products(x_BTD, part, how))
-        is_target_BTW = tile.columns_W == targets_BT[..., None]
-        d_BTW = (jnp.exp(logits_BTW - log_sum_BT[..., None]) - is_target_BTW) * scale_BT[..., None]
+        is_target_BTW = tile.columns_11W == targets_BT[..., None]
+        p_BTW = jnp.exp(logits_BTW - log_sum_BT[..., None])
+        d_BTW = jnp.where(is_target_BTW, p_BTW - 1, p_BTW) * scale_BT[..., None]
         d_BTW = how.pulled_back(d_BTW, logits_BTW).astype(x_BTD.dtype)
         d_part = jnp.einsum(f"btd,btv->{how.axes}", x_BTD, d_BTW, preferred_element_type=jnp.float32)
         # Columns that an earlier tile has are written again, as they were, but add nothing to the stream's gradient.
-        d_new_BTW = d_BTW if tile.is_new_W is None else jnp.where(tile.is_new_W, d_BTW, 0)
+        d_new_BTW = d_BTW if tile.is_new_11W is None else jnp.where(tile.is_new_11W, d_BTW, 0)
         d_x_BTD += jnp.einsum(f"btv,{how.axes}->btd", d_new_BTW, part, preferred_element_type=jnp.float32)
         d_head = lax.dynamic_update_slice_in_dim(d_head, d_part.astype(head.dtype), tile.start, how.axes.index("v"))
         return (d_x_BTD, d_head), None
@@ -169,17 +170,17 @@ def _width(head: jax.Array, how: Head) -> int:
 def _tile_at(i: jax.Array, head: jax.Array, how: Head) -> _Tile:
     vocabulary, width = head.shape[how.axes.index("v")], _width(head, how)
     start = jnp.minimum(i * width, vocabulary - width)
-    columns_W = start + jnp.arange(width)
-    is_new_W = None if vocabulary % width == 0 else columns_W >= i * width
+    columns_11W = start + jnp.arange(width)[None, None]
+    is_new_11W = None if vocabulary % width == 0 else columns_11W >= i * width
     if how.over is not None:
-        columns_W += lax.axis_index(how.over) * vocabulary
-    return _Tile(start, columns_W, is_new_W)
+        columns_11W += lax.axis_index(how.over) * vocabulary
+    return _Tile(start, columns_11W, is_new_11W)
 
 
 def _part(head: jax.Array, tile: _Tile, how: Head) -> jax.Array:
-    if tile.columns_W.size == head.shape[how.axes.index("v")]:
+    if tile.columns_11W.size == head.shape[how.axes.index("v")]:
         return head
-    return lax.dynamic_slice_in_dim(head, tile.start, tile.columns_W.size, how.axes.index("v"))
+    return lax.dynamic_slice_in_dim(head, tile.start, tile.columns_11W.size, how.axes.index("v"))
 
 
 def _products(x_BTD: jax.Array, part: jax.Array, how: Head) -> jax.Array:

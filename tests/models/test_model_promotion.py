@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from small_models import FAMILIES
 from tiers import slow
 
 from adalomo_jax import adalomo, fuse
@@ -23,7 +24,7 @@ BIASED = dataclasses.replace(
     ),
 )
 TIED = dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=True)
-CONFIGS = {"plain": PRESETS["tiny"], "tied": TIED, "biased": BIASED}
+CONFIGS = {"plain": PRESETS["tiny"], "tied": TIED, "biased": BIASED} | FAMILIES
 TOKENS = jax.ShapeDtypeStruct((2, 32), jnp.int32)
 SAMPLERS = [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9, "eos": 2}]
 
@@ -41,7 +42,11 @@ def abstract(config, dtype, **options):
 
 @pytest.mark.parametrize(
     ("dtype", "config", "attention"),
-    [("bfloat16", "biased", "tiles"), ("bfloat16", "tied", "blocks"), ("float32", "plain", "blocks")],
+    [
+        *(("bfloat16", "biased", "tiles"), ("bfloat16", "tied", "blocks"), ("float32", "plain", "blocks")),
+        *(("bfloat16", "gemma-2", "tiles"), slow("bfloat16", "gemma-3", "blocks"), slow("bfloat16", "olmo-2", "tiles")),
+        *(slow("bfloat16", family, "blocks") for family in ("phi-4-mini", "smollm3", "granite", "qwen3")),
+    ],
 )
 def test_a_training_step_traces(dtype, config, attention):
     graphdef, params = abstract(CONFIGS[config], jnp.dtype(dtype), attention=attention)
