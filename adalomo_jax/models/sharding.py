@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 AXES = ("data", "fsdp", "tensor")
 """The axes of a mesh, the outermost first."""
 
-_OUT_OF_STREAM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
+_OUT_OF_STREAM = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "lm_head")
 _INTO_STREAM = ("o_proj", "down_proj", "embed_tokens")
 
 
@@ -62,7 +62,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree like ``params`` of ``NamedSharding``s.
 
     ``fsdp`` cuts matrices along the axis of the residual stream and ``tensor`` along the other, if the mesh divides
-    them; layer axes are not cut. Norms are whole on each device.
+    them; layer axes are not cut. Norms are whole on each device, and so are biases that are added to the stream.
 
     Args:
       params: a nested dictionary of a ``Decoder``'s parameters, or of their shapes.
@@ -71,6 +71,9 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[-1] == "bias":  # its only axis is the matrix's last one; before it may be the layers'
+            cut = names[-2] in _OUT_OF_STREAM and leaf.shape[-1] % mesh.shape["tensor"] == 0
+            return NamedSharding(mesh, PartitionSpec(*(None,) * (len(leaf.shape) - 1), "tensor" if cut else None))
         if names[-2] in _OUT_OF_STREAM:
             return out_of_stream(leaf.shape, mesh)
         if names[-2] in _INTO_STREAM:

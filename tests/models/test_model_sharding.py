@@ -6,22 +6,26 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import FAMILIES, VARIANTS
 from tiers import slow
 
 from adalomo_jax.models import PRESETS, Decoder, batch_sharding, make_mesh, next_token_loss, param_shardings
+from adalomo_jax.pretrained.names import param_shapes
 
-CONFIG = dataclasses.replace(PRESETS["tiny"], num_key_value_heads=4)
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_key_value_heads=4, vocab_size=1024)
+CONFIGS = {"tiny": CONFIG} | FAMILIES
+BOTH = {"fsdp": 4, "tensor": 2}
 
 
-def make(**options):
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), **options)))
+def make(config=CONFIG, **options):
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options)))
     random = np.random.default_rng(0)
     draw = lambda path, w: np.asarray(random.normal(path[-1].key == "weight", 0.05, w.shape), w.dtype)  # norms around 1
     return graphdef, jax.tree.map_with_path(draw, nnx.to_pure_dict(abstract))
 
 
 def loss_and_gradients(graphdef, params, tokens):
-    return jax.jit(jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graphdef, p), tokens)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graphdef, p), tokens, chunk_size=4)))(params)
 
 
 def test_axes_that_are_cut():
@@ -37,6 +41,20 @@ def test_axes_that_are_cut():
     assert block["input_layernorm"]["weight"] == ()
 
 
+def test_matrices_of_all_families_are_cut_and_layer_axes_are_not():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    for name, config in (FAMILIES | VARIANTS).items():
+        shardings = param_shardings(param_shapes(dataclasses.replace(config, num_hidden_layers=8)), mesh)
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
+            place, spec = jax.tree_util.keystr(path, simple=True, separator="/"), tuple(sharding.spec)
+            assert not place.startswith("layers/") or spec[:1] in ((None,), ()), (name, place, spec)
+            if place.endswith(("kernel", "embedding")):
+                assert set(spec) - {None} == {"fsdp", "tensor"}, (name, place, spec)
+    biases = param_shardings(param_shapes(VARIANTS["llama, biases"]), mesh)["layers"]
+    assert tuple(biases["self_attn"]["q_proj"]["bias"].spec) == (None, "tensor")
+    assert tuple(biases["mlp"]["down_proj"]["bias"].spec) == (None, None)
+
+
 def test_what_the_mesh_does_not_divide_is_not_cut():
     mesh = make_mesh({"tensor": 8})
     params = {"lm_head": {"kernel": jax.ShapeDtypeStruct((6, 12), "float32")}}
@@ -47,17 +65,23 @@ FURTHER = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}]
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"fsdp": 4, "tensor": 2}, *map(slow, FURTHER)],
+    ("name", "sizes"),
+    [
+        *(("tiny", BOTH), *(slow("tiny", sizes) for sizes in FURTHER)),
+        *(("gemma-3", BOTH), *(slow(name, BOTH) for name in ("gemma-2", "phi-4-mini", "olmo-2", "qwen3", "qwen2"))),
+    ],
 )
-def test_loss_and_gradients_are_those_of_one_device(sizes):
-    mesh = make_mesh(sizes)
-    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16))
-    expected = loss_and_gradients(*make(), tokens)
-    graphdef, params = make(batch_sharding=batch_sharding(mesh))
+def test_loss_and_gradients_are_those_of_one_device(name, sizes):
+    """Of the small vocabulary each device has one tile, of the other several."""
+    mesh, config = make_mesh(sizes), CONFIGS[name]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 16))
+    expected = loss_and_gradients(*make(config), tokens)
+    graphdef, params = make(config, batch_sharding=batch_sharding(mesh))
     params = jax.device_put(params, param_shardings(params, mesh))
     actual = loss_and_gradients(graphdef, params, jax.device_put(tokens, batch_sharding(mesh)))
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-6), actual, expected)
+    # Another attention kernel on one device differs by up to 1e-5 of the largest entry, with Gemma 3.
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(a - e).max() <= 5e-5 * np.abs(e).max()
 
 
 @pytest.mark.parametrize(
