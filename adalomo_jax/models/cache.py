@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from adalomo_jax.models.attention import cached_attention
-from adalomo_jax.models.decoder import Block, Decoder
+from adalomo_jax.models.block import Block
+from adalomo_jax.models.decoder import Decoder
 from adalomo_jax.models.positions import Positions
 from adalomo_jax.models.tiled_attention import Scores
 from adalomo_jax.optimizers.kept import floats
