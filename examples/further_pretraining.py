@@ -4,8 +4,9 @@
     python examples/further_pretraining.py smollm2 runs/further # SmolLM2-135M on Shakespeare: hours on a CPU
 
 Each optimizer runs at three or more learning rates, on the same batches, and is judged by its best rate. While that
-rate lies at the edge of the grid, the grid grows. adalomo and adamw then run with two more seeds. A run that has a line
-in results.jsonl does not run again. further_pretraining.jsonl has the lines of the table in results/README.md.
+rate lies at the edge of the grid, the grid grows. adalomo and adamw, and adalomo in int8, then run with two more seeds.
+A run that has a line in results.jsonl does not run again. further_pretraining.jsonl has the lines of the table in
+results/README.md.
 """
 
 import json
@@ -26,11 +27,12 @@ ROWS = {
     "adalomo, float32": ({}, [5e-4, 1e-3, 2e-3]),
     "adalomo, bfloat16, stochastic": ({"dtype": "bfloat16"}, [5e-4, 1e-3, 2e-3]),
     "adalomo, bfloat16, to nearest": ({"dtype": "bfloat16", "stochastic_rounding": False}, [1e-3, 2e-3, 4e-3]),
+    "adalomo, int8": ({"weights": "int8"}, [5e-4, 1e-3, 2e-3]),
     "lomo, clipped, float32": ({"optimizer": "lomo", "max_grad_norm": 1.0}, [1e-1, 3e-1, 1.0]),
     "adafactor, unfused, float32": ({"optimizer": "adafactor", "fused": False}, [5e-4, 1e-3, 2e-3]),
     "adamw, unfused, float32": ({"optimizer": "adamw", "fused": False}, [1e-4, 2e-4, 4e-4]),
 }
-REPEATED = ("adalomo, float32", "adamw, unfused, float32")
+REPEATED = ("adalomo, float32", "adalomo, int8", "adamw, unfused, float32")
 
 
 class Result(NamedTuple):
