@@ -72,12 +72,16 @@ def _case(config: BenchConfig, name: str, dtype: str, seq_len: int, layers: int 
     if seq_len > model.max_position_embeddings:
         most = model.max_position_embeddings
         raise InputError(f"--seq-len {seq_len} is longer than the {most} positions of {name}")
-    is_llama = to_hugging_face(model, dtype)["model_type"] == "llama"
-    if config.against and not (is_llama and not (model.qkv_bias or model.mlp_bias or model.rope_scaling)):
+    if config.against and not _is_plain_llama(model):
         raise InputError(f"--against lomo-optim takes Llamas without biases and rope scaling, which {name} has")
     model = dataclasses.replace(model, num_hidden_layers=layers or model.num_hidden_layers)
     case = Case(name, model.num_hidden_layers, config.batch_size, seq_len, dtype)
     return case, model
+
+
+def _is_plain_llama(model: DecoderConfig) -> bool:
+    has_more = model.qkv_bias or model.mlp_bias or model.rope_scaling
+    return not has_more and to_hugging_face(model, "float32")["model_type"] == "llama"
 
 
 def _starts(config: BenchConfig, case: Case, model: DecoderConfig) -> dict[str, Callable[[], Worker]]:

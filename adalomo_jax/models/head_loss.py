@@ -9,13 +9,14 @@ Letters in names of arrays: B batch, T position, D residual stream, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from adalomo_jax.models.tiled_attention import capped
 
 HeadAxes = Literal["dv", "vd"]
 """The axes of the head, or of the embedding if that is also the head."""
@@ -37,10 +38,15 @@ class Head(NamedTuple):
     over: str | None = None
     """Under ``shard_map``: the mesh axis along which the vocabulary is cut."""
 
+    @property
+    def axis(self) -> int:
+        """The head's axis of the vocabulary."""
+        return self.axes.index("v")
+
     def logits(self, products: jax.Array) -> jax.Array:
         """The logits, from the head's products."""
         products = products if self.divisor == 1 else products / self.divisor
-        return products if self.softcap is None else self.softcap * jnp.tanh(products / self.softcap)
+        return products if self.softcap is None else capped(products, self.softcap)
 
     def pulled_back(self, d_logits: jax.Array, logits: jax.Array) -> jax.Array:
         """The gradient of the products, from that of the logits."""
@@ -141,7 +147,7 @@ def _backward(how, saved, d_loss):
         # Columns that an earlier tile has are written again, as they were, but add nothing to the stream's gradient.
         d_new_BTW = d_BTW if tile.is_new_11W is None else jnp.where(tile.is_new_11W, d_BTW, 0)
         d_x_BTD += jnp.einsum(f"btv,{how.axes}->btd", d_new_BTW, part, preferred_element_type=jnp.float32)
-        d_head = lax.dynamic_update_slice_in_dim(d_head, d_part.astype(head.dtype), tile.start, how.axes.index("v"))
+        d_head = lax.dynamic_update_slice_in_dim(d_head, d_part.astype(head.dtype), tile.start, how.axis)
         return (d_x_BTD, d_head), None
 
     first = (jnp.zeros(x_BTD.shape, jnp.float32), jnp.zeros(head.shape, head.dtype))
@@ -154,21 +160,17 @@ head_loss.defvjp(_forward, _backward)
 
 def _loop(step: Any, first: Any, head: jax.Array, how: Head) -> Any:
     """A scan over the tiles, or the step alone if there is one tile."""
-    tiles = len(list(_starts(head, how)))
+    tiles = -(-head.shape[how.axis] // _width(head, how))
     return step(first, jnp.int32(0)) if tiles == 1 else lax.scan(step, first, jnp.arange(tiles))
 
 
-def _starts(head: jax.Array, how: Head) -> Iterator[int]:
-    yield from range(0, head.shape[how.axes.index("v")], _width(head, how))
-
-
 def _width(head: jax.Array, how: Head) -> int:
-    vocabulary = head.shape[how.axes.index("v")]
+    vocabulary = head.shape[how.axis]
     return vocabulary if how.width is None else tile_width(vocabulary, how.width)
 
 
 def _tile_at(i: jax.Array, head: jax.Array, how: Head) -> _Tile:
-    vocabulary, width = head.shape[how.axes.index("v")], _width(head, how)
+    vocabulary, width = head.shape[how.axis], _width(head, how)
     start = jnp.minimum(i * width, vocabulary - width)
     columns_11W = start + jnp.arange(width)[None, None]
     is_new_11W = None if vocabulary % width == 0 else columns_11W >= i * width
@@ -178,9 +180,9 @@ def _tile_at(i: jax.Array, head: jax.Array, how: Head) -> _Tile:
 
 
 def _part(head: jax.Array, tile: _Tile, how: Head) -> jax.Array:
-    if tile.columns_11W.size == head.shape[how.axes.index("v")]:
+    if tile.columns_11W.size == head.shape[how.axis]:
         return head
-    return lax.dynamic_slice_in_dim(head, tile.start, tile.columns_11W.size, how.axes.index("v"))
+    return lax.dynamic_slice_in_dim(head, tile.start, tile.columns_11W.size, how.axis)
 
 
 def _products(x_BTD: jax.Array, part: jax.Array, how: Head) -> jax.Array:

@@ -117,7 +117,9 @@ def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
     given = {name: value for name, value in config.items() if value is not None}
     nulls = {name: None for name in _NULLS if name in config and config[name] is None}
     entries = {**_DEFAULTS, **family.defaults, **_derived(given), **given, **nulls}
-    found = entries | family.rope(entries) | family.sizes(entries)
+    # Other entries, which another family would read, mean nothing here, as in transformers.
+    common = {name: entries[name] for name in (*_COMMON, "hidden_act") if name in entries}
+    found = common | family.rope(entries) | family.sizes(entries)
     fields = dataclasses.fields(DecoderConfig)
     missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in found]
     if missing:

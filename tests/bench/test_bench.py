@@ -8,7 +8,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from rich.console import Console
 
 import adalomo_jax.bench.run as run_module
@@ -21,7 +20,8 @@ from adalomo_jax.bench.steps import compile_step
 from adalomo_jax.bench.tables import Result, line_through, memory_table, time_table
 from adalomo_jax.cli import main
 from adalomo_jax.inputs import InputError
-from adalomo_jax.models import PRESETS, Decoder
+from adalomo_jax.models import PRESETS
+from adalomo_jax.pretrained.names import param_shapes
 
 SMALL = dataclasses.replace(PRESETS["tiny"], hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
 CASE = Case("tiny", 2, 4, 8, "bfloat16")
@@ -34,9 +34,8 @@ def measured(name, seconds, **more):
 
 def bytes_in(weights):
     """Bytes of SMALL's weights, with matrices of layers in this form and the others in bfloat16."""
-    model = jax.eval_shape(lambda: Decoder(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     each = {"int8": 1, "bf16+8": 3}[weights]
-    return sum(x.size * (each if x.ndim >= 3 else 2) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    return sum(x.size * (each if x.ndim >= 3 else 2) for x in jax.tree.leaves(param_shapes(SMALL)))
 
 
 def printed(*tables):

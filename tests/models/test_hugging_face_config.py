@@ -89,6 +89,17 @@ def test_each_family_is_read_back(family, change):
     assert written["model_type"] == family and from_hugging_face(written) == config
 
 
+def test_an_entry_of_another_family_means_nothing():
+    """transformers' Llama turns whole heads, whatever the entry says; Phi-3 reads it from both places."""
+    share = {"partial_rotary_factor": 0.5}
+    assert from_hugging_face(CONFIG | share) == from_hugging_face(CONFIG)
+    assert from_hugging_face(CONFIG | {"attention_multiplier": 0.5}) == from_hugging_face(CONFIG)
+    phi3 = CONFIG | {"model_type": "phi3"}
+    assert from_hugging_face(phi3 | share).rotary_dim == 64
+    assert from_hugging_face(phi3 | {"rope_parameters": {"rope_type": "default"} | share}).rotary_dim == 64
+    assert from_hugging_face(phi3).rotary_dim == 128
+
+
 def test_a_mix_of_families_cannot_be_written():
     config = from_hugging_face(CONFIG | {"model_type": "mistral", "sliding_window": 128})
     with pytest.raises(

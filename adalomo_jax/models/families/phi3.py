@@ -19,7 +19,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if scaling.get(name) in ("su", "yarn"):
             scaling[name] = "longrope"
     flat = {name: value for name, value in config.items() if name != "rope_parameters"}
-    return rope_of({"original_max_position_embeddings": 4096} | flat | {"rope_scaling": scaling})
+    share = {"partial_rotary_factor": 1.0, **config, **scaling}["partial_rotary_factor"]
+    found = rope_of({"original_max_position_embeddings": 4096} | flat | {"rope_scaling": scaling})
+    return found | {"partial_rotary_factor": share}
 
 
 def _fields(config: DecoderConfig) -> dict[str, Any]:

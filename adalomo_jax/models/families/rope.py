@@ -17,7 +17,7 @@ _TAKES = {
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `DecoderConfig`: ``rope_scaling``, and ``rope_theta`` and the rest if they are given.
+    """The fields of `DecoderConfig`: ``rope_scaling``, and ``rope_theta`` if it is given here.
 
     Raises:
         ValueError: positions are scaled in another way, or an entry is missing.
@@ -27,7 +27,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if "factor" in rope and not {"rope_type", "type"}.intersection(rope):
         raise ValueError("rope_scaling.rope_type is missing, which says what its factor means")
-    given = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    given = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
     if kind == "default":
         return given | {"rope_scaling": None}
     kind = "longrope" if kind == "su" else kind
