@@ -149,6 +149,8 @@ def check_attention(config: FinetuneConfig, model: DecoderConfig, platform: str)
         raise InputError(
             f"--attention {config.attention} needs {due[config.attention][0]}, and this is a {platform}; leave it out"
         )
+    if config.attention == "cudnn" and model.attention_softcap is not None:
+        raise InputError(f"--attention cudnn takes no capped scores, and {config.model} has them; leave it out")
     if config.attention == "splash" and not splash_takes(config.seq_len, model.head_dim):
         raise InputError(
             f"--attention splash takes a --seq-len that is a multiple of 128 and heads 128 wide, got {config.seq_len} "

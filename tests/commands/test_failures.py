@@ -19,8 +19,12 @@ import adalomo_jax.commands.finetune as run_module
 import adalomo_jax.training.tensorboard as tensorboard
 from adalomo_jax.cli import main
 from adalomo_jax.commands.failures import reason_of
+from adalomo_jax.inputs import InputError
+from adalomo_jax.models import PRESETS
+from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.metrics import StepRow, append_row
 from adalomo_jax.training.plots import plot_losses, plot_run, plot_runs
+from adalomo_jax.training.program import check_attention
 
 OPTIONS = ["--batch-size", "8", "--seq-len", "16", "--steps", "4"]
 
@@ -143,6 +147,13 @@ def test_a_model_whose_loss_is_not_finite_is_not_trained(command, tmp_path, caps
     assert "the evaluation loss before training is nan: the model's weights or sizes" in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 0, "eval_loss": None, "perplexity": None}]
+
+
+def test_cudnn_takes_no_capped_scores():
+    config = FinetuneConfig(model="gemma-2-2b", attention="cudnn")
+    with pytest.raises(InputError, match="--attention cudnn takes no capped scores, and gemma-2-2b has them"):
+        check_attention(config, PRESETS["gemma-2-2b"], "gpu")
+    check_attention(config, PRESETS["gemma-3-4b"], "gpu")
 
 
 def test_kernels_of_other_machines_are_refused(command, capsys):
