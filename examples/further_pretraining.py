@@ -3,10 +3,9 @@
     python examples/further_pretraining.py                      # a tiny model and few steps: shows how it works
     python examples/further_pretraining.py smollm2 runs/further # SmolLM2-135M on Shakespeare: hours on a CPU
 
-Each optimizer runs at three or more learning rates, on the same batches, and is judged by its best rate. While that
-rate lies at the edge of the grid, the grid grows. adalomo and adamw, and adalomo in int8, then run with two more seeds.
-A run that has a line in results.jsonl does not run again. further_pretraining.jsonl has the lines of the table in
-results/README.md.
+Each optimizer runs at three learning rates or more, on the same batches. While the best lies at the edge of the grid,
+the grid grows. The best of the rows in REPEATED then runs with two more seeds. A run that has a line in results.jsonl
+does not run again. The lines of the table in results/README.md are in further_pretraining.jsonl.
 """
 
 import json
@@ -15,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 from adalomo_jax.commands.finetune import run
 from adalomo_jax.training.config import FinetuneConfig
@@ -33,14 +32,7 @@ ROWS = {
     "adamw, unfused, float32": ({"optimizer": "adamw", "fused": False}, [1e-4, 2e-4, 4e-4]),
 }
 REPEATED = ("adalomo, float32", "adalomo, int8", "adamw, unfused, float32")
-
-
-class Result(NamedTuple):
-    row: str
-    learning_rate: float
-    seed: int
-    eval_loss: float
-    compiled_bytes: int
+Result = namedtuple("Result", "row learning_rate seed eval_loss compiled_bytes")
 
 
 def shakespeare(folder):
