@@ -68,6 +68,10 @@ GRANITE = dataclasses.replace(
     LLAMA, embedding_scale=12.0, attention_scale=0.1, residual_scale=0.22, logits_divisor=4.0, tie_word_embeddings=True
 )
 OLMO_2 = dataclasses.replace(LLAMA, norms="after", qk_norm="all", rope_theta=5e5)
+MIXTRAL = dataclasses.replace(LLAMA, num_experts=5, num_experts_per_tok=2, rope_theta=1e6)
+QWEN3_MOE = dataclasses.replace(
+    QWEN3, intermediate_size=48, num_experts=8, num_experts_per_tok=3, router_aux_loss_coef=0.02
+)
 FAMILIES = {
     "llama": LLAMA,
     "llama-3": LLAMA_3,
@@ -81,6 +85,8 @@ FAMILIES = {
     "smollm3": SMOLLM3,
     "granite": GRANITE,
     "olmo-2": OLMO_2,
+    "mixtral": MIXTRAL,
+    "qwen3-moe": QWEN3_MOE,
 }
 BIASES = dict(qkv_bias=True, o_bias=True)
 LINEAR = RopeScaling("linear", 4.0)
@@ -112,6 +118,10 @@ VARIANTS = {
     "granite, biases": dataclasses.replace(GRANITE, **BIASES, mlp_bias=True, tie_word_embeddings=False),
     "granite, linear": dataclasses.replace(GRANITE, rope_scaling=LINEAR, attention_scale=0.015625, logits_divisor=0.5),
     "olmo-2, biases": dataclasses.replace(OLMO_2, **BIASES, num_key_value_heads=4, tie_word_embeddings=True),
+    "mixtral, one": dataclasses.replace(MIXTRAL, num_experts_per_tok=1, sliding_window=7, tie_word_embeddings=True),
+    "mixtral, balanced": dataclasses.replace(MIXTRAL, router_aux_loss_coef=0.1, num_key_value_heads=4, head_dim=24),
+    "qwen3-moe, plain weights": dataclasses.replace(QWEN3_MOE, norm_topk_prob=False, router_aux_loss_coef=0.0),
+    "qwen3-moe, all": dataclasses.replace(*(QWEN3_MOE,), **BIASES, num_experts_per_tok=8, sliding_window=7),
     "olmo-2, linear": dataclasses.replace(OLMO_2, rope_scaling=LINEAR, rms_norm_eps=1e-3, head_dim=16),
 }
 """With `FAMILIES`, three models or more of each family, which together use its every option."""
@@ -131,7 +141,7 @@ def tensors_in(params, config):
         value = params
         for name in tensor.path:
             value = value[name]
-        value = np.asarray(value if tensor.layer is None else value[tensor.layer])
+        value = np.asarray(value[tensor.index])
         tensors[tensor.name] = np.ascontiguousarray(value.T if tensor.is_transposed else value)
     return tensors
 

@@ -30,8 +30,8 @@ class MemoryConfig:
     model: str = "llama-2-7b"
     """Preset: tiny, smollm2-135m, smollm3-3b, llama-2-7b, llama-2-13b, llama-65b, llama-3-8b,
     llama-3.1-8b, llama-3.1-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b,
-    qwen3-14b, qwen3-32b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b, gemma-3-27b, phi-4-mini, phi-4,
-    olmo-2-7b or granite-3-8b.
+    qwen3-14b, qwen3-32b, qwen3-30b-a3b, mixtral-8x7b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b,
+    gemma-3-27b, phi-4-mini, phi-4, olmo-2-7b or granite-3-8b.
     Or a file: a config.json in Hugging Face's format."""
     device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "rtx-4070", "cpu"] = "tpu-v5e"
     """The chip to compile for; cpu is this machine's."""

@@ -1,9 +1,11 @@
-"""A layer of a decoder: RMSNorm, attention and a gated MLP, with the parts that the config says.
+"""A layer of a decoder: norms, attention, and a gated MLP or a mixture of them, with the parts that the config says.
 
 Letters in names of arrays: as in `decoder`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +14,10 @@ from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind, causal_attention
 from adalomo_jax.models.config import DecoderConfig
+from adalomo_jax.models.mixture import Balance, Mixture
+from adalomo_jax.models.parts import activation, linear, norm_of
 from adalomo_jax.models.positions import Position
 from adalomo_jax.models.rotary import rotate
-
-INIT = nnx.initializers.normal(0.02)
-"""The initial weights of matrices and embeddings."""
-
-
-class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x**2) + eps) * (weight + offset)``, computed in float32. At first the factor is 1."""
-
-    def __init__(self, size: int, *, eps: float, dtype, offset: float = 0.0):
-        self.weight = nnx.Param(jnp.full((size,), 1 - offset, dtype))
-        self.eps, self.offset = eps, offset
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        weight = jnp.expand_dims(self.weight[...].astype(jnp.float32), range(x.ndim - 1))
-        return (x * (weight + self.offset if self.offset else weight)).astype(x_BTD.dtype)
-
-
-def norm_of(config: DecoderConfig, size: int, *, dtype) -> RMSNorm:
-    return RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
-
-
-def linear(size_in: int, size_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(size_in, size_out, use_bias=bias, param_dtype=dtype, kernel_init=INIT, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -112,52 +91,75 @@ class MLP(nnx.Module):
         else:
             self.gate_proj, self.up_proj = of(D, F), of(D, F)
         self.down_proj = of(F, D)
-        self.is_fused, self.act = config.fused_projections, config.hidden_act
+        self.is_fused, self.act = config.fused_projections, activation(config)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         if self.is_fused:
             gate, up = jnp.split(self.gate_up_proj(x_BTD), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
-        gate = jax.nn.silu(gate) if self.act == "silu" else jax.nn.gelu(gate, approximate=True)
-        return self.down_proj(gate * up)
+        return self.down_proj(self.act(gate) * up)
 
 
 class Block(nnx.Module):
-    """One layer: attention, then an MLP, each added to the stream. Norms have Hugging Face's names.
+    """One layer: attention, then an MLP or a mixture, each added to the stream. Norms have Hugging Face's names.
 
     ``post_attention_layernorm`` is the norm before the MLP if norms come before, and else the norm of the attention's
     result.
     """
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype, **attention):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        kind: Kind = "blocks",
+        sharding: NamedSharding | None = None,
+    ):
         norm = lambda: norm_of(config, config.hidden_size, dtype=dtype)
         if config.norms != "after":
             self.input_layernorm = norm()
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, **attention)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, kind=kind, sharding=sharding)
         self.post_attention_layernorm = norm()
         if config.norms == "around":
             self.pre_feedforward_layernorm = norm()
         if config.norms != "before":
             self.post_feedforward_layernorm = norm()
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+        self.mlp: Any = (
+            MLP(config, rngs=rngs, dtype=dtype)
+            if config.num_experts is None
+            else Mixture(config, rngs=rngs, dtype=dtype, sharding=sharding)
+        )
         self.norms, self.residual_scale = config.norms, config.residual_scale
 
-    def __call__(self, x_BTD: jax.Array, at: Position, segments_BT: jax.Array | None = None) -> jax.Array:
-        return self.add(x_BTD, self.self_attn(self.read(x_BTD), at, segments_BT))
+    def __call__(
+        self, x_BTD: jax.Array, at: Position, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Balance | None]:
+        """The stream after the layer, and how its router spread the tokens; None without one."""
+        return self.add(x_BTD, self.self_attn(self.read(x_BTD), at, segments_BT), segments_BT)
 
     def read(self, x_BTD: jax.Array) -> jax.Array:
         """What the attention reads of the stream."""
         return x_BTD if self.norms == "after" else self.input_layernorm(x_BTD)
 
-    def add(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
-        """Adds the attention's result to the stream, then what the MLP makes of the sum."""
+    def add(
+        self, x_BTD: jax.Array, attended_BTD: jax.Array, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Balance | None]:
+        """Adds the attention's result to the stream, then what the MLP makes of the sum; returns what a call does."""
         if self.norms == "before":
             x_BTD = x_BTD + self._scaled(attended_BTD)
-            return x_BTD + self._scaled(self.mlp(self.post_attention_layernorm(x_BTD)))
+            out_BTD, balance = self._fed(self.post_attention_layernorm(x_BTD), segments_BT)
+            return x_BTD + self._scaled(out_BTD), balance
         x_BTD = x_BTD + self._scaled(self.post_attention_layernorm(attended_BTD))
         read_BTD = x_BTD if self.norms == "after" else self.pre_feedforward_layernorm(x_BTD)
-        return x_BTD + self._scaled(self.post_feedforward_layernorm(self.mlp(read_BTD)))
+        out_BTD, balance = self._fed(read_BTD, segments_BT)
+        return x_BTD + self._scaled(self.post_feedforward_layernorm(out_BTD)), balance
+
+    def _fed(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, Balance | None]:
+        if isinstance(self.mlp, MLP):
+            return self.mlp(x_BTD), None
+        return self.mlp(x_BTD, None if segments_BT is None else segments_BT != 0)
 
     def _scaled(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if self.residual_scale == 1 else self.residual_scale * x_BTD

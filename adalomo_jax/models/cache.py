@@ -72,7 +72,8 @@ def cached_hidden(model: Decoder, tokens_BS: jax.Array, cache: Cache) -> tuple[j
         k_BTKH, v_BTKH = _write(k_BTKH, k_BSKH, first), _write(v_BTKH, v_BSKH, first)
         scores = Scores(config.attention_scale, config.attention_softcap, config.sliding_window, at.is_windowed)
         out_BSNH = cached_attention(q_BSNH, k_BTKH, v_BTKH, first, scores)
-        return block.add(x_BSD, block.self_attn.join(out_BSNH)), (k_BSKH, v_BSKH)
+        x_BSD, _ = block.add(x_BSD, block.self_attn.join(out_BSNH))
+        return x_BSD, (k_BSKH, v_BSKH)
 
     inputs = (layers, positions.traits, cache.k_LBTKH, cache.v_LBTKH)
     x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(run_layer, model.embed(tokens_BS), inputs)

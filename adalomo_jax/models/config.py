@@ -100,6 +100,15 @@ class DecoderConfig:
     """The factor of what attention and MLP add to the stream: Granite."""
     logits_divisor: float = 1.0
     """The divisor of the logits: Granite."""
+    num_experts: int | None = None
+    """How many gated MLPs a layer has, of which a router chooses some for each token: Mixtral, Qwen3-MoE. None: one
+    MLP, for all tokens."""
+    num_experts_per_tok: int = 1
+    """How many experts each token passes through."""
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' probabilities are divided by their sum."""
+    router_aux_loss_coef: float = 0.0
+    """The factor of the loss that balances the experts in training; see `next_token_loss`."""
 
     def __post_init__(self):
         sizes = [field.name for field in dataclasses.fields(self) if field.type == "int"]
@@ -118,6 +127,7 @@ class DecoderConfig:
                 f"partial_rotary_factor must be at most 1, and give an even part of the {self.head_dim} of head_dim, "
                 f"got {self.partial_rotary_factor:g}."
             )
+        self._check_experts()
         for name in ("windowed", "rotated"):
             object.__setattr__(self, name, _shortest_period(getattr(self, name)))
         self._check_longrope()
@@ -126,6 +136,15 @@ class DecoderConfig:
     def rotary_dim(self) -> int:
         """The number of a head's coordinates that rotary positions turn."""
         return int(self.head_dim * self.partial_rotary_factor)
+
+    def _check_experts(self) -> None:
+        experts, chosen = self.num_experts, self.num_experts_per_tok
+        if experts is not None and chosen > experts:
+            raise ValueError(f"num_experts_per_tok must be at most the {experts} of num_experts, got {chosen}.")
+        if experts is None and (chosen != 1 or self.router_aux_loss_coef):
+            raise ValueError("num_experts_per_tok and router_aux_loss_coef need num_experts, got None.")
+        if experts is not None and (self.mlp_bias or self.fused_projections):
+            raise ValueError("mlp_bias and fused_projections must be false with num_experts.")
 
     def _check_longrope(self) -> None:
         scaling, pairs = self.rope_scaling, self.rotary_dim // 2

@@ -15,6 +15,7 @@ Width = Annotated[int, Field(ge=1, le=1_000_000)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Heads = Annotated[int, Field(ge=1, le=10_000)]
 HeadDim = Annotated[int, Field(ge=2, le=10_000)]
+Experts = Annotated[int, Field(ge=1, le=10_000)]
 Vocabulary = Annotated[int, Field(ge=1, le=100_000_000)]
 Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
 """Positions are counted in int32."""
@@ -120,6 +121,16 @@ class ConfigFields(Fields):
     embedding_multiplier: Multiplier | None = None
     residual_multiplier: Multiplier | None = None
     logits_scaling: Multiplier | None = None
+    num_experts: Experts | None = None
+    num_local_experts: Experts | None = None
+    num_experts_per_tok: Experts | None = None
+    moe_intermediate_size: Width | None = None
+    norm_topk_prob: bool | None = None
+    output_router_logits: bool | None = None
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    decoder_sparse_step: Layers | None = None
+    mlp_only_layers: list[Annotated[int, Field(ge=0, le=10_000)]] | None = None
+    router_jitter_noise: Zero | None = None
     use_bidirectional_attention: Absent | None = None
     attention_dropout: Zero | None = None
     resid_pdrop: Zero | None = None

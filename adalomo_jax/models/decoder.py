@@ -15,9 +15,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from adalomo_jax.models.attention import Kind
-from adalomo_jax.models.block import INIT, Block, linear, norm_of
+from adalomo_jax.models.block import Block
 from adalomo_jax.models.config import DecoderConfig
 from adalomo_jax.models.head_loss import Head, HeadAxes
+from adalomo_jax.models.mixture import Balance
+from adalomo_jax.models.parts import INIT, linear, norm_of
 from adalomo_jax.models.positions import Positions
 from adalomo_jax.optimizers.kept import floats
 
@@ -88,6 +90,10 @@ class Decoder(nnx.Module):
         Positions of different ``segments_BT`` (integers, such as one for each document packed into a sequence) do not
         see each other. Rotary positions need not restart, because attention depends only on their differences.
         """
+        return self.run(tokens_BT, segments_BT)[0]
+
+    def run(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> tuple[jax.Array, Balance | None]:
+        """`hidden`, and how the layers' routers spread the tokens of segments other than 0; None without experts."""
         config = self.config
         if tokens_BT.shape[1] > config.max_position_embeddings:
             raise ValueError(
@@ -99,12 +105,13 @@ class Decoder(nnx.Module):
 
         def run_layer(x_BTD, layer_and_traits):
             layer, traits = layer_and_traits
-            x_BTD = nnx.merge(graphdef, floats(layer))(x_BTD, positions.of_layer(traits), segments_BT)
-            return self._spread(x_BTD), None
+            block: Block = nnx.merge(graphdef, floats(layer))
+            x_BTD, balance = block(x_BTD, positions.of_layer(traits), segments_BT)
+            return self._spread(x_BTD), balance
 
         x_BTD = self._spread(self.embed(tokens_BT))
-        x_BTD, _ = jax.lax.scan(_checkpoint(run_layer, self.remat), x_BTD, (layers, positions.traits))
-        return self.norm(x_BTD)
+        x_BTD, balance = jax.lax.scan(_checkpoint(run_layer, self.remat), x_BTD, (layers, positions.traits))
+        return self.norm(x_BTD), balance
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The tokens' embeddings ``[B, T, D]``, scaled as the config says."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,15 +79,21 @@ def to_hugging_face(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     Raises:
         ValueError: no family has such models.
     """
-    for family in FAMILIES.values():
-        contents = _written(config, family, dtype)
-        if _is_read_back(contents, config):
-            return contents
+    family = family_of(config)
+    if family is not None:
+        return _written(config, family, dtype)
     plain = DecoderConfig(**{name: getattr(config, name) for name in _COMMON})
     fields = [field.name for field in dataclasses.fields(config)]
     differing = [name for name in fields if getattr(config, name) != getattr(plain, name)]
     options = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
     raise ValueError(f"no family of {', '.join(FAMILIES)} has models with {options} together.")
+
+
+@functools.cache
+def family_of(config: DecoderConfig) -> Family | None:
+    """The first family that has such models; None if none has."""
+    is_one = lambda family: _is_read_back(_written(config, family, "float32"), config)
+    return next(filter(is_one, FAMILIES.values()), None)
 
 
 def _written(config: DecoderConfig, family: Family, dtype: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 
 from adalomo_jax.models.decoder import Decoder
 from adalomo_jax.models.head_loss import Head, head_loss
-from adalomo_jax.models.sharding import gather_rows, out_of_stream
+from adalomo_jax.models.mixture import balancing_loss
+from adalomo_jax.models.sharding import gather, out_of_stream
 
 
 def count_targets(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
@@ -23,6 +24,7 @@ def next_token_loss(
     segments_BT: jax.Array | None = None,
     *,
     count: jax.Array | None = None,
+    router_loss: float = 0.0,
     chunk_size: int = 256,
 ) -> jax.Array:
     """Mean of ``-log(softmax(model(tokens)[:, :-1]))[tokens[:, 1:]]`` over the targets that the mask keeps.
@@ -38,6 +40,8 @@ def next_token_loss(
         segments_BT: ``[B, T]``, integers: positions of different segments do not see and do not predict each other.
         count: the divisor of the sum, in place of the number of targets. For a part of a batch, pass the
             `count_targets` of the whole, so that the parts' losses add up to the batch's mean.
+        router_loss: the factor of `balancing_loss`, which is added for a mixture of experts. A part of a batch adds its
+            own, times its share of the targets.
         chunk_size: as many logits exist at once as this number of positions has.
 
     Returns:
@@ -59,11 +63,14 @@ def next_token_loss(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}.")
     chunk_size = min(chunk_size, T)
-    x_BTD = model.hidden(tokens_BT, segments_BT)
+    x_BTD, balance = model.run(tokens_BT, segments_BT)
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     weights_BT = _target_weights(jnp.ones((B, T)) if mask_BT is None else mask_BT, segments_BT)
     total = _total(model, chunk_size, x_BTD, targets_BT, weights_BT)
-    return total / (jnp.maximum(jnp.sum(weights_BT), 1.0) if count is None else count)
+    own_count = jnp.maximum(jnp.sum(weights_BT), 1.0)
+    if balance is not None and router_loss:
+        total += router_loss * own_count * balancing_loss(balance)
+    return total / (own_count if count is None else count)
 
 
 def _target_weights(mask_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -94,7 +101,7 @@ def _total(
     rows, columns = (name if name in names else None for name in cut)
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
-        head_DV = head_DV if rows is None else jnp.asarray(gather_rows(head_DV, rows))
+        head_DV = head_DV if rows is None else jnp.asarray(gather(head_DV, 0, rows))
         here = how._replace(axes="dv", width=width(head_DV.shape[1]), over=columns)
         return jax.lax.psum(head_loss(x_BTD, head_DV, targets_BT, weights_BT, here), tuple(names))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -86,6 +87,12 @@ PRESETS: dict[str, DecoderConfig] = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, tied=False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, tied=False),
+    "qwen3-30b-a3b": dataclasses.replace(
+        _qwen3(2048, 768, 48, 32, tied=False), num_key_value_heads=4, num_experts=128, num_experts_per_tok=8
+    ),
+    "mixtral-8x7b": _of(
+        *(32000, 4096, 14336, 32, (32, 8, 128), 32768), rope_theta=1e6, num_experts=8, num_experts_per_tok=2
+    ),
     "gemma-2-2b": _gemma2(2304, 9216, 26, (8, 4, 256)),
     "gemma-2-9b": _gemma2(3584, 14336, 42, (16, 8, 256)),
     "gemma-3-1b": _gemma3(262144, 1152, 6912, 26, (4, 1, 256), positions=32768, window=512, factor=None),

@@ -77,7 +77,7 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         if names[-2] in _OUT_OF_STREAM:
             return out_of_stream(leaf.shape, mesh)
         if names[-2] in _INTO_STREAM:
-            return _cut(leaf.shape, ("tensor", "fsdp"), mesh)
+            return into_stream(leaf.shape, mesh)
         return everywhere(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
@@ -88,27 +88,32 @@ def out_of_stream(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedShard
     return _cut(shape, ("fsdp", "tensor"), mesh)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_rows(x_MN: jax.Array, axis: str) -> jax.Array:
-    """Under ``shard_map``: gathers the rows of a matrix from the devices along a mesh axis.
+def into_stream(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of a matrix, or a stack of them, whose columns belong to the residual stream."""
+    return _cut(shape, ("tensor", "fsdp"), mesh)
 
-    Equals ``all_gather``, but each device receives only its own rows' part of the gradient, and sums it in float32. A
-    TPU's compiler turns the sum that JAX would take into a sum of the whole gradient on each device (libtpu 0.0.52).
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: jax.Array, axis: int, name: str) -> jax.Array:
+    """Under ``shard_map``: gathers an array that is cut along an axis from the devices along a mesh axis.
+
+    Equals ``all_gather``, but each device receives only its own part of the gradient, and sums it in float32. A TPU's
+    compiler turns the sum that JAX would take into a sum of the whole gradient on each device (libtpu 0.0.52).
     """
-    return jax.lax.all_gather(x_MN, axis, axis=0, tiled=True)
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
 
 
-def _gather_rows_forward(x_MN, axis):
-    return gather_rows(x_MN, axis), None
+def _gather_forward(x, axis, name):
+    return gather(x, axis, name), None
 
 
-def _gather_rows_backward(axis, _, d_MN):
-    of_my_rows = jax.lax.all_to_all(d_MN, axis, split_axis=0, concat_axis=0, tiled=True)
-    parts = of_my_rows.reshape(jax.lax.axis_size(axis), -1, d_MN.shape[1])
-    return (jnp.sum(parts, axis=0, dtype=jnp.float32).astype(d_MN.dtype),)
+def _gather_backward(axis, name, _, d):
+    of_mine = jax.lax.all_to_all(d, name, split_axis=axis, concat_axis=axis, tiled=True)
+    parts = of_mine.reshape(*d.shape[:axis], jax.lax.axis_size(name), -1, *d.shape[axis + 1 :])
+    return (jnp.sum(parts, axis=axis, dtype=jnp.float32).astype(d.dtype),)
 
 
-gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _cut(shape: Sequence[int], axes: tuple[str, str], mesh: Mesh | AbstractMesh) -> NamedSharding:

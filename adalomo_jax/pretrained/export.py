@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from adalomo_jax.models import DecoderConfig, to_hugging_face
-from adalomo_jax.optimizers.kept import Kept, floats, is_kept
+from adalomo_jax.optimizers.kept import Kept, floats, is_kept, take_layer
 from adalomo_jax.pretrained.files import own_file, write_whole
 from adalomo_jax.pretrained.json_files import write_json
 from adalomo_jax.pretrained.names import Tensor, tensors_of
@@ -126,14 +126,14 @@ def _leaf(params: Any, tensor: Tensor) -> Any:
 
 def _part(params: Any, tensor: Tensor) -> jax.Array:
     leaf = _leaf(params, tensor)
-    if tensor.layer is None:
-        return leaf
-    return _layer_floats(leaf, tensor.layer) if is_kept(leaf) else leaf[tensor.layer]
+    return _floats_at(leaf, tensor.index) if is_kept(leaf) else leaf[tensor.index]
 
 
 @jax.jit
-def _layer_floats(stack: Kept, layer: int) -> jax.Array:
-    return stack.layer_floats(layer, 0)
+def _floats_at(stack: Kept, index: tuple[int, ...]) -> jax.Array:
+    for i in index:
+        stack = take_layer(stack, partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False), 0)
+    return stack.floats()
 
 
 def _as_stored(value: np.ndarray, tensor: Tensor) -> np.ndarray:

@@ -201,9 +201,9 @@ def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, s
     found = {}
     for tensor in tensors_of(config):
         module, part = tensor.name.rsplit(".", 1)
-        of_first = module if tensor.layer is None else module.replace(f".{tensor.layer}.", ".0.", 1)
+        of_first = module.replace(f".{tensor.index[0]}.", ".0.", 1) if tensor.index else module
         name = f"{names.get_name(of_first)}.{part}"
-        found[name if tensor.layer is None else name.replace(".0.", f".{tensor.layer}.", 1)] = tensor.name
+        found[name.replace(".0.", f".{tensor.index[0]}.", 1) if tensor.index else name] = tensor.name
     return found
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from adalomo_jax.models import DecoderConfig
 from adalomo_jax.models.fields import plain
 from adalomo_jax.models.weights import Weights, encoder_of
-from adalomo_jax.optimizers.kept import Kept, put_layer
+from adalomo_jax.optimizers.kept import Kept
 from adalomo_jax.pretrained.names import Tensor, check_layers, param_shapes, tensors_of
 from adalomo_jax.pretrained.source import TensorSource
 
@@ -84,31 +84,34 @@ def _load_leaf(
     sharding: Any,
     encode: Callable[[jax.Array], Kept] | None,
 ) -> Any:
-    """A parameter, from one tensor or from one per layer. The write also checks whether the values are finite.
+    """A parameter, from one tensor or from many. The write also checks whether the values are finite.
 
-    If ``encode`` is given, it puts each layer into the form in which the stack is kept.
+    If ``encode`` is given, it puts each tensor into the form in which the stack is kept.
     """
     is_transposed = tensors[0].is_transposed
     turned = lambda x: (x.T if is_transposed else x).astype(shape.dtype)
     is_finite = lambda x: jnp.isfinite(x.astype(shape.dtype)).all()
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if _is_named(sharding) else sharding
-    if tensors[0].layer is None:
+    if not tensors[0].index:
         convert = jax.jit(lambda x: (turned(x), is_finite(x)), out_shardings=(sharding, everywhere))
         value, finite = convert(_read(source, tensors[0], sharding))
         _check_finite(finite, tensors[0], shape)
         return value.block_until_ready()
-    layer_of = turned if encode is None else lambda x: encode(turned(x))
+    entry_of = turned if encode is None else lambda x: encode(turned(x))
     stack, spread = _stack_of(shape, sharding, encode)
 
-    def write(stack: Any, x: jax.Array, i: jax.Array) -> tuple[Any, jax.Array]:
-        put = lambda part, layer, axis: jax.lax.dynamic_update_index_in_dim(part, layer, i, axis)
-        return put_layer(stack, layer_of(x), put, 0), is_finite(x)
+    def write(stack: Any, x: jax.Array, index: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        def put(part: jax.Array, entry: jax.Array) -> jax.Array:
+            entry = jnp.expand_dims(entry, range(len(index)))
+            return jax.lax.dynamic_update_slice(part, entry, (*index, *[0] * (part.ndim - len(index))))
+
+        return jax.tree.map(put, stack, entry_of(x)), is_finite(x)
 
     write_in_place = jax.jit(write, donate_argnums=0, out_shardings=(spread, everywhere))
     zeros = lambda: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), stack)
     value = jax.jit(zeros, out_shardings=spread)()
     for tensor in tensors:
-        value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.layer)
+        value, finite = write_in_place(value, _read(source, tensor, sharding), tensor.index)
         _check_finite(finite, tensor, shape)
         # Wait, so that the next tensor is not read while this one is still in memory.
         jax.block_until_ready(value)
@@ -140,11 +143,11 @@ def _read(source: TensorSource, tensor: Tensor, sharding: Any) -> jax.Array:
 
 
 def _as_stored(sharding: Any, tensor: Tensor) -> Any:
-    """The sharding of a tensor in its file's layout: no layer axis, and transposed matrices."""
+    """The sharding of a tensor in its file's layout: no axes for layers and experts, and transposed matrices."""
     if not _is_named(sharding):
         return sharding
-    axes = [*sharding.spec, *[None] * 3][: len(tensor.shape) + (tensor.layer is not None)]
-    axes = axes[1:] if tensor.layer is not None else axes
+    stacked = len(tensor.index)
+    axes = [*sharding.spec, *[None] * 4][stacked : stacked + len(tensor.shape)]
     return NamedSharding(sharding.mesh, PartitionSpec(*(reversed(axes) if tensor.is_transposed else axes)))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from adalomo_jax.models import Decoder, DecoderConfig
+from adalomo_jax.models.hugging_face import family_of
 
 
 class Tensor(NamedTuple):
@@ -19,8 +22,8 @@ class Tensor(NamedTuple):
     """The shape in the checkpoint: matrices are ``[out, in]``."""
     path: tuple[str, ...]
     """The path of the parameter in the nested dictionary of a `Decoder`'s parameters."""
-    layer: int | None
-    """Its index on the parameter's layer axis; None if the parameter has none."""
+    index: tuple[int, ...]
+    """Its place in the parameter: its layer, if the parameter stacks layers, and then its expert, if it has those."""
     is_transposed: bool
     """Whether the parameter stores it as ``[in, out]``, like Flax's kernels."""
 
@@ -33,14 +36,15 @@ def tensors_of(config: DecoderConfig) -> list[Tensor]:
         >>> tensors_of(PRESETS["tiny"])[0][:2]
         ('model.embed_tokens.weight', (256, 128))
     """
-    tensors = []
+    tensors, family = [], family_of(config)
+    renamed = {} if family is None else family.tensors
     for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
         path = tuple(key.key for key in path)
-        is_stacked, is_transposed = path[0] == "layers", path[-1] == "kernel"
-        shape = leaf.shape[1:] if is_stacked else leaf.shape
-        shape = shape[::-1] if is_transposed else shape
-        for layer in range(config.num_hidden_layers) if is_stacked else [None]:
-            tensors.append(Tensor(_name(path, layer), shape, path, layer, is_transposed))
+        stacked = (path[0] == "layers") + ("experts" in path)
+        is_transposed = path[-1] == "kernel"
+        shape = leaf.shape[stacked:][::-1] if is_transposed else leaf.shape[stacked:]
+        for index in np.ndindex(leaf.shape[:stacked]):
+            tensors.append(Tensor(_name(path, index, renamed), shape, path, index, is_transposed))
     return sorted(tensors, key=_order)
 
 
@@ -63,13 +67,14 @@ def param_shapes(config: DecoderConfig, dtype: str = "float32") -> dict:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def _name(path: tuple[str, ...], layer: int | None) -> str:
+def _name(path: tuple[str, ...], index: tuple[int, ...], renamed: Mapping[str, str]) -> str:
     *modules, kind = path
-    if layer is not None:
-        modules.insert(1, str(layer))
+    for module, place in zip(("layers", "experts"), index):
+        modules.insert(modules.index(module) + 1, str(place))
+    modules = [renamed.get(name, name) for name in modules]
     return ".".join([*([] if modules[0] == "lm_head" else ["model"]), *modules, "bias" if kind == "bias" else "weight"])
 
 
-def _order(tensor: Tensor) -> tuple[int, int]:
+def _order(tensor: Tensor) -> tuple[int, ...]:
     """The embedding, the layers, and what comes after them."""
-    return (0 if tensor.path[0] == "embed_tokens" else 1 if tensor.layer is not None else 2, tensor.layer or 0)
+    return (0 if tensor.path[0] == "embed_tokens" else 1 if tensor.index else 2, *tensor.index[:1])

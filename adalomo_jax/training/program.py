@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -67,7 +68,8 @@ class Training(NamedTuple):
     """The form in which the step takes the matrices of layers."""
     graphdef: Any
     loss_fn: Callable[[Any, Batch, jax.Array], jax.Array]
-    """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``."""
+    """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``. What
+    the step computes has the routers' loss besides."""
     step: FusedStep
     args: tuple[Batch, jax.ShapeDtypeStruct]
     """The arguments of ``step`` after parameters and state: a batch, and how many tokens it predicts."""
@@ -100,9 +102,12 @@ def make_training(
     graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     schedule = schedule or make_schedule(config)
 
-    def loss_fn(params, batch: Batch, count):
-        model: Decoder = nnx.merge(graphdef, params)
-        return next_token_loss(model, batch.tokens_BT, batch.learned_BT, batch.segments_BT, count=count)
+    def loss_fn(params, batch: Batch, count, router_loss: float = 0.0):
+        decoder: Decoder = nnx.merge(graphdef, params)
+        of_text = batch.tokens_BT, batch.learned_BT, batch.segments_BT
+        return next_token_loss(decoder, *of_text, count=count, router_loss=router_loss)
+
+    router_loss = model.router_aux_loss_coef if config.router_loss is None else config.router_loss
 
     # The mean is over the tokens of the whole batch. Its parts have more or fewer tokens, so they are summed.
     parts = config.microbatches if config.microbatches > 1 else None
@@ -112,7 +117,7 @@ def make_training(
         graphdef=graphdef,
         loss_fn=loss_fn,
         step=fuse(
-            loss_fn,
+            partial(loss_fn, router_loss=router_loss),
             RULES[config.optimizer].make(schedule, config.weight_decay),
             max_grad_norm=config.max_grad_norm,
             microbatches=parts,
@@ -188,8 +193,7 @@ def build_program(
     @jax.jit
     def evaluate(params, batches: Batch):
         total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
-        loss = loss_fn if config.weights is None else step.loss  # which never has the floats of all layers
-        return jnp.sum(jax.lax.map(lambda batch: loss(params, batch, total), batches))
+        return jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch, total), batches))
 
     return Program(
         params=params,

@@ -33,7 +33,7 @@ def test_a_fused_step_is_a_step_of_optax(family, attention):
     def loss_fn(params, tokens):
         model = decoder_of(config, params)
         model.layers.self_attn.kind = attention
-        return next_token_loss(model, tokens)
+        return next_token_loss(model, tokens, router_loss=config.router_aux_loss_coef)
 
     @jax.jit
     def plain(params, state):

@@ -43,7 +43,7 @@ PUBLISHED = {
     **{"mistral-7b": 7.2480, "qwen3-0.6b": 0.5960, "qwen3-1.7b": 1.7206, "qwen3-4b": 4.0225, "qwen3-8b": 8.1907},
     **{"qwen3-14b": 14.7683, "qwen3-32b": 32.7621, "gemma-2-2b": 2.6143, "gemma-2-9b": 9.2417, "gemma-3-1b": 0.9999},
     **{"gemma-3-4b": 3.8803, "gemma-3-12b": 11.7660, "gemma-3-27b": 27.0093, "phi-4-mini": 3.8360, "phi-4": 14.6595},
-    **{"olmo-2-7b": 7.2986, "granite-3-8b": 8.1708},
+    **{"olmo-2-7b": 7.2986, "granite-3-8b": 8.1708, "qwen3-30b-a3b": 30.5321, "mixtral-8x7b": 46.7028},
 }
 """Billions of weights, as the hub counts them; of Gemma 3 those of the text part."""
 

@@ -26,6 +26,8 @@ class Family(NamedTuple):
     """What transformers takes for entries that are missing, if it differs from `DecoderConfig`."""
     rope: Callable[[Mapping[str, Any]], dict[str, Any]] = rope_of
     """Takes ``config.json``, and returns the fields of `DecoderConfig` about rotary positions."""
+    tensors: Mapping[str, str] = {}
+    """What its checkpoints call modules that have another name in a Llama's."""
     gguf: str | None = None
     """Its name in llama.cpp's files; None if they use another family's name."""
     pairs_side_by_side: bool = False
