@@ -41,6 +41,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leaves the files in their order: pytest-xdist would begin the files of one long test last, alone on a core."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Removes the folder at the end of the run."""
     if not IS_WORKER:

@@ -79,7 +79,7 @@ def run(state, stats, steps):
 
 @pytest.mark.parametrize(
     ("block", "remat"),
-    [(Plain, True), slow(Plain, False), slow(Noisy, False), (Noisy, True)],
+    [(Noisy, True), slow(Plain, True), slow(Plain, False), slow(Noisy, False)],
 )
 def test_equals_flax_and_optax(block, remat):
     """Under nn.remat, too, each layer makes its dropout key from a different number."""
@@ -163,4 +163,4 @@ def test_a_tx_that_demands_an_argument_by_name():
     state = TrainState.create(X, loss_fn=loss_fn, params=params, tx=tx, roll=4, extra_args={"rate": 0.1})
     state, _ = state.step(X, rate=0.2)
     assert any(leaf.layer_paths for leaf in state.fused.plan(state.params, X).leaves)
-    chex.assert_trees_all_close(state.unplaced_params, expected, rtol=1e-5)
+    chex.assert_trees_all_close(state.unplaced_params, expected, rtol=1e-5, atol=1e-6)

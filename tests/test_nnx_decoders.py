@@ -46,7 +46,7 @@ def reference(steps, cache=None):
     return model
 
 
-@pytest.mark.parametrize("cached", [slow(False), True])
+@pytest.mark.parametrize("cached", [slow(False), slow(True)])
 def test_fused_optimizer(cached):
     """It trains without a cache, and with one that the loss takes as an argument and writes."""
     steps = 2 if cached else 5  # the cache has room for only two

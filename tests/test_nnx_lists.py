@@ -49,7 +49,7 @@ def stacks(optimizer, model):
     return {leaf.path: leaf.layers for leaf in optimizer.plan(model, X).leaves if leaf.layer_paths}
 
 
-@pytest.mark.parametrize(("block", "remat"), [(Plain, True), (Noisy, True), slow(Plain, False), slow(Noisy, False)])
+@pytest.mark.parametrize(("block", "remat"), [(Noisy, True), slow(Plain, True), slow(Plain, False), slow(Noisy, False)])
 def test_equals_an_nnx_optimizer(block, remat):
     """Weights, running means, dropout masks and counters are equal, also with an evaluation between the steps."""
     model, optimizer = make(block, remat=remat)
@@ -84,7 +84,7 @@ def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
     assert_equal(model, reference.model)
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [slow(False), True])
 def test_an_unplaced_model_is_evaluated_as_any_other(jitted):
     model, optimizer = make()
     reference = Reference(Model())
@@ -154,6 +154,7 @@ def test_saved_and_restored_it_repeats_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, arrays(again), arrays(model))
 
 
+@pytest.mark.slow
 def test_the_weights_are_there_once():
     """All live arrays together hold them once: after a step, after ``unplace``, and after the next step."""
     model, optimizer = make()
@@ -171,6 +172,7 @@ def test_the_weights_are_there_once():
     assert live_bytes() - others >= due + weights and copy
 
 
+@pytest.mark.slow
 def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
     """Only one stack is alive beside the weights, when it is made and when its layers are copied out of it."""
     model, optimizer = make()
@@ -194,7 +196,7 @@ def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
     assert len(seen) == 2 * 4 and 0.9 * largest < max(seen) < 1.2 * largest
 
 
-@pytest.mark.parametrize("unplaced", [False, True])
+@pytest.mark.parametrize("unplaced", [slow(False), True])
 def test_what_is_written_between_the_steps_counts(unplaced):
     """The next step uses the weights written to all layers or to one, whether the layers are stacked or not."""
     model, optimizer = make()
@@ -234,6 +236,7 @@ def test_a_model_without_layers_that_repeat_stays_as_it_is():
     assert_equal(model, reference.model)
 
 
+@pytest.mark.slow
 def test_without_roll_a_model_is_read_as_under_an_nnx_optimizer():
     model, reference = Model(), Reference(Model())
     optimizer = FusedOptimizer(model, TX, loss_fn, X)

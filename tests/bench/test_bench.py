@@ -45,7 +45,7 @@ def printed(*tables):
 
 
 OF_EACH_KIND = {
-    *(REFERENCE, "adamw, unfused", "forward and backward", "forward and backward, in place"),
+    *(REFERENCE, "adamw, unfused", "forward and backward, in place"),
 }
 """The slow tier compiles and runs the steps of the other contestants, which have another optimizer or option."""
 

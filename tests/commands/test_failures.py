@@ -109,7 +109,7 @@ def test_tensorboard_that_fails_is_one_warning(command, tmp_path, capsys, monkey
 NAMES = ["$x_", "a$b$c", "_x", "100%", "{x}", "[red]x", "naïve 模型 \U0001f600", r"\alpha$\frac$", "a\nb"]
 
 
-@pytest.mark.parametrize("name", [*NAMES[:3], *map(slow, NAMES[3:])])
+@pytest.mark.parametrize("name", [NAMES[0], *map(slow, NAMES[1:])])
 def test_names_are_drawn_as_they_are(name, tmp_path, recwarn):
     rows = [StepRow(1, 2.0, 1.0, 1e-3, 1.0, {"layers/kernel": [1.0, 2.0]}), StepRow(2, 1e308, np.inf, 1e-3, 1.0)]
     plot_losses(tmp_path / "a.png", rows, name)

@@ -66,6 +66,7 @@ def test_it_prints_the_prompt_and_what_the_model_adds(folder, small, params, cap
     assert printed.err.startswith("20 tokens, ") and printed.err.endswith(" tokens/s\n")
 
 
+@pytest.mark.slow
 def test_its_options_reach_the_sampler(folder, small, params, capsys):
     options = ["--temperature", "2", "--top-p", "0.6", "--seed", "5", "--length", "12"]
     main(["generate", "--model", str(folder), "--prompt", PROMPT, *options])
@@ -74,6 +75,7 @@ def test_its_options_reach_the_sampler(folder, small, params, capsys):
     assert drawn != expected(small, params, 12, key=jax.random.key(5), temperature=2.0) + "\n"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_within_a_run_is_restored(small, folder, params, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(folder, run)
@@ -125,6 +127,7 @@ def test_a_chat_is_put_in_its_template_and_stops_at_each_end(small, params, caps
     assert printed.err.startswith("3 tokens")
 
 
+@pytest.mark.slow
 def test_whoever_reads_it_may_stop(folder):
     """A reader such as head gets what it asked for, and there is no traceback."""
     arguments = ["generate", "--model", str(folder), "--length", "30", "--prompt", PROMPT]

@@ -8,6 +8,7 @@ import pytest
 from comparison import copied, relative_error
 from compiled import memory_of, tree_bytes
 from lists_of_layers import MODELS, data, fuse_lists
+from tiers import slow
 
 from adalomo_jax import fuse
 from adalomo_jax.fused.plan.plan import LayerScan
@@ -71,7 +72,7 @@ def of_two_matrices(w, k):
     return w[NAMES[1]] @ w[NAMES[2]] if k == 1 else w[NAMES[k]]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"microbatches": 2, "batch_argnums": 1}])
+@pytest.mark.parametrize("options", [{}, slow({"max_grad_norm": 0.1}), slow({"microbatches": 2, "batch_argnums": 1})])
 @pytest.mark.parametrize("read", [shared_by_parts, of_two_matrices])
 def test_equals_optax(read, options):
     loss, tx = loss_of("parts", read), optax.sgd(0.1, momentum=0.9)

@@ -91,9 +91,9 @@ def differing(a, b):
 
 
 CASES = [
-    ("int8", {}),
     ("bf16+8", {"loss": "cast"}),
     ("int8 everywhere", {"microbatches": 2, "max_grad_norm": 0.1}),
+    slow("int8", {}),
     slow("int8", {"offload": ("params", "activations")}),
     slow("int8", {"loss": "second axis"}),
     slow("int8", {"loss": "cast", "rule": "adamw"}),
@@ -260,7 +260,7 @@ def test_weights_that_a_step_has_used_are_named():
 
 
 @pytest.mark.uncached
-@pytest.mark.parametrize("form", ["int8", "bf16+8"])
+@pytest.mark.parametrize("form", ["int8", slow("bf16+8")])
 def test_no_floats_of_a_stack_exist(form):
     """Temporaries do not grow with the layers, and the stacks are updated in place."""
 

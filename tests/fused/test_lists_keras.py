@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from comparison import copied, relative_error
+from tiers import always
 
 from adalomo_jax import adalomo, fuse
 
@@ -62,7 +63,7 @@ MODELS = {"functional": (functional, 10), "subclassed": (Subclassed, 3)}
 """Each model, with the number of trained variables of a layer."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", always(MODELS, ["subclassed"]))
 def test_equals_optax_on_the_models_own_list(name):
     """The weights, the seeds and the running means are equal."""
     keras.utils.set_random_seed(0)

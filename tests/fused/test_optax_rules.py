@@ -68,9 +68,8 @@ ACCEPTED: dict[str, Callable[[], optax.GradientTransformation]] = {
     "centralize": lambda: optax.chain(optax.centralize(), optax.trace(0.9), optax.scale_by_learning_rate(LR)),
 }
 ALWAYS = [
-    *("adafactor", "adamw", "lars", "novograd", "sgd", "sm3", "contrib.galore", "contrib.muon"),
-    *("contrib.reduce_on_plateau", "contrib.schedule_free_adamw", "conditionally_mask", "MultiSteps"),
-    *("inject_hyperparams", "masked by path", "clips each tensor", "centralize"),
+    *("adafactor", "adamw", "novograd", "sm3", "contrib.muon", "contrib.reduce_on_plateau"),
+    *("MultiSteps", "inject_hyperparams", "masked by path", "clips each tensor"),
 ]
 """These differ in what they keep, what they ask for, and which parts of a tensor they look at."""
 MIXES = "tx mixes leaves: the update of 'a' depends on the gradient of"

@@ -87,6 +87,7 @@ LOSSES = {
 }
 
 SLOW = ["only ys", "keys scanned over", "a custom_jvp function", "stopped gradients", "a branch in the body"]
+SLOW += ["constants", "other scanned inputs", "mapped over the batch", "a gradient in the loss"]
 """The other losses have something similar to these: ys in the loss, keys in the carry, a scan in the body."""
 
 

@@ -49,7 +49,7 @@ def assert_equal(loss_fn, tx, params, **options):
 
 @pytest.mark.parametrize(
     ("rule", "remat"),
-    [("adamw", "no remat"), ("sgd with momentum", "dots saved"), slow("lomo", "everything saved")]
+    [("sgd with momentum", "dots saved"), slow("adamw", "no remat"), slow("lomo", "everything saved")]
     + [slow(rule, "remat") for rule in RULES]
     + [slow("adalomo", remat) for remat in REMATS if remat != "remat"],
 )
@@ -69,9 +69,7 @@ def one_gradient():
     return jax.jit(jax.value_and_grad(functools.partial(small_loss, aux=True), has_aux=True))(small_params(), batch())
 
 
-@pytest.mark.parametrize(
-    "rule", always(OTHER_RULES, ["adalomo with decay and schedule", "lomo with clipping", "multi_transform"])
-)
+@pytest.mark.parametrize("rule", always(OTHER_RULES, ["lomo with clipping", "multi_transform"]))
 def test_equals_the_unfused_step_for_any_leafwise_transformation(rule):
     assert_equal(small_loss, OTHER_RULES[rule], small_params())
 
@@ -81,6 +79,7 @@ def test_tied_embeddings(rule):
     assert_equal(make_loss(), RULES[rule], init_params(4, tied=True))
 
 
+@pytest.mark.slow
 def test_several_stacks():
     assert_equal(small_loss, adalomo(1e-2), small_params([4, 1, 3]))
 
@@ -117,7 +116,7 @@ def test_metrics_hold_the_gradient_norm():
     np.testing.assert_allclose(one_step().metrics["grad_norm"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rule", always(RULES, ["adalomo", "adamw", "lomo"]))
+@pytest.mark.parametrize("rule", always(RULES, ["adalomo", "lomo"]))
 def test_equals_optax_on_the_layers_apart(rule):
     """The fused step also equals gradients and updates written out layer by layer, for three steps."""
     tx, params = RULES[rule], init_params(3)
@@ -229,6 +228,7 @@ def test_parameters_that_the_loss_does_not_read_decay():
     assert float(jnp.max(fused.params["unread"])) < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", slow("float64")])
 def test_with_64_bit_types(dtype):
     with jax.enable_x64(True):

@@ -67,7 +67,7 @@ def made_up(config, model, target, step):
     )
 
 
-@pytest.mark.parametrize("how", [["--estimate"], slow([])], ids=" ".join)
+@pytest.mark.parametrize("how", [slow(["--estimate"]), slow([])], ids=" ".join)
 def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
     """In the fast tier, the tests below compile the rows, one at a time."""
     rows = json_rows(capsys, "--compare", *how)

@@ -43,9 +43,12 @@ def abstract(config, dtype, **options):
 @pytest.mark.parametrize(
     ("dtype", "config", "attention"),
     [
-        *(("bfloat16", "biased", "tiles"), ("bfloat16", "tied", "blocks"), ("float32", "plain", "blocks")),
+        *(("bfloat16", "biased", "tiles"), slow("bfloat16", "tied", "blocks"), ("float32", "plain", "blocks")),
         *(("bfloat16", "gemma-2", "tiles"), slow("bfloat16", "gemma-3", "blocks"), slow("bfloat16", "olmo-2", "tiles")),
-        *(slow("bfloat16", family, "blocks") for family in ("phi-4-mini", "smollm3", "granite", "qwen3")),
+        *(
+            slow("bfloat16", family, "blocks")
+            for family in ("phi-4-mini", "smollm3", "granite", "qwen3", "qwen3-moe", "mixtral")
+        ),
     ],
 )
 def test_a_training_step_traces(dtype, config, attention):

@@ -65,7 +65,6 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "lomo": lambda: lomo(SCHEDULE, clip_value=0.5, weight_decay=0.1),
 }
 ALWAYS = [
-    "adafactor",
     "masked by name",
     "multi_transform",
     "inject_hyperparams",

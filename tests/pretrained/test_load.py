@@ -44,8 +44,7 @@ def bits(tree):
 
 
 ALWAYS = [
-    *(("llama", "float32"), ("mistral", "bfloat16"), ("qwen2", "float32")),
-    *(("gemma-3", "bfloat16"), ("phi-4-mini", "float32"), ("olmo-2", "bfloat16")),
+    *(("llama", "float32"), ("mistral", "bfloat16"), ("phi-4-mini", "float32"), ("qwen3-moe", "bfloat16")),
 ]
 
 

@@ -46,6 +46,7 @@ def saved(tmp_path):
     return save
 
 
+@pytest.mark.slow
 def test_standard_library_is_real_code_without_tests():
     documents = standard_library()
     names = [document.name for document in documents]

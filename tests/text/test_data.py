@@ -98,6 +98,7 @@ def test_one_document_is_split_by_its_tail_between_characters():
         split_documents([Document("a", "question answer", ((9, 15),))])
 
 
+@pytest.mark.slow
 def test_the_default_is_the_standard_library():
     data = load_data(None, BYTES, seq_len=2048)
     report, documents = data.report, standard_library()
@@ -255,7 +256,7 @@ def test_fewer_sequences_than_a_batch_are_repeated():
     assert np.bincount(sum(rows, [])).tolist() == [8, 8, 8]
 
 
-@pytest.mark.parametrize("passed", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("passed", [0, 2, slow(1), slow(3), slow(7)])
 @pytest.mark.parametrize(("process", "processes"), [(0, 1), (1, 2)])
 def test_a_state_continues_with_the_very_next_batch(passed, process, processes):
     def start(seed=0):

@@ -81,7 +81,7 @@ def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, finished):
         assert float(jnp.max(jnp.abs(a - b))) <= most / (230 if weights == "int8" else 2**16)
 
 
-@pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
+@pytest.mark.parametrize("weights", [slow("int8"), slow("bf16+8")])
 def test_a_checkpoint_continues_a_prompt_as_the_floats_that_the_run_wrote(weights, finished, capsys):
     folder, said = finished(weights), []
     capsys.readouterr()

@@ -49,7 +49,7 @@ STARTS, WRITES, TRAINS = range(3)
 
 @pytest.mark.parametrize(
     ("hit", "steps"),
-    [([WRITES], 8), slow([STARTS, WRITES, TRAINS], 20), slow(([STARTS, WRITES, TRAINS] * 7)[:20], 50)],
+    [slow([WRITES], 8), slow([STARTS, WRITES, TRAINS], 20), slow(([STARTS, WRITES, TRAINS] * 7)[:20], 50)],
     ids=["1", "3", "20"],
 )
 def test_killed_at_random_moments(hit, steps, tmp_path, launch):

@@ -285,6 +285,7 @@ def test_a_foreign_folder_is_no_checkpoint(killed, command, capsys):
     assert "it says that it is of the step 5; there is no older one; start again in another --output" in said
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_no_weights_of_its_own(killed, finished, command, monkeypatch):
     """It compiles the same step from the restored arrays; the other tests' runs share one step."""
 
@@ -300,7 +301,7 @@ def test_a_resumed_run_makes_no_weights_of_its_own(killed, finished, command, mo
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [([], ["--no-fused"]), slow(["--no-fused"], [])],
+    [slow([], ["--no-fused"]), slow(["--no-fused"], [])],
     ids=lambda options: " ".join(options) or "fused",
 )
 def test_a_checkpoint_moves_between_steps(first, then, command, finished, tmp_path):
