@@ -124,7 +124,7 @@ def test_the_newer_place_of_the_rotary_base():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, qwen2, qwen3, gemma2"),
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'gelu_pytorch_tanh', got 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0.0, got 0.1"),
         ({"clip_qkv": 8.0}, "clip_qkv is not known, got 8.0: it may change what the model computes"),
