@@ -13,6 +13,7 @@ class ToyTokenizer:
     def __init__(self, special=True):
         self.vocab_size, self.eos = (258, EOS) if special else (256, None)
         self.stops = (EOS,) if special else ()
+        self.has_chat_template = special
 
     def encode(self, texts, *, add_special=True):
         return [self._encode(text, add_special and self.eos is not None) for text in texts]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,15 @@ from rich.console import Console
 from adalomo_jax.commands.failures import reason_of
 from adalomo_jax.commands.find_lr import find_lr
 from adalomo_jax.inputs import InputError, Stopped, batch_parts, check_preset, mesh_sizes, one_line
-from adalomo_jax.models import PRESETS, decoder_of, generate
+from adalomo_jax.models import PRESETS, decoder_of, from_hugging_face, generate
 from adalomo_jax.pretrained.by_name import Pretrained, export_rest, find_model
 from adalomo_jax.pretrained.checkpoint import PACKAGED
 from adalomo_jax.pretrained.export import export_params
 from adalomo_jax.pretrained.files import write_whole
+from adalomo_jax.pretrained.hub import Download
 from adalomo_jax.run_files import METRICS
 from adalomo_jax.text.data import Data, load_data
+from adalomo_jax.text.data_sets import Reading
 from adalomo_jax.training.checkpoints.record import Origin, Record
 from adalomo_jax.training.checkpoints.resume import (
     check_finished,
@@ -40,7 +43,7 @@ from adalomo_jax.training.checkpoints.resume import (
 )
 from adalomo_jax.training.checkpoints.save import open_saver, remove_later
 from adalomo_jax.training.checkpoints.stopping import stop_requests
-from adalomo_jax.training.config import FinetuneConfig, check_options, checkpoint_interval
+from adalomo_jax.training.config import FinetuneConfig, check_options, checkpoint_interval, columns_of
 from adalomo_jax.training.devices import (
     check_agreed,
     connect,
@@ -50,6 +53,7 @@ from adalomo_jax.training.devices import (
     told_to_all,
     wait_for_all,
 )
+from adalomo_jax.training.fits import check_fits
 from adalomo_jax.training.loop import Trained, train
 from adalomo_jax.training.metrics import Row, append_row, to_json, write_rows
 from adalomo_jax.training.output_folder import check_held, claimed, output_folder
@@ -70,7 +74,7 @@ def run(config: FinetuneConfig, console: Console | None = None) -> Path:
             checkpoint could not be written.
         Stopped: a signal has ended the run, and everything is saved.
     """
-    model = model_of(config.model)
+    model = model_of(config.model, partial(check_before_fetch, config))
     check_options(config, model.config)
     connect(config)
     check_attention(config, model.config, jax.default_backend())
@@ -208,12 +212,20 @@ def train_saving(
     return trained
 
 
-def model_of(name: str) -> Pretrained:
-    """The model that ``--model`` names."""
+def check_before_fetch(config: FinetuneConfig, download: Download) -> None:
+    """Says what is fetched, after it has refused options that cannot be used and a model that cannot fit."""
+    model = from_hugging_face(download.config)
+    check_options(config, model)
+    check_fits(config, model)
+    print(download, file=sys.stderr)
+
+
+def model_of(name: str, before_fetch: Callable[[Download], object] | None = None) -> Pretrained:
+    """The model that ``--model`` names, fetched if it is on the hub; see `find_model`."""
     if "/" not in name and not Path(name).exists() and name not in PACKAGED:
         check_preset(name, list(PRESETS), or_file=f"or {', '.join(PACKAGED)}, or a checkpoint's folder or .gguf file")
     try:
-        return find_model(name)
+        return find_model(name, before_fetch)
     except ValueError as error:
         raise InputError(f"--model {name}: {one_line(error)}") from None
 
@@ -223,7 +235,13 @@ def data_of(config: FinetuneConfig, model: Pretrained, output: Path | None) -> D
     parts = batch_parts(mesh_sizes(config.mesh, "--mesh"))
     try:
         return load_data(
-            config.data, model.tokenizer, seq_len=config.seq_len, parts=parts, skip_bad=config.skip_bad, output=output
+            config.data,
+            model.tokenizer,
+            seq_len=config.seq_len,
+            parts=parts,
+            skip_bad=config.skip_bad,
+            output=output,
+            reading=Reading(config.split, config.subset, columns_of(config)),
         )
     except ValueError as error:
         raise InputError(f"--data with the tokenizer of {model.name}: {one_line(error)}") from None

@@ -72,7 +72,7 @@ def load_model(name: str, dtype: str) -> Loaded:
             params, sizes = restore_params(path)
             params = jax.tree.map(lambda x: x.astype(dtype), params, is_leaf=is_kept)
             return Loaded(sizes, find_tokenizer(path.parents[1]), params)
-        model = find_model(name)
+        model = find_model(name, lambda download: print(download, file=sys.stderr))
         if model.checkpoint is None:
             raise ValueError("it has no weights")
         return Loaded(model.config, model.tokenizer, load_params(model.config, model.checkpoint.source, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from adalomo_jax.models import PRESETS, DecoderConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
 from adalomo_jax.pretrained.export import check_kept_files, copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
+from adalomo_jax.pretrained.hub import Download, fetch_model, is_hub_name
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.load import check_tensors
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer
@@ -29,16 +31,19 @@ _BYTES = {"tokens": "bytes: token i is the byte i of UTF-8 text"}
 """The entry that `export_rest` adds to the ``config.json`` of a model that reads bytes."""
 
 
-def find_model(name: str) -> Pretrained:
+def find_model(name: str, before_fetch: Callable[[Download], object] | None = None) -> Pretrained:
     """A preset, which reads bytes; or a checkpoint that `open_checkpoint` finds, with its own tokenizer.
 
+    A checkpoint on the hub is fetched first, with ``before_fetch`` as in `fetch_model`.
+
     Raises:
-        ValueError: it is neither; the checkpoint is broken or lacks tensors; a file beside it cannot be copied
-            (`check_kept_files`); or its tokenizer has more tokens than the model.
+        ValueError: it is neither, or cannot be fetched; the checkpoint is broken or lacks tensors; a file beside it
+            cannot be copied (`check_kept_files`); or its tokenizer has more tokens than the model.
     """
     if name in PRESETS:
         return Pretrained(name, PRESETS[name], ByteTokenizer(), None)
-    checkpoint = open_checkpoint(name)
+    on_hub = is_hub_name(name)
+    checkpoint = open_checkpoint(fetch_model(name, before_fetch) if on_hub else name)
     if checkpoint.hugging_face is not None:
         check_kept_files(checkpoint.path)
     check_tensors(checkpoint.config, checkpoint.source)
@@ -48,7 +53,8 @@ def find_model(name: str) -> Pretrained:
             f"the tokenizer of {name} has {tokenizer.vocab_size} tokens, more than the {checkpoint.config.vocab_size} "
             "of its embedding: they belong to different models"
         )
-    label = name if name in PACKAGED else checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
+    label = checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
+    label = name if name in PACKAGED else name.partition("@")[0].rpartition("/")[2] if on_hub else label
     return Pretrained(label, checkpoint.config, tokenizer, checkpoint)
 
 

@@ -63,6 +63,11 @@ class Tokenizer(Protocol):
         """The tokens as text, without special ones."""
         ...
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template."""
+        ...
+
     def chat(
         self, messages: Iterable[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> ChatText:
@@ -80,6 +85,7 @@ class ByteTokenizer:
     vocab_size: int = 256
     eos: int | None = None
     stops: tuple[int, ...] = ()
+    has_chat_template: bool = False
 
     def encode(self, texts: Sequence[str], *, add_special: bool = True) -> list[Encoded]:
         """The bytes of each text; half a surrogate pair has none: ``UnicodeEncodeError``, which is a ``ValueError``."""
@@ -200,6 +206,11 @@ class TextTokenizer:
     def prompt(self, messages: Iterable[Mapping[str, Any]]) -> str:
         """The text that the assistant's answer to the messages continues; ``ValueError`` as in ``chat``."""
         return chat_prompt(self.template(), messages, **self._special_texts())
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is a chat template."""
+        return self.chat_template is not None
 
     def template(self, has_tools: bool = False) -> str:
         """The chat template that writes a conversation, with tools or without; ``ValueError`` if there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,20 @@ from typing import Any, Literal, NamedTuple
 from adalomo_jax.inputs import InputError
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.run_files import is_of_run
+from adalomo_jax.text.data_sets import (
+    AS_NAMED,
+    INFO,
+    SPLITS,
+    STATE,
+    Reading,
+    Split,
+    Splits,
+    is_on_hub,
+    rows,
+    splits_in_folder,
+    splits_on_hub,
+)
 from adalomo_jax.text.documents import (
-    COLUMNS,
-    FIELDS,
     Broken,
     Document,
     PassedOver,
@@ -24,9 +34,7 @@ from adalomo_jax.text.documents import (
     lines_of,
     parse_record,
 )
-
-EVALUATION_SPLITS = ("validation", "test")
-"""The splits of a data set that may be evaluated on. The first that exists is used."""
+from adalomo_jax.text.records import renamed
 
 _LINES = (".jsonl", ".ndjson")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests"}
@@ -41,7 +49,7 @@ _COMPRESSED = {
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _OF_RUN = "the output of a run"
 _NO_PART = "a split for neither training nor evaluation"
-_DATASET, _DATASETS = ("dataset_info.json", "state.json"), ("dataset_dict.json",)
+_DATASET, _DATASETS = (INFO, STATE), (SPLITS,)
 
 
 class Source(NamedTuple):
@@ -57,6 +65,8 @@ class Source(NamedTuple):
     """Its data set says to evaluate on it."""
     reason: str = ""
     """Why it is not read."""
+    split: Split | None = None
+    """What is read of a data set."""
 
 
 class Corpus(NamedTuple):
@@ -69,7 +79,9 @@ class Corpus(NamedTuple):
     passed_over: list[PassedOver]
 
 
-def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None) -> Corpus:
+def read_corpus(
+    paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None, reading: Reading = AS_NAMED
+) -> Corpus:
     """All documents of the paths, each file once, in the order given, folders in the order of their names.
 
     It follows links. It passes over folders that a run has written, and names them: rows and sizes are no text.
@@ -81,6 +93,7 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path
             Files that are compressed, UTF-16 or have zero bytes are passed over and named.
         tokenizer: its chat template is applied to conversations.
         output: the folder that is being written. It is passed over, whatever it holds.
+        reading: which part of a data set is read, and which fields of a record.
 
     Raises:
         InputError: a path is missing, unreadable, empty, compressed or not text in UTF-8.
@@ -89,11 +102,11 @@ def read_corpus(paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path
         return Corpus(standard_library(), [], [], [])
     items: dict[str, tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
-        sources = list_sources(path, output)
-        keys = [os.path.realpath(source.path) for source in sources]
+        sources = list_sources(path, output, reading)
+        keys = [source.name if source.split else os.path.realpath(source.path) for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
-                items[key] = source, list(_items(source, tokenizer))
+                items[key] = source, list(_items(source, tokenizer, reading))
         _check_read(path, [item for key in keys for item in items[key][1]])
     found = [(item, source.evaluation) for source, of_source in items.values() for item in of_source]
     return Corpus(
@@ -116,13 +129,15 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def list_sources(path: Path, output: Path | None = None) -> list[Source]:
+def list_sources(path: Path, output: Path | None = None, reading: Reading = AS_NAMED) -> list[Source]:
     """The sources that a path of ``--data`` stands for. Reads no documents. Raises InputError if it does not exist."""
     try:
         exists = path.exists()
     except OSError as error:  # a name that is too long, links in a circle
         raise InputError(f"--data {path}: {error.strerror}") from None
     if not exists:
+        if is_on_hub(path):
+            return _of_splits(splits_on_hub(path, reading))
         raise InputError(f"--data {path}: no such file or folder")
     if not path.is_dir():
         if not path.is_file():
@@ -131,11 +146,19 @@ def list_sources(path: Path, output: Path | None = None) -> list[Source]:
     if is_of_run(path) or (output is not None and os.path.realpath(path) == os.path.realpath(output)):
         return [Source(path, "", "unread", True, reason=_OF_RUN)]
     if _holds(path, _DATASETS):
-        return _splits(path)
+        return _of_splits(splits_in_folder(path, reading))
     if _holds(path, _DATASET):
-        return [Source(path, path.name, "dataset")]
+        return [Source(path, path.name, "dataset", split=Split(path.name, str(path), None, False))]
     unread = lambda entry: Source(entry.path, "", "unread", True, reason=entry.reason)
     return [unread(entry) if entry.reason else _found(entry.path, path) for entry in _walk(path, output)]
+
+
+def _of_splits(splits: Splits) -> list[Source]:
+    """The splits to train on and to evaluate on, and the others, for the report of what was not read."""
+    return [
+        *(Source(Path(one.place), one.name, "dataset", evaluation=one.evaluation, split=one) for one in splits.read),
+        *(Source(Path(one.place), one.name, "unread", reason=_NO_PART, split=one) for one in splits.others),
+    ]
 
 
 def _found(file: Path, folder: Path) -> Source:
@@ -148,24 +171,6 @@ def _found(file: Path, folder: Path) -> Source:
     return Source(file, file.relative_to(folder).as_posix(), "lines" if suffixes[-1] in _LINES else "text", True)
 
 
-def _splits(path: Path) -> list[Source]:
-    """The splits to train on and to evaluate on, and the others, for the report of what was not read."""
-    try:
-        splits = json.loads(_read(path / _DATASETS[0]))["splits"]
-        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
-            raise TypeError
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"--data {path}: {_DATASETS[0]} names no splits") from error
-    if "train" not in splits:
-        raise InputError(f"--data {path} must have the split train, got {', '.join(splits)}; give one of its folders")
-    chosen = ["train", *[split for split in EVALUATION_SPLITS if split in splits][:1]]
-    others = [split for split in splits if split not in chosen]
-    return [
-        *(Source(path / name, f"{path.name}/{name}", "dataset", evaluation=name != "train") for name in chosen),
-        *(Source(path / name, f"{path.name}/{name}", "unread", reason=_NO_PART) for name in others),
-    ]
-
-
 def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> None:
     """Refuses a path from which nothing was read."""
     passed_over = [item for item in items if isinstance(item, PassedOver)]
@@ -176,7 +181,7 @@ def _check_read(path: Path, items: Sequence[Document | Broken | PassedOver]) -> 
     raise InputError(f"--data {path} is " + (passed_over[0].reason if passed_over else "empty"))
 
 
-def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken | PassedOver]:
+def _items(source: Source, tokenizer: Tokenizer, reading: Reading) -> Iterator[Document | Broken | PassedOver]:
     """The documents of a source, or what is wrong with them."""
     if source.kind == "unread":
         yield PassedOver(str(source.path), source.reason)
@@ -184,9 +189,9 @@ def _items(source: Source, tokenizer: Tokenizer) -> Iterator[Document | Broken |
     if source.kind == "text":
         yield from _text(source)
         return
-    for number, place, read in _lines(source) if source.kind == "lines" else _rows(source):
+    for number, place, read in _lines(source) if source.kind == "lines" else _rows(source, reading):
         try:  # nothing else holds the record: a long conversation is freed once its template has it
-            yield document_of(read(), f"{source.name}:{number}", tokenizer)
+            yield document_of(renamed(read(), reading.columns), f"{source.name}:{number}", tokenizer)
         except ValueError as error:
             yield Broken(place, str(error))
 
@@ -232,25 +237,13 @@ def _lines(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str,
         raise InputError(f"cannot read {source.path}: {error.strerror}") from error
 
 
-def _rows(source: Source) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
+def _rows(source: Source, reading: Reading) -> Iterator[tuple[int, str, Callable[[], Mapping[str, Any]]]]:
     """Like `_lines`, for the rows of a data set, counted from 1."""
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        message = f"--data {source.path} needs the package datasets: pip install 'adalomo-jax[datasets]'"
-        raise InputError(message) from error
-    try:
-        dataset = load_from_disk(str(source.path)).with_format(None)  # as plain Python values
-        columns = [column for column in COLUMNS if column in dataset.column_names]
-        if columns:
-            for number, row in enumerate(dataset.select_columns(columns), 1):
-                read = _once(row, dict)
-                del row
-                yield number, f"{source.path}: row {number}", read
-            return
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"--data {source.path} cannot be read by datasets: {' '.join(str(error).split())}") from error
-    raise InputError(f"--data {source.path} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}")
+    assert source.split is not None
+    for number, row in rows(source.split, reading):
+        read = _once(row, dict)
+        del row
+        yield number, f"{source.path}: row {number}", read
 
 
 def _once(x: Any, read: Callable[[Any], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:

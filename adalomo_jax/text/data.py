@@ -11,7 +11,8 @@ from typing import NamedTuple
 from adalomo_jax.inputs import InputError
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.text.corpus import read_corpus
-from adalomo_jax.text.documents import Broken, Document, PassedOver, lines_of, listed
+from adalomo_jax.text.data_sets import AS_NAMED, Reading
+from adalomo_jax.text.documents import NO_FORM, Broken, Document, PassedOver, lines_of, listed
 from adalomo_jax.text.packing import Packed, pack, tokenize
 from adalomo_jax.text.split import split_documents
 
@@ -96,6 +97,7 @@ def load_data(
     parts: int = 1,
     skip_bad: bool = False,
     output: Path | None = None,
+    reading: Reading = AS_NAMED,
 ) -> Data:
     """Read, split, tokenize and pack the paths' documents, or the standard library's sources.
 
@@ -106,15 +108,18 @@ def load_data(
         parts: how many devices a batch is spread over.
         skip_bad: leave out broken records; the report counts them and names the first.
         output: the run's own folder, which is passed over.
+        reading: which part of a data set is read, and which fields of a record.
 
     Raises:
         InputError: a path cannot be used; there are broken records, listed for all files at once, unless they are
             skipped; or the text is too short for one training sequence, or for one evaluation sequence per part.
         ValueError: the tokenizer has tokens that are not in its vocabulary.
     """
-    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output)
+    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output, reading)
     if broken and not skip_bad:
-        raise InputError(f"{_listed(broken)}; mend them, or leave them out with --skip-bad")
+        no_form = any(one.reason.startswith(NO_FORM) for one in broken)
+        columns = " name their fields with --columns," if no_form else ""
+        raise InputError(f"{_listed(broken)}; mend them,{columns} or leave them out with --skip-bad")
     if not documents:
         raise InputError(f"--data has no document to train on: {_listed(broken)}" if broken else "--data has no text")
     if not evaluation:

@@ -12,12 +12,10 @@ from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.chat import handed_over, text_of
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.printable import printable
+from adalomo_jax.text.records import FIELDS, KNOWN, alpaca, forms_in, messages_of_sharegpt
 
-FIELDS = "text, prompt and completion, or messages"
-"""A record has one of these."""
-KINDS = ("text", "prompt", "completion", "messages")
-COLUMNS = (*KINDS, "tools")
-"""The only fields of a record that are read."""
+NO_FORM = "must have one of"
+"""How it is said that a record has no form, or several."""
 NAMED = 3
 """How many of a kind a message names; it counts the rest."""
 _SHOWN = 300
@@ -117,7 +115,9 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
         record: with ``text``, or ``prompt`` and ``completion`` (strings, joined as they are), or ``messages`` (a list
             of objects with the strings ``role`` and ``content``; a content may be a list of parts of text). With
             messages, ``tools`` is a list of objects, or JSON of one. A message with ``weight: 0`` or ``train: false``
-            is not learned. Fields that are None count as absent. Others do not matter.
+            is not learned. ShareGPT's ``conversations`` are messages, too, and so are Alpaca's ``instruction``,
+            ``input`` and ``output`` if there is a chat template. Fields that are None count as absent. Others do not
+            matter.
         name: the document's name.
         tokenizer: its chat template is applied to messages.
 
@@ -129,18 +129,24 @@ def document_of(record: Mapping[str, Any], name: str, tokenizer: Tokenizer) -> D
     Document(name='sums', text='1 + 1 = 2', learned=((8, 9),), formatted=False, unwritten=())
     """
     record = {field: value for field, value in record.items() if value is not None}
-    found = {field for field in KINDS if field in record}
+    forms = forms_in(record)
+    if len(forms) != 1:
+        found = [field for field in KNOWN if field in record]
+        raise ValueError(f"{NO_FORM} {FIELDS}, got {_named(sorted(found or record))}")
+    if forms == [("conversations",)]:
+        record["messages"] = messages_of_sharegpt(record.pop("conversations"), record.pop("system", None))
+    elif forms == [("instruction", "output")]:
+        record = alpaca(record, as_chat=tokenizer.has_chat_template)
+    found = set(forms_in(record)[0])
     if found == {"text"}:
         document = Document(name, _string(record, "text"))
     elif found == {"prompt", "completion"}:
         prompt, completion = _string(record, "prompt", may_be_empty=True), _string(record, "completion")
         document = Document(name, prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
-    elif found == {"messages"}:
+    else:
         document = _conversation(record.pop("messages"), record.pop("tools", None), name, tokenizer)
         if not any(start < end for start, end in document.learned or ()):
             raise ValueError("has nothing that the assistant says, as the chat template writes it")
-    else:
-        raise ValueError(f"must have one of {FIELDS}, got {_named(sorted(found or record))}")
     try:
         document.text.encode()
     except UnicodeEncodeError as error:

