@@ -1,6 +1,7 @@
 """Small models of each family, with random weights, and their files."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -146,6 +147,14 @@ def tensors_in(params, config):
     return tensors
 
 
+def experts_together(tensors):
+    """Stack the matrices of all experts of a layer, as llama.cpp's converter does."""
+    together = {}
+    for name, value in tensors.items():
+        together.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(value)
+    return {name: np.stack(values) if ".experts." in name else values[0] for name, values in together.items()}
+
+
 def pairs_together(x, heads):
     """Lay out queries and keys as llama.cpp's converter does for a Llama."""
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
@@ -160,19 +169,62 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
 }
+AFTER = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+"""The names of norms that come after attention and MLP."""
 
 
-def gguf_name(name):
+def gguf_name(name, names=GGUF_NAMES):
     module, kind = name.rsplit(".", 1)
     if module.startswith("model.layers."):
         _, _, layer, rest = module.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
-    return f"{GGUF_NAMES[module]}.{kind}"
+        return f"blk.{layer}.{names[rest]}.{kind}"
+    return f"{names[module]}.{kind}"
+
+
+PAIRED = ("llama", "granite", "smollm3")
+"""The architectures whose queries and keys llama.cpp's converter permutes."""
+
+
+def gguf_metadata(config):
+    """What llama.cpp's converter writes about a model besides the sizes of all."""
+    values = {
+        "vocab_size": config.vocab_size,
+        "attention.key_length": config.head_dim,
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logits_softcap,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts and config.num_experts_per_tok,
+        "expert_feed_forward_length": config.num_experts and config.intermediate_size,
+        "attention.scale": config.attention_scale if config.residual_scale != 1 else None,
+        "embedding_scale": config.embedding_scale if config.residual_scale != 1 else None,
+        "residual_scale": config.residual_scale if config.residual_scale != 1 else None,
+        "logit_scale": config.logits_divisor if config.residual_scale != 1 else None,
+    }
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    if scaling is not None and scaling.rope_type == "longrope":
+        values["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings
+        values["rope.scaling.attn_factor"] = scaling.attention_factor
+    return {name.replace(".", "__"): value for name, value in values.items() if value is not None}
 
 
 def write_gguf(
@@ -187,22 +239,28 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(config.rotary_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for key, value in changes.items():
         writer.add_key_value(key.replace("__", "."), value, *_type_of(value))
     kind = GGMLQuantizationType(kind)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, value in tensors.items():
+    names = GGUF_NAMES | (AFTER if config.norms != "before" else {}) | {"pre_feedforward_layernorm": "ffn_norm"}
+    for name, value in experts_together(tensors).items():
         module = name.split(".")[-2] if "." in name else ""
-        if architecture == "llama" and module in heads:
+        if architecture in PAIRED and module in heads:
             value = pairs_together(value, heads[module])
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            value = value + np.float32(1)
         of_kind = kind if value.ndim > 1 else GGMLQuantizationType.F32
         stored = value.astype(np.float32) if of_kind == GGMLQuantizationType.F32 else quantize(value, of_kind)
         known = name.startswith(("model.", "lm_head."))
-        writer.add_tensor(gguf_name(name) if known else name, stored, raw_dtype=of_kind)
+        writer.add_tensor(gguf_name(name, names) if known else name, stored, raw_dtype=of_kind)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(divisors, np.float32))
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "longrope":
+        for of, factors in (("short", config.rope_scaling.short_factor), ("long", config.rope_scaling.long_factor)):
+            writer.add_tensor(f"rope_factors_{of}.weight", np.asarray(factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

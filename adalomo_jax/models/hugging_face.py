@@ -59,7 +59,7 @@ def from_hugging_face(config: Mapping[str, Any], place: str = "config.json") -> 
     fields = check(ConfigFields, config, place)
     check_known(config, place)
     try:
-        return _sizes(fields.model_dump(exclude_unset=True))
+        return sizes_of(fields.model_dump(exclude_unset=True))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 
@@ -113,13 +113,13 @@ def _written(config: DecoderConfig, family: Family, dtype: str) -> dict[str, Any
 
 def _is_read_back(contents: Mapping[str, Any], config: DecoderConfig) -> bool:
     try:
-        return _sizes(contents) == config
+        return sizes_of(contents) == config
     except ValueError:
         return False
 
 
-def _sizes(config: Mapping[str, Any]) -> DecoderConfig:
-    """The sizes in checked fields."""
+def sizes_of(config: Mapping[str, Any]) -> DecoderConfig:
+    """The sizes in the checked entries of a ``config.json``."""
     family = FAMILIES[config["model_type"]]
     given = {name: value for name, value in config.items() if value is not None}
     nulls = {name: None for name in _NULLS if name in config and config[name] is None}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -15,18 +15,31 @@ from gguf.quants import dequantize
 from pydantic import Field
 
 from adalomo_jax.models import DecoderConfig, RopeScaling
-from adalomo_jax.models.config_fields import Epsilon, Factor, HeadDim, Heads, Layers, Positions, Theta, Width
-from adalomo_jax.models.families import FAMILIES
+from adalomo_jax.models.config_fields import (
+    Epsilon,
+    Factor,
+    HeadDim,
+    Heads,
+    Layers,
+    Multiplier,
+    Positions,
+    Theta,
+    Width,
+)
+from adalomo_jax.models.families import FAMILIES, Family
 from adalomo_jax.models.fields import Fields, check, plain, shown
+from adalomo_jax.models.hugging_face import sizes_of
 from adalomo_jax.models.rotary import frequency_divisors, rotary_frequencies
 from adalomo_jax.pretrained.gguf_header import TensorPlace, read_header
 from adalomo_jax.pretrained.names import check_layers, tensors_of
 
-ARCHITECTURES = {family.gguf: family for family in FAMILIES.values() if family.gguf}
-"""The families by llama.cpp's names."""
+ARCHITECTURES = {(family.gguf.name, family.gguf.has_experts): family for family in FAMILIES.values() if family.gguf}
+"""The families by llama.cpp's names, and by whether they have experts."""
 _BLOCK_BYTES = 2**24
 """How many bytes of values are dequantized at once."""
 _ROPE = "rope_freqs.weight"
+_LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
+_ROPE_TENSORS = (_ROPE, *_LONGROPE)
 _MOST_FACTOR = 1e6
 _LLAMA_3 = (1.0, 4.0, 8192)
 """The factors of low and high frequencies, and the positions; all of Llama 3's scalings so far have these."""
@@ -36,8 +49,17 @@ class _Place(NamedTuple):
     """A tensor in the file."""
 
     at: TensorPlace
-    heads: int | None
+    heads: int | None = None
     """The number of heads, if llama.cpp stores the tensor's rotary pairs side by side; otherwise None."""
+    expert: int | None = None
+    """The expert, if the file has those of all experts as one tensor."""
+    added: float = 0.0
+    """What is added to the values in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that Hugging Face's name stands for."""
+        return self.at.shape if self.expert is None else self.at.shape[1:]
 
 
 class _Sizes(Fields):
@@ -57,7 +79,18 @@ class _Sizes(Fields):
     rope_base: Theta = Field(10000.0, alias="rope.freq_base")
     scaling: str = Field("none", alias="rope.scaling.type")
     factor: Factor | None = Field(None, alias="rope.scaling.factor")
-    experts: int = Field(0, alias="expert_count")
+    original: Positions | None = Field(None, alias="rope.scaling.original_context_length")
+    attention_factor: Factor | None = Field(None, alias="rope.scaling.attn_factor")
+    local_rope_base: Theta = Field(10000.0, alias="rope.freq_base_swa")
+    experts: int = Field(0, alias="expert_count", ge=0, le=10_000)
+    experts_used: int = Field(1, alias="expert_used_count", ge=1, le=10_000)
+    expert_feed_forward_length: Width | None = None
+    attention_softcap: Multiplier | None = Field(None, alias="attn_logit_softcapping")
+    logits_softcap: Multiplier | None = Field(None, alias="final_logit_softcapping")
+    attention_scale: Multiplier | None = Field(None, alias="attention.scale")
+    embedding_scale: Multiplier | None = None
+    residual_scale: Multiplier | None = None
+    logits_scale: Multiplier = Field(1.0, alias="logit_scale")
 
 
 class GGUFSource:
@@ -72,28 +105,31 @@ class GGUFSource:
         self.path = path
         fields, tensors = read_header(path, lambda name: not name.startswith("tokenizer."))
         architecture = fields.get("general.architecture")
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+        if not isinstance(architecture, str) or all(name != architecture for name, _ in ARCHITECTURES):
+            known = ", ".join(sorted({name for name, _ in ARCHITECTURES}))
             raise ValueError(f"the architecture of {path} must be one of {known}, got {shown(architecture)}")
         prefix = f"{architecture}."
         of_model = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
         sizes = check(_Sizes, of_model, f"{path}, {architecture}")
         check_layers(sizes.block_count, len(tensors))
-        self.config = _config(sizes, tensors, path)
+        family = ARCHITECTURES.get((architecture, sizes.experts > 0))
+        if family is None or family.gguf is None:
+            kind = "without experts" if sizes.experts else "with experts"
+            raise ValueError(f"{path} must be a {architecture} {kind}, got {sizes.experts} of them")
+        self.config = _config(sizes, tensors, family, path)
         names = _hugging_face_names(self.config, architecture)
-        is_paired = ARCHITECTURES[architecture].pairs_side_by_side
         self._places: dict[str, _Place] = {}
         for theirs, place in tensors.items():
             if len(place.shape) == 1 and gguf.GGML_QUANT_SIZES[place.type][0] > 1:
                 kind = place.type.name
                 raise ValueError(f"{plain(theirs)} in {path} must not be quantized, because it is a vector: got {kind}")
-            if theirs != _ROPE:
-                name = names.get(theirs, theirs)
+            for name, expert in names.get(theirs, [(theirs, None)]) if theirs not in _ROPE_TENSORS else ():
                 if name in self._places:
                     raise ValueError(f"{path} has the tensor {plain(name)} twice, by llama.cpp's name and by this one")
-                heads = _paired_heads(name, self.config) if is_paired else None
-                self._places[name] = _Place(place, heads)
-        self.shapes = MappingProxyType({name: place.at.shape for name, place in self._places.items()})
+                heads = _paired_heads(name, self.config) if family.gguf.pairs_side_by_side else None
+                added = family.gguf.added_to_norms if name.endswith("norm.weight") else 0.0
+                self._places[name] = _Place(place, heads, expert, added)
+        self.shapes = MappingProxyType({name: place.shape for name, place in self._places.items()})
 
     @property
     def dtype(self) -> str:
@@ -105,9 +141,13 @@ class GGUFSource:
         """A part of a tensor, float32."""
         place = self._places[name]
         rows, *columns = index or (slice(None),)
+        if place.expert is not None:
+            (whole,) = _rows(self.path, place.at, slice(place.expert, place.expert + 1))
+            return whole[(rows, *columns)]
         if place.heads is None:
             part = _rows(self.path, place.at, rows)
-            return part[:, *columns] if columns else part
+            part = part[:, *columns] if columns else part
+            return part - np.float32(place.added) if place.added else part
         whole = _rows(self.path, place.at, slice(None))
         pairs_apart = whole.reshape(place.heads, -1, 2, *whole.shape[1:]).swapaxes(1, 2).reshape(whole.shape)
         return pairs_apart[(rows, *columns)]
@@ -142,39 +182,62 @@ def _values(blocks: np.ndarray, kind: gguf.GGMLQuantizationType, path: Path) -> 
         raise ValueError(f"{path} has a tensor of type {kind.name}, which the gguf package cannot read") from None
 
 
-def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], path: Path) -> DecoderConfig:
-    if sizes.experts:
-        raise ValueError(f"{path} must be a model without experts, got {sizes.experts} of them")
+def _config(sizes: _Sizes, tensors: Mapping[str, TensorPlace], family: Family, path: Path) -> DecoderConfig:
+    """The sizes, by way of the entries that the family's ``config.json`` would have."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{path} must have a token_embd.weight of two axes")
-    head_dim = sizes.key_length or sizes.rope_dim or sizes.embedding_length // sizes.heads
-    if sizes.rope_dim not in (None, head_dim):
+    assert family.gguf is not None
+    metadata = {
+        name: _decimal(value) if isinstance(value, float) else value for name, value in sizes.model_dump().items()
+    }
+    own = family.gguf.entries(metadata)
+    is_partial = "partial_rotary_factor" in own
+    head_dim = sizes.key_length or (None if is_partial else sizes.rope_dim) or sizes.embedding_length // sizes.heads
+    if sizes.rope_dim not in (None, head_dim) and not is_partial:
         raise ValueError(f"{path}: rope.dimension_count must be the width of a head, {head_dim}, got {sizes.rope_dim}")
+    entries = {
+        "model_type": family.model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": sizes.embedding_length,
+        "intermediate_size": sizes.feed_forward_length,
+        "num_hidden_layers": sizes.block_count,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads or sizes.heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": sizes.context_length,
+        "rope_theta": metadata["rope_base"],
+        "rms_norm_eps": metadata["rms_eps"],
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    of_tensors: dict[str, Any] = {
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "o_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
+    }
+    if family.gguf.name in ("llama", "qwen2"):  # a Mistral is a llama there
+        of_tensors["sliding_window"] = sizes.window or None
     try:
-        config = DecoderConfig(
-            vocab_size=embedding.shape[0],
-            hidden_size=sizes.embedding_length,
-            intermediate_size=sizes.feed_forward_length,
-            num_hidden_layers=sizes.block_count,
-            num_attention_heads=sizes.heads,
-            num_key_value_heads=sizes.kv_heads or sizes.heads,
-            head_dim=head_dim,
-            max_position_embeddings=sizes.context_length,
-            rope_theta=_decimal(sizes.rope_base),
-            rms_norm_eps=_decimal(sizes.rms_eps),
-            tie_word_embeddings="output.weight" not in tensors,
-            sliding_window=sizes.window or None,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            o_bias="blk.0.attn_output.bias" in tensors,
-        )
+        config = dataclasses.replace(sizes_of(entries | own), **of_tensors)
+        return dataclasses.replace(config, rope_scaling=_scaling(sizes, tensors, config, path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return dataclasses.replace(config, rope_scaling=_scaling(sizes, tensors.get(_ROPE), config, path))
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
 
-def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: DecoderConfig, path: Path) -> RopeScaling | None:
+def _scaling(
+    sizes: _Sizes, tensors: Mapping[str, TensorPlace], config: DecoderConfig, path: Path
+) -> RopeScaling | None:
     """The scaling. Llama 3's is a tensor of divisors; its parameters are those that give the same divisors."""
+    divisors, of_lengths = tensors.get(_ROPE), [tensors.get(name) for name in _LONGROPE]
+    if all(of_lengths):
+        short, long = (tuple(map(_decimal, _rows(path, place, slice(None)))) for place in of_lengths if place)
+        return RopeScaling(
+            "longrope",
+            original_max_position_embeddings=sizes.original or config.max_position_embeddings,
+            short_factor=short,
+            long_factor=long,
+            attention_factor=_decimal(sizes.attention_factor or 1.0),
+        )
     if sizes.scaling == "linear":
         if sizes.factor is None:
             raise ValueError(f"{path}: rope.scaling.factor is missing, which rope.scaling.type linear needs")
@@ -194,16 +257,19 @@ def _scaling(sizes: _Sizes, divisors: TensorPlace | None, config: DecoderConfig,
     raise ValueError(f"{_ROPE} in {path} must be Llama 3's scaling of rotary positions, and is another one")
 
 
-def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
-    """Hugging Face's names of a model's tensors, by llama.cpp's names."""
+def _hugging_face_names(config: DecoderConfig, architecture: str) -> dict[str, list[tuple[str, int | None]]]:
+    """Hugging Face's names of a model's tensors, with their experts, by llama.cpp's names."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, 1)  # a map of all layers takes a millisecond per layer
-    found = {}
+    found: dict[str, list[tuple[str, int | None]]] = {}
     for tensor in tensors_of(config):
         module, part = tensor.name.rsplit(".", 1)
-        of_first = module.replace(f".{tensor.index[0]}.", ".0.", 1) if tensor.index else module
-        name = f"{names.get_name(of_first)}.{part}"
-        found[name.replace(".0.", f".{tensor.index[0]}.", 1) if tensor.index else name] = tensor.name
+        layer, expert = (*tensor.index, None, None)[:2]
+        of_first = module if layer is None else module.replace(f".{layer}.", ".0.", 1)
+        of_all = of_first if expert is None else of_first.replace(f".experts.{expert}.", ".experts.", 1)
+        name = f"{names.get_name(of_all)}.{part}"
+        theirs = name if layer is None else name.replace(".0.", f".{layer}.", 1)
+        found.setdefault(theirs, []).append((tensor.name, expert))
     return found
 
 

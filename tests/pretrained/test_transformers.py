@@ -1,5 +1,6 @@
 """Models equal those of Hugging Face's transformers on the same files. Needs torch, transformers and accelerate."""
 
+import dataclasses
 import importlib.util
 from functools import cache
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import FAMILIES, VARIANTS, random_params, tensors_in
+from small_models import FAMILIES, VARIANTS, gguf_metadata, random_params, tensors_in, write_gguf
 
 from adalomo_jax.models import decoder_of, generate, next_token_loss
 from adalomo_jax.pretrained.by_name import export_rest, find_model
@@ -91,6 +92,25 @@ def test_an_exported_folder_is_the_same_model_there(tmp_path, name):
     found = open_checkpoint(again)
     assert found.config == config
     jax.tree.map(np.testing.assert_array_equal, load_params(found.config, found.source, "float32"), params)
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("qwen3", "qwen3"), ("gemma-2", "gemma2"), ("gemma-3", "gemma3")])
+def test_a_gguf_file_is_the_same_model_there(tmp_path, family, architecture):
+    """It reads these families' files, with what llama.cpp's converter does to their norms."""
+    options = {"head_dim": 128} if family == "qwen3" else {"attention_scale": 16**-0.5}  # it takes a default of 128
+    options |= {"windowed": (True,) * 5 + (False,), "rope_scaling": None} if family == "gemma-3" else {}
+    options |= {"attention_softcap": 50.0, "logits_softcap": 30.0} if family == "gemma-2" else {}
+    config = dataclasses.replace(FAMILIES[family], **options)
+    params = random_params(config)
+    metadata = {f"{architecture}__{name}": value for name, value in gguf_metadata(config).items()}
+    write_gguf(tmp_path / "model.gguf", config, tensors_in(params, config), architecture=architecture, **metadata)
+    found = open_checkpoint(tmp_path / "model.gguf")
+    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
+    theirs = their_model(tmp_path, gguf_file="model.gguf")
+    for layer in theirs.model.layers:  # it does not read the width of a head for this
+        layer.self_attn.scaling = config.head_dim**-0.5
+    logits = decoder_of(found.config, load_params(found.config, found.source, "float32"))(tokens)
+    np.testing.assert_allclose(logits, their_logits(theirs, tokens), rtol=1e-4, atol=1e-4)
 
 
 @cache

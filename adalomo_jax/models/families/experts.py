@@ -34,3 +34,8 @@ def expert_fields(config: DecoderConfig, number: str) -> dict[str, Any]:
         "output_router_logits": adds_loss,
         "router_aux_loss_coef": config.router_aux_loss_coef if adds_loss else _COEFFICIENT,
     }
+
+
+def gguf_experts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``config.json`` about experts, from the metadata of llama.cpp's files."""
+    return {"num_experts": metadata["experts"], "num_experts_per_tok": metadata["experts_used"]}

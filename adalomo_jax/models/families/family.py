@@ -9,6 +9,21 @@ from adalomo_jax.models.config import DecoderConfig
 from adalomo_jax.models.families.rope import rope_of
 
 
+class GGUF(NamedTuple):
+    """How llama.cpp's files describe a family; what is not in a file, its source code says."""
+
+    name: str
+    """The architecture."""
+    entries: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
+    """Takes the file's metadata, and returns the entries of ``config.json`` that not all families have."""
+    pairs_side_by_side: bool = False
+    """Whether both coordinates of a rotary pair of queries and keys are side by side."""
+    has_experts: bool = False
+    """Whether it is a mixture of experts; other models may have the same name."""
+    added_to_norms: float = 0.0
+    """What is added to the weights of norms in a file."""
+
+
 class Family(NamedTuple):
     """A family of models, described by its differences from the others."""
 
@@ -28,7 +43,5 @@ class Family(NamedTuple):
     """Takes ``config.json``, and returns the fields of `DecoderConfig` about rotary positions."""
     tensors: Mapping[str, str] = {}
     """What its checkpoints call modules that have another name in a Llama's."""
-    gguf: str | None = None
-    """Its name in llama.cpp's files; None if they use another family's name."""
-    pairs_side_by_side: bool = False
-    """Whether llama.cpp's files keep both coordinates of a rotary pair side by side."""
+    gguf: GGUF | None = None
+    """How llama.cpp's files describe it; None if they use another family's name."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.family import GGUF, Family
 from adalomo_jax.models.families.layers import layer_types, windows_of
 from adalomo_jax.models.families.rope import rope_entries, rope_of
 
@@ -89,6 +89,30 @@ def _gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _scalar(metadata: Mapping[str, Any], largest: int) -> dict[str, Any]:
+    """llama.cpp scales scores by the width of a head, except in the 27B model, which it knows by its layers."""
+    heads, width = metadata["heads"], metadata["embedding_length"]
+    is_largest = metadata["block_count"] == largest
+    return {"query_pre_attn_scalar": width / heads if is_largest else metadata["key_length"] or width // heads}
+
+
+def _gguf2(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return _scalar(metadata, 46) | {
+        "attn_logit_softcapping": metadata["attention_softcap"] or 50.0,
+        "final_logit_softcapping": metadata["logits_softcap"] or 30.0,
+        "sliding_window": metadata["window"] or None,
+    }
+
+
+def _gguf3(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    base = metadata["local_rope_base"]
+    return _scalar(metadata, 62) | {
+        "final_logit_softcapping": metadata["logits_softcap"],
+        "sliding_window": metadata["window"] or None,
+        "rope_local_base_freq": base,
+    }
+
+
 GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
@@ -101,6 +125,7 @@ GEMMA2 = Family(
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
+    gguf=GGUF("gemma2", _gguf2, added_to_norms=1.0),
 )
 GEMMA3 = Family(
     "gemma3_text",
@@ -109,4 +134,5 @@ GEMMA3 = Family(
     _gemma3_fields,
     _DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072, "rope_theta": 1e6},
     _gemma3_rope,
+    gguf=GGUF("gemma3", _gguf3, added_to_norms=1.0),
 )

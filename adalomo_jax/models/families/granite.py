@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.family import GGUF, Family
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,4 +33,10 @@ def _fields(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-GRANITE = Family("granite", "GraniteForCausalLM", _sizes, _fields)
+def _gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("embedding", "attention", "residual")
+    multipliers = {f"{name}_multiplier": metadata[f"{name}_scale"] for name in names}
+    return {name: value for name, value in multipliers.items() if value} | {"logits_scaling": metadata["logits_scale"]}
+
+
+GRANITE = Family("granite", "GraniteForCausalLM", _sizes, _fields, gguf=GGUF("granite", _gguf, pairs_side_by_side=True))

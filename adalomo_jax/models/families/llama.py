@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.family import GGUF, Family
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,4 +16,4 @@ def _fields(config: DecoderConfig) -> dict[str, Any]:
     return {"attention_bias": config.o_bias, "mlp_bias": config.mlp_bias}
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", _sizes, _fields, gguf="llama", pairs_side_by_side=True)
+LLAMA = Family("llama", "LlamaForCausalLM", _sizes, _fields, gguf=GGUF("llama", pairs_side_by_side=True))

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.experts import expert_fields, experts_of
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.experts import expert_fields, experts_of, gguf_experts
+from adalomo_jax.models.families.family import GGUF, Family
 
 _WINDOW = 4096
 """Hugging Face's default, if the file does not say ``null``."""
@@ -39,6 +39,7 @@ MIXTRAL = Family(
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
     },
+    gguf=GGUF("llama", gguf_experts, pairs_side_by_side=True, has_experts=True),
     tensors={
         "mlp": "block_sparse_moe",
         "gate_proj": "w1",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.family import GGUF, Family
 from adalomo_jax.models.families.rope import rope_of
 
 
@@ -38,4 +38,12 @@ def _fields(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", _sizes, _fields, {"rms_norm_eps": 1e-5}, _rope)
+def _gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    width = metadata["key_length"] or metadata["embedding_length"] // metadata["heads"]
+    return {
+        "sliding_window": metadata["window"] or None,
+        "partial_rotary_factor": (metadata["rope_dim"] or width) / width,
+    }
+
+
+PHI3 = Family("phi3", "Phi3ForCausalLM", _sizes, _fields, {"rms_norm_eps": 1e-5}, _rope, gguf=GGUF("phi3", _gguf))

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.experts import expert_fields, experts_of
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.experts import expert_fields, experts_of, gguf_experts
+from adalomo_jax.models.families.family import GGUF, Family
 from adalomo_jax.models.families.layers import layer_types, windows_of
 
 _WINDOW = 4096
@@ -70,12 +70,18 @@ def _qwen3_moe_fields(config: DecoderConfig) -> dict[str, Any]:
     return of_all | expert_fields(config, "num_experts") | of_experts | no_other_layers
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _qwen2, _window_fields, gguf="qwen2")
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _qwen3, _qwen3_fields, {"head_dim": 128})
+def _gguf_entries(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    width = metadata["expert_feed_forward_length"] or metadata["feed_forward_length"]
+    return gguf_experts(metadata) | {"moe_intermediate_size": width, "norm_topk_prob": True}
+
+
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _qwen2, _window_fields, gguf=GGUF("qwen2"))
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _qwen3, _qwen3_fields, {"head_dim": 128}, gguf=GGUF("qwen3"))
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     _qwen3_moe,
     _qwen3_moe_fields,
     {"num_experts_per_tok": 8, "num_key_value_heads": 4},
+    gguf=GGUF("qwen3moe", _gguf_entries, has_experts=True),
 )

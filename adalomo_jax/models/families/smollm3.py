@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalomo_jax.models.config import DecoderConfig
-from adalomo_jax.models.families.family import Family
+from adalomo_jax.models.families.family import GGUF, Family
 from adalomo_jax.models.families.layers import layer_types, windows_of
 
 
@@ -45,4 +45,5 @@ SMOLLM3 = Family(
     _sizes,
     _fields,
     {"rope_theta": 2e6, "tie_word_embeddings": True},
+    gguf=GGUF("smollm3", pairs_side_by_side=True),
 )
