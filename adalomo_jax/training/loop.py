@@ -15,6 +15,7 @@ from adalomo_jax.text.data import Data
 from adalomo_jax.training.checkpoints.record import Record
 from adalomo_jax.training.config import FinetuneConfig, checkpoint_interval, evaluation_interval
 from adalomo_jax.training.devices import Rows, gather, rows_here, spread, spread_batches, spread_rows
+from adalomo_jax.training.memory_use import release_freed_memory
 from adalomo_jax.training.metrics import EvaluationRow, Row, StepRow
 from adalomo_jax.training.program import Program
 
@@ -115,7 +116,7 @@ def train(
     batches, begin = _batches_from(here, config, data, start)
     reports, save_every = Reports.of(config), checkpoint_interval(config)
     if start is None:
-        eval_loss = float(program.evaluate(params, evaluation))
+        eval_loss = _evaluate(program, params, evaluation)
         on_row(EvaluationRow.of(0, eval_loss))
         _check_first(eval_loss, "the evaluation loss before training")
     watch, last, tokens = Stopwatch(), begin, config.batch_size * config.seq_len
@@ -135,7 +136,7 @@ def train(
             on_row(step_row(step, metrics, program.learning_rate(step), rate))
             last = step
         if evaluating:
-            eval_loss = float(program.evaluate(params, evaluation))
+            eval_loss = _evaluate(program, params, evaluation)
             on_row(EvaluationRow.of(step, eval_loss))
         stopped = is_asked_to_stop()
         saving = save is not None and (stopped or at_end or step % save_every == 0)
@@ -145,6 +146,13 @@ def train(
             watch.resume()
     rate = (step - begin) * tokens / watch.total if watch.total else 0.0
     return Trained(params, state, rate, step if stopped else None)
+
+
+def _evaluate(program: Program, params: Any, evaluation: Any) -> float:
+    """The evaluation loss. A CPU's memory for it goes back to the system: the step's would come on top."""
+    loss = float(program.evaluate(params, evaluation))
+    release_freed_memory()
+    return loss
 
 
 def _check_first(loss: float, name: str) -> None:

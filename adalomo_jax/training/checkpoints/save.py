@@ -23,6 +23,7 @@ from adalomo_jax.training.checkpoints.fingerprints import checksums
 from adalomo_jax.training.checkpoints.quiet import quiet
 from adalomo_jax.training.checkpoints.record import Origin, Record, sealed, unsealed
 from adalomo_jax.training.devices import is_first_process
+from adalomo_jax.training.memory_use import release_freed_memory
 
 FOLDER = "checkpoints"
 """The folder of a run's output that has its checkpoints, by step."""
@@ -41,7 +42,7 @@ class Saver:
         """Start to write a checkpoint, once the one before is written. The arrays may be donated at once.
 
         On a GPU or a TPU their bytes are in the host's memory until they are on the disk. On a CPU Orbax reads the
-        arrays where they are. JAX sees that they are in use and keeps them: the next step writes into new memory.
+        arrays where they are, and this waits until it has: a step that begins earlier would write into new memory.
 
         Raises:
             InputError: the checkpoint before could not be written.
@@ -59,6 +60,9 @@ class Saver:
                 metrics=None if loss is None else {"eval_loss": loss},
                 force=True,
             )
+            if jax.default_backend() == "cpu":
+                self._wait()
+                release_freed_memory()
 
     def wait(self) -> None:
         """Wait until everything is written. Raises as `save` does."""
