@@ -142,5 +142,6 @@ def _reason(name: str, error: Exception) -> str:
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | FileNotFoundError):
         why = "HF_HUB_OFFLINE forbids to ask" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        return f"{why}, and Hugging Face's cache {constants.HF_HUB_CACHE} does not have all of {name}"
+        cache = f"Hugging Face's cache {constants.HF_HUB_CACHE} does not have all of it"
+        return f"there is no file or folder {name}; if it is a model on the hub: {why}, and {cache}"
     return f"{name} could not be fetched ({plain(error, 200)}): give the same command again, and it goes on"

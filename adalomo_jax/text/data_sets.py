@@ -162,4 +162,6 @@ def _reason(place: str, error: Exception) -> str:
         return f"it is gated: accept its terms, then give your token by `hf auth login` or HF_TOKEN ({said})"
     if kind == "DatasetNotFoundError":
         return f"there is no file or folder {place}, and no data set of that name on the hub ({said})"
+    if isinstance(error, ConnectionError):
+        return f"there is no file or folder {place}, and if it is a data set on the hub: {said}"
     return said
