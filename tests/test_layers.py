@@ -61,14 +61,15 @@ MODULES = {
     "pretrained": [
         *("files", "json_files", "names", "source", "gguf_header", "gguf_file", "load", "checkpoint"),
         *("rust_errors", "template_process", "templates", "chat", "tokenizer", "tokenizer_json", "added_tokens"),
-        *("tokenizer_files", "gguf_tokenizer", "export", "by_name"),
+        *("tokenizer_files", "gguf_tokenizer", "export", "hub", "by_name"),
     ],
     "memory": [
         *("targets", "collectives", "usage", "compile", "estimate", "tables"),
     ],
-    "text": ["documents", "corpus", "split", "packing", "data", "batches"],
+    "text": ["records", "data_sets", "documents", "corpus", "split", "packing", "data", "batches"],
     "training": [
-        *("config", "devices", "memory_use", "metrics", "schedule", "plots", "program", "checkpoints.fingerprints"),
+        *("config", "devices", "memory_use", "metrics", "schedule", "plots", "program", "fits"),
+        "checkpoints.fingerprints",
         *(
             "checkpoints.record",
             "checkpoints.quiet",

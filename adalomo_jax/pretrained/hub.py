@@ -1,4 +1,4 @@
-"""Checkpoints by their names on Hugging Face's hub, fetched once into its cache.
+"""Names on Hugging Face's hub, and checkpoints by their names, fetched once into its cache.
 
 Its own library does the work: cache, tokens, offline mode, resumption, progress. Fetched are weights as safetensors,
 JSON, and the tokenizer's files: no code, and nothing that is unpickled.
@@ -43,7 +43,7 @@ class Download(NamedTuple):
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is of the form ``owner/model``, or ``owner/model@revision``, and no such path exists here.
+    """Whether a name is of the form ``owner/name``, or ``owner/name@revision``, and no such path exists here.
 
     >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("Qwen/Qwen3-0.6B@main"), is_hub_name("./a/b"), is_hub_name("tiny")
     (True, True, False, False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adalomo_jax.inputs import InputError
+from adalomo_jax.pretrained.hub import is_hub_name
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.run_files import is_of_run
 from adalomo_jax.text.data_sets import (
@@ -20,7 +21,6 @@ from adalomo_jax.text.data_sets import (
     Reading,
     Split,
     Splits,
-    is_on_hub,
     rows,
     splits_in_folder,
     splits_on_hub,
@@ -136,7 +136,7 @@ def list_sources(path: Path, output: Path | None = None, reading: Reading = AS_N
     except OSError as error:  # a name that is too long, links in a circle
         raise InputError(f"--data {path}: {error.strerror}") from None
     if not exists:
-        if is_on_hub(path):
+        if is_hub_name(str(path)):
             return _of_splits(splits_on_hub(path, reading))
         raise InputError(f"--data {path}: no such file or folder")
     if not path.is_dir():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,6 @@ INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 _BUILDERS = ("parquet", "json", "csv", "text", "arrow", "cache")
 """What ``datasets`` may read from the hub, and its cache. Some of its other readers unpickle."""
 _MODULES = "datasets.packaged_modules."
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
 
 
 class Reading(NamedTuple):
@@ -56,11 +53,6 @@ class Splits(NamedTuple):
 
     read: list[Split]
     others: list[Split]
-
-
-def is_on_hub(path: Path) -> bool:
-    """Whether ``--data`` names a data set on the hub, ``owner/name`` or ``owner/name@revision``, and no path here."""
-    return bool(_NAME.fullmatch(str(path))) and not os.path.lexists(path)
 
 
 def splits_in_folder(path: Path, reading: Reading) -> Splits:

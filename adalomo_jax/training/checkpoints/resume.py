@@ -11,11 +11,11 @@ from typing import Any
 
 from adalomo_jax.inputs import InputError, one_line
 from adalomo_jax.pretrained.by_name import Pretrained
+from adalomo_jax.pretrained.hub import is_hub_name
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.source import INDEX, SINGLE, SafetensorsSource
 from adalomo_jax.run_files import METRICS
 from adalomo_jax.text.data import Data
-from adalomo_jax.text.data_sets import is_on_hub
 from adalomo_jax.training.checkpoints.fingerprints import data_fingerprint
 from adalomo_jax.training.checkpoints.record import Origin, Record
 from adalomo_jax.training.checkpoints.save import FOLDER, foreign_in, read_record, restore, steps_in
@@ -52,7 +52,7 @@ def _origin(config: FinetuneConfig, model: Pretrained, data: str) -> Origin:
 
 
 def _paths(config: FinetuneConfig) -> list[str]:
-    return [str(path) if is_on_hub(path) else str(path.absolute()) for path in config.data or ()]
+    return [str(path) if is_hub_name(str(path)) else str(path.absolute()) for path in config.data or ()]
 
 
 def is_finished(folder: Path) -> bool:
