@@ -100,10 +100,10 @@ def read_corpus(
     """
     if paths is None:
         return Corpus(standard_library(), [], [], [])
-    items: dict[str, tuple[Source, list[Document | Broken | PassedOver]]] = {}
+    items: dict[tuple[str, str | None], tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
         sources = list_sources(path, output, reading)
-        keys = [source.name if source.split else os.path.realpath(source.path) for source in sources]
+        keys = [_key(source) for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
                 items[key] = source, list(_items(source, tokenizer, reading))
@@ -151,6 +151,12 @@ def list_sources(path: Path, output: Path | None = None, reading: Reading = AS_N
         return [Source(path, path.name, "dataset", split=Split(path.name, str(path), None, False))]
     unread = lambda entry: Source(entry.path, "", "unread", True, reason=entry.reason)
     return [unread(entry) if entry.reason else _found(entry.path, path) for entry in _walk(path, output)]
+
+
+def _key(source: Source) -> tuple[str, str | None]:
+    """What a source is, however it is named: the file or folder behind all links, or the split of a name on the hub."""
+    on_hub = source.split is not None and source.split.part is not None
+    return (str(source.path), source.split.part) if on_hub and source.split else (os.path.realpath(source.path), None)
 
 
 def _of_splits(splits: Splits) -> list[Source]:

@@ -103,7 +103,10 @@ def rows(split: Split, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]
             f"--data {split.place} must have the columns {FIELDS}, got {', '.join(dataset.column_names)}; say which "
             "is which with --columns, such as --columns prompt=question completion=answer"
         )
-    yield from enumerate(dataset.select_columns(columns), 1)
+    try:
+        yield from enumerate(dataset.select_columns(columns), 1)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # a file that is damaged further on
+        raise InputError(f"--data {split.place} cannot be read by datasets: {_reason(split.place, error)}") from error
 
 
 def _saved(split: Split) -> Any:

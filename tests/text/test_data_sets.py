@@ -94,3 +94,22 @@ def test_offline_it_comes_from_the_cache(served, monkeypatch):
     served.hub.asked.clear()
     assert [d.text for d in read(NAME).documents] == [d.text for d in there.documents]
     assert not served.hub.asked
+
+
+def test_folders_of_one_name_are_read_both(tmp_path):
+    for i in (1, 2):
+        rows = [{"text": f"{i} {n}"} for n in range(3)]
+        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / str(i) / "data")
+    found = read_corpus([tmp_path / str(i) / "data" for i in (1, 2, 1)], ToyTokenizer())
+    assert [document.text for document in found.documents] == [f"{i} {n}" for i in (1, 2) for n in range(3)]
+
+
+def test_a_row_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "data")
+
+    def damaged(self):
+        raise OSError("not an\nArrow file")
+
+    monkeypatch.setattr(datasets.Dataset, "__iter__", damaged)
+    with pytest.raises(InputError, match="data cannot be read by datasets: not an Arrow file"):
+        read_corpus([tmp_path / "data"], ToyTokenizer())
