@@ -33,9 +33,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format, *args):
         pass
 
-    def reply(self, status, body=b"", headers=None, *, length=None, cut=None):
+    def reply(self, status, body=b"", headers=None, *, cut=None):
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(body) if length is None else length)} | (headers or {})).items():
+        for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -43,7 +43,7 @@ from adalomo_jax.training.checkpoints.resume import (
 )
 from adalomo_jax.training.checkpoints.save import open_saver, remove_later
 from adalomo_jax.training.checkpoints.stopping import stop_requests
-from adalomo_jax.training.config import FinetuneConfig, check_options, checkpoint_interval, columns_of
+from adalomo_jax.training.config import FinetuneConfig, check_options, checkpoint_interval, columns_by_field
 from adalomo_jax.training.devices import (
     check_agreed,
     connect,
@@ -241,7 +241,7 @@ def data_of(config: FinetuneConfig, model: Pretrained, output: Path | None) -> D
             parts=parts,
             skip_bad=config.skip_bad,
             output=output,
-            reading=Reading(config.split, config.subset, columns_of(config)),
+            reading=Reading(config.split, config.subset, columns_by_field(config)),
         )
     except ValueError as error:
         raise InputError(f"--data with the tokenizer of {model.name}: {one_line(error)}") from None

@@ -10,7 +10,7 @@ from adalomo_jax.models import PRESETS, DecoderConfig, to_hugging_face
 from adalomo_jax.pretrained.checkpoint import PACKAGED, Checkpoint, open_checkpoint
 from adalomo_jax.pretrained.export import check_kept_files, copy_files, export_config
 from adalomo_jax.pretrained.gguf_tokenizer import tokenizer_of_gguf
-from adalomo_jax.pretrained.hub import Download, fetch_model, is_hub_name
+from adalomo_jax.pretrained.hub import Download, fetch_model, is_hub_name, repository_and_revision
 from adalomo_jax.pretrained.json_files import read_json
 from adalomo_jax.pretrained.load import check_tensors
 from adalomo_jax.pretrained.tokenizer import ByteTokenizer, TextTokenizer
@@ -54,7 +54,7 @@ def find_model(name: str, before_fetch: Callable[[Download], object] | None = No
             "of its embedding: they belong to different models"
         )
     label = checkpoint.path.stem if checkpoint.path.is_file() else checkpoint.path.name
-    label = name if name in PACKAGED else name.partition("@")[0].rpartition("/")[2] if on_hub else label
+    label = name if name in PACKAGED else repository_and_revision(name)[0].rpartition("/")[2] if on_hub else label
     return Pretrained(label, checkpoint.config, tokenizer, checkpoint)
 
 

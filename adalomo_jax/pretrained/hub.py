@@ -51,6 +51,16 @@ def is_hub_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not os.path.lexists(name)
 
 
+def repository_and_revision(name: str) -> tuple[str, str | None]:
+    """The parts of a name.
+
+    >>> repository_and_revision("Qwen/Qwen3-0.6B@main"), repository_and_revision("Qwen/Qwen3-0.6B")
+    (('Qwen/Qwen3-0.6B', 'main'), ('Qwen/Qwen3-0.6B', None))
+    """
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def fetch_model(name: str, before: Callable[[Download], object] | None = None) -> Path:
     """The folder of a model on the hub, in Hugging Face's cache, with the files that it lacks fetched.
 
@@ -85,9 +95,9 @@ def _snapshot(name: str, patterns: list[str], **options: Any) -> Any:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
 
-    repository, _, revision = name.partition("@")
+    repository, revision = repository_and_revision(name)
     try:
-        return snapshot_download(repository, revision=revision or None, allow_patterns=patterns, **options)
+        return snapshot_download(repository, revision=revision, allow_patterns=patterns, **options)
     except DryRunError:
         raise
     except Exception as error:
@@ -129,7 +139,7 @@ def _reason(name: str, error: Exception) -> str:
     """What an error of the hub's library means, and the way out, on one line."""
     from huggingface_hub import constants, errors
 
-    repository, _, revision = name.partition("@")
+    repository, revision = repository_and_revision(name)
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{repository}"
         return f"{name} is gated: accept its terms at {page}, then give your token by `hf auth login` or HF_TOKEN"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalomo_jax.inputs import InputError
+from adalomo_jax.pretrained.hub import repository_and_revision
 from adalomo_jax.text.records import FIELDS, columns_of
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -15,8 +16,8 @@ EVALUATION_SPLITS = ("validation", "test")
 TRAIN = "train"
 INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 """The files that ``datasets`` writes: the first two for a split, the last for several."""
-_BUILDERS = ("parquet", "json", "csv", "text", "arrow", "cache")
-"""What ``datasets`` may read from the hub, and its cache. Some of its other readers unpickle."""
+_BUILDERS = ("parquet", "json", "csv", "text", "arrow")
+"""What ``datasets`` may read from the hub. Some of its other readers unpickle."""
 _MODULES = "datasets.packaged_modules."
 
 
@@ -118,21 +119,21 @@ def _saved(split: Split) -> Any:
 def _on_hub(split: Split, reading: Reading) -> Any:
     from datasets import load_dataset
 
-    name, _, revision = split.place.partition("@")
-    return load_dataset(name, reading.subset, split=split.part, revision=revision or None)
+    repository, revision = repository_and_revision(split.place)
+    return load_dataset(repository, reading.subset, split=split.part, revision=revision)
 
 
 def _builder(name: str, reading: Reading) -> Any:
     def build() -> Any:
         from datasets import load_dataset_builder
 
-        repository, _, revision = name.partition("@")
-        return load_dataset_builder(repository, reading.subset, revision=revision or None)
+        repository, revision = repository_and_revision(name)
+        return load_dataset_builder(repository, reading.subset, revision=revision)
 
     builder = _read(name, build)
     modules = [base.__module__.removeprefix(_MODULES) for base in type(builder).__mro__]
     kind = next((name.split(".")[0] for name in modules if not name.startswith("datasets")), "other")
-    if kind not in _BUILDERS:
+    if kind not in (*_BUILDERS, "cache"):  # its own cache has what was read before
         raise InputError(f"--data {name} is made of {kind} files; {', '.join(_BUILDERS)} are read")
     return builder
 

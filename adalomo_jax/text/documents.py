@@ -12,7 +12,7 @@ from adalomo_jax.models.fields import shown
 from adalomo_jax.pretrained.chat import handed_over, text_of
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.printable import printable
-from adalomo_jax.text.records import FIELDS, KNOWN, alpaca, forms_in, messages_of_sharegpt
+from adalomo_jax.text.records import FIELDS, KNOWN, alpaca, forms_in, kind_of, messages_of_sharegpt
 
 NO_FORM = "must have one of"
 """How it is said that a record has no form, or several."""
@@ -93,7 +93,7 @@ def parse_record(line: bytes) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError("is JSON with a number of thousands of digits") from error
     if not isinstance(record, dict):
-        raise ValueError(f"must be an object with {FIELDS}, got {_kind(record)}")
+        raise ValueError(f"must be an object with {FIELDS}, got {kind_of(record)}")
     return record
 
 
@@ -181,7 +181,7 @@ def _tools(tools: Any) -> list[Mapping[str, Any]] | None:
 def _messages(messages: Any) -> list[dict[str, Any]]:
     """The messages of a conversation, checked, without fields that are None and with contents as strings."""
     if not isinstance(messages, list):
-        raise ValueError(f"messages must be a list, got {_kind(messages)}")
+        raise ValueError(f"messages must be a list, got {kind_of(messages)}")
     checked = [_message(i, message) for i, message in enumerate(messages, 1)]
     said = [message for message in checked if message["role"] == "assistant"]
     if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in said):
@@ -191,7 +191,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 
 def _message(i: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"message {i} must be an object, got {_kind(message)}")
+        raise ValueError(f"message {i} must be an object, got {kind_of(message)}")
     message = {field: value for field, value in message.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
@@ -203,7 +203,7 @@ def _message(i: int, message: Any) -> dict[str, Any]:
         content = ""
     for field, value in (("role", message.get("role")), ("content", content)):
         if not isinstance(value, str):
-            raise ValueError(f"message {i} must have a string {field}, got {_kind(value)}")
+            raise ValueError(f"message {i} must have a string {field}, got {kind_of(value)}")
     return message | {"content": content}
 
 
@@ -222,12 +222,7 @@ def _named(fields: Sequence[str]) -> str:
 def _string(record: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:
     value = record[field]
     if not isinstance(value, str):
-        raise ValueError(f"{field} must be a string, got {_kind(value)}")
+        raise ValueError(f"{field} must be a string, got {kind_of(value)}")
     if is_blank(value) and not may_be_empty:
         raise ValueError(f"{field} is empty")
     return value
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

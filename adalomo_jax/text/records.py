@@ -7,14 +7,9 @@ from typing import Any
 
 FIELDS = "text, prompt and completion, or messages"
 """A record has one of these, or one of other tools' forms."""
-FORMS = (
-    ("text",),
-    ("prompt", "completion"),
-    ("messages",),
-    ("conversations",),
-    ("instruction", "output"),
-)
-"""The fields that each form must have."""
+OURS = (("text",), ("prompt", "completion"), ("messages",))
+FORMS = (*OURS, ("conversations",), ("instruction", "output"))
+"""The fields that each form must have: ours, ShareGPT's and Alpaca's."""
 FURTHER = ("tools", "input", "system")
 """Fields that belong to some forms, and may be missing."""
 KNOWN = tuple(field for form in FORMS for field in form)
@@ -38,7 +33,7 @@ def forms_in(fields: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, ...]]
     Those of another tool do not count beside one of ours: Alpaca's own records have ``text``, too.
     """
     found = [form for form in FORMS if all(field in fields for field in form)]
-    ours = [form for form in found if form in FORMS[:3]]
+    ours = [form for form in found if form in OURS]
     return ours or found
 
 
@@ -68,11 +63,11 @@ def messages_of_sharegpt(conversations: Any, system: Any = None) -> list[dict[st
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}]
     """
     if not isinstance(conversations, list):
-        raise ValueError(f"conversations must be a list, got {type(conversations).__name__}")
+        raise ValueError(f"conversations must be a list, got {kind_of(conversations)}")
     messages = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
     for i, turn in enumerate(conversations, 1):
         if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {i} of conversations must be an object, got {type(turn).__name__}")
+            raise ValueError(f"turn {i} of conversations must be an object, got {kind_of(turn)}")
         if "role" in turn:  # some keep our form under their name
             messages.append(dict(turn))
             continue
@@ -93,10 +88,16 @@ def alpaca(record: Mapping[str, Any], *, as_chat: bool) -> dict[str, Any]:
     texts = {field: record.get(field) for field in ("instruction", "input", "output")}
     for field, value in texts.items():
         if not (isinstance(value, str) or (field == "input" and value is None)):
-            raise ValueError(f"{field} must be a string, got {type(value).__name__}")
+            raise ValueError(f"{field} must be a string, got {kind_of(value)}")
     instruction, given, output = texts["instruction"], (texts["input"] or "").strip(), texts["output"]
     if as_chat:
         user = f"{instruction}\n\n{given}" if given else instruction
         return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": output}]}
     of_input = {"context": _CONTEXT, "input": f"### Input:\n{given}\n\n"} if given else {"context": "", "input": ""}
     return {"prompt": _ALPACA.format(instruction=instruction, **of_input), "completion": output}
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "nothing"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

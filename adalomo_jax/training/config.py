@@ -214,7 +214,7 @@ def check_options(config: FinetuneConfig, model: DecoderConfig) -> None:
             raise InputError(message)
 
 
-def columns_of(config: FinetuneConfig) -> dict[str, str]:
+def columns_by_field(config: FinetuneConfig) -> dict[str, str]:
     """The columns by field that ``--columns`` names."""
     return dict(pair.split("=", 1) for pair in config.columns)
 

@@ -81,7 +81,7 @@ def test_a_connection_that_is_cut_goes_on(served):
     assert sum("GET" in line and "model.safetensors" in line for line in served.hub.asked) == 2
 
 
-def test_a_fetch_that_ended_goes_on_when_it_is_asked_for_again(served, monkeypatch):
+def test_a_fetch_that_ended_goes_on_when_it_is_asked_for_again(served):
     def fails(download):
         raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_fetched(served, capsys,
     assert "model.safetensors" not in fetched_files(served)
 
 
-def test_commands_take_the_name(served, capsys, monkeypatch):
+def test_commands_take_the_name(served, monkeypatch):
     monkeypatch.setattr("adalomo_jax.pretrained.by_name._tokenizer", lambda checkpoint: SimpleNamespace(vocab_size=96))
     said = []
     found = find_model(NAME, said.append)

@@ -55,8 +55,8 @@ def test_a_system_prompt_beside_sharegpts_turns_comes_first():
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "turn 1 of conversations must be from human, "),
         ({"conversations": ["x"]}, "turn 1 of conversations must be an object"),
         ({"conversations": "x"}, "conversations must be a list"),
-        ({"instruction": 3, "output": "x"}, "instruction must be a string, got int"),
-        ({"text": "x", "messages": CHAT}, "must have one of text, .* got text, messages|got messages, text"),
+        ({"instruction": 3, "output": "x"}, "instruction must be a string, got a number"),
+        ({"text": "x", "messages": CHAT}, "must have one of text, .*, got messages, text"),
         ({"question": "x", "answer": "y"}, "must have one of text, .*, got answer, question"),
     ],
 )

@@ -105,11 +105,10 @@ def _gguf2(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gguf3(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    base = metadata["local_rope_base"]
     return _scalar(metadata, 62) | {
         "final_logit_softcapping": metadata["logits_softcap"],
         "sliding_window": metadata["window"] or None,
-        "rope_local_base_freq": base,
+        "rope_local_base_freq": metadata["local_rope_base"],
     }
 
 
