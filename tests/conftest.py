@@ -42,9 +42,15 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Leaves the files in their order: pytest-xdist would begin the files of one long test last, alone on a core."""
+    """Leaves the files in their order: pytest-xdist would begin the files of one long test last, alone on a core.
+
+    If a worker dies, the others go on, and the test that it ran has failed. A worker in its place would wait for ever
+    with ``--dist loadfile`` (pytest-xdist 3.8).
+    """
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+        if config.option.maxworkerrestart is None:
+            config.option.maxworkerrestart = "0"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

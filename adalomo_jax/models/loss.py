@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from adalomo_jax.models.decoder import Decoder
 from adalomo_jax.models.head_loss import Head, head_loss
@@ -92,22 +92,35 @@ def _total(
     head, axes = model.head()
     how = Head(axes, model.config.logits_divisor, model.config.logits_softcap)
     width = lambda vocabulary: -(-vocabulary * chunk_size // x_BTD.shape[1])
-    mesh = None if model.batch_sharding is None else model.batch_sharding.mesh
+    of_batch = model.batch_sharding
     head_DV = head if axes == "dv" else head.T
-    cut = (None, None) if mesh is None else out_of_stream(head_DV.shape, mesh).spec
-    names = {name for name in cut if mesh is not None and name is not None and mesh.shape[name] > 1}
-    if not names:
+    rows, columns = (None, None) if of_batch is None else _axes_of_more_than_one(head_DV.shape, of_batch.mesh)
+    if of_batch is None or (rows is None and columns is None):
         return head_loss(x_BTD, head, targets_BT, weights_BT, how._replace(width=width(model.config.vocab_size)))
-    rows, columns = (name if name in names else None for name in cut)
+    of_sequences = PartitionSpec(of_batch.spec[0])
+    summed = (*_names(of_sequences[0]), *_names(columns))
 
     def of_part(x_BTD, targets_BT, weights_BT, head_DV):
         head_DV = head_DV if rows is None else jnp.asarray(gather(head_DV, 0, rows))
         here = how._replace(axes="dv", width=width(head_DV.shape[1]), over=columns)
-        return jax.lax.psum(head_loss(x_BTD, head_DV, targets_BT, weights_BT, here), tuple(names))
+        return jax.lax.psum(head_loss(x_BTD, head_DV, targets_BT, weights_BT, here), summed)
 
-    of_rows, everywhere = PartitionSpec(rows), PartitionSpec()
-    in_specs = (of_rows, of_rows, of_rows, PartitionSpec(rows, columns))
+    # Over all axes of the mesh: over some of them, XLA's CPU compiler aborts at bfloat16 (jaxlib 0.10.2, 0.12.0).
     on_parts = jax.shard_map(
-        of_part, mesh=mesh, in_specs=in_specs, out_specs=everywhere, axis_names=names, check_vma=False
+        of_part,
+        mesh=of_batch.mesh,
+        in_specs=(of_sequences, of_sequences, of_sequences, PartitionSpec(rows, columns)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
     )
     return on_parts(x_BTD, targets_BT, weights_BT, head_DV)
+
+
+def _axes_of_more_than_one(shape_DV: tuple[int, ...], mesh: Mesh | AbstractMesh) -> list[str | None]:
+    """For each axis of the head the mesh's axis that cuts it, if any does."""
+    return [name if name is not None and mesh.shape[name] > 1 else None for name in out_of_stream(shape_DV, mesh).spec]
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a mesh that an entry of a ``PartitionSpec`` names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -84,6 +85,19 @@ def test_loss_and_gradients_are_those_of_one_device(name, sizes):
     # Another attention kernel on one device differs by up to 1e-5 of the largest entry, with Gemma 3.
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.abs(a - e).max() <= 5e-5 * np.abs(e).max()
+
+
+@pytest.mark.parametrize("name", ["tiny", slow("gemma-3"), slow("qwen3-moe")])
+def test_bfloat16_has_no_sum_at_which_the_compiler_aborts(name):
+    """As XLA's does for CPUs if a ``shard_map`` runs over some axes of a mesh only."""
+    mesh, config = make_mesh(BOTH), CONFIGS[name]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 16))
+    expected, _ = loss_and_gradients(*make(config), tokens)
+    graphdef, params = make(config, batch_sharding=batch_sharding(mesh), dtype=jnp.bfloat16)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    loss, gradients = loss_and_gradients(graphdef, params, jax.device_put(tokens, batch_sharding(mesh)))
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(gradients))
+    np.testing.assert_allclose(loss, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
