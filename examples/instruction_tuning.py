@@ -55,6 +55,7 @@ def main(model="tiny"):
         seq_len=128,
         learning_rate=5e-4,
         evaluate_every=6,
+        evaluate_first=True,
         output=folder / "run",
     )
     run = finetune(options)

@@ -116,6 +116,8 @@ class FinetuneConfig:
     On a TPU it costs memory: 0.16 GB of 14.9 for llama-2-7b on a v5e. CPUs and GPUs need none for it."""
     evaluate_every: Annotated[int | None, default("a tenth of the steps")] = None
     """Steps from one evaluation to the next."""
+    evaluate_first: bool = False
+    """Evaluate before the first step, too. The training begins later by as long as an evaluation takes."""
     checkpoint_every: Annotated[int | None, default("at each evaluation")] = None
     """Steps from one checkpoint to the next. The last step writes one, too.
     A checkpoint has the weights, the optimizer and the place in the data; it goes to <output>/checkpoints.

@@ -54,8 +54,8 @@ class Reports(NamedTuple):
         return step % max(1, self.steps // 200) == 0 or self.evaluates(step)
 
     def until(self, step: int) -> list[tuple[type[Row], int]]:
-        """Kinds and steps of all rows up to a step, in their order."""
-        found: list[tuple[type[Row], int]] = [(EvaluationRow, 0)]
+        """Kinds and steps of all rows after the start, up to a step, in their order."""
+        found: list[tuple[type[Row], int]] = []
         for i in range(1, step + 1):
             found += [(StepRow, i)] * self.logs(i) + [(EvaluationRow, i)] * self.evaluates(i)
         return found
@@ -115,7 +115,7 @@ def train(
     here = rows_here(program.batch_sharding, config.batch_size)
     batches, begin = _batches_from(here, config, data, start)
     reports, save_every = Reports.of(config), checkpoint_interval(config)
-    if start is None:
+    if start is None and config.evaluate_first:
         eval_loss = _evaluate(program, params, evaluation)
         on_row(EvaluationRow.of(0, eval_loss))
         _check_first(eval_loss, "the evaluation loss before training")

@@ -53,8 +53,8 @@ class Summary(NamedTuple):
     steps: int
     skipped_steps: int
     """Steps in which something was not finite, which were not written."""
-    first_eval_loss: float
-    """Nats a token, before training."""
+    first_eval_loss: float | None
+    """Nats a token, before training; None if it was not evaluated then."""
     eval_loss: float
     """Nats a token, after the last step."""
     tokens_per_second: float
@@ -71,7 +71,7 @@ class Summary(NamedTuple):
 
 def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trained, rows: list[Row]) -> Summary:
     """The figures of a finished run; the name is the model's."""
-    evaluations = [row.eval_loss for row in rows if isinstance(row, EvaluationRow)]
+    evaluations = [row for row in rows if isinstance(row, EvaluationRow)]
     return Summary(
         model=name,
         optimizer=config.optimizer,
@@ -81,8 +81,8 @@ def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trai
         attention=program.attention,
         steps=config.steps,
         skipped_steps=int(trained.state.skipped),
-        first_eval_loss=evaluations[0],
-        eval_loss=evaluations[-1],
+        first_eval_loss=evaluations[0].eval_loss if evaluations[0].step == 0 else None,
+        eval_loss=evaluations[-1].eval_loss,
         tokens_per_second=trained.tokens_per_second,
         process_bytes=peak_bytes(),
         compiled_bytes=program.compiled_bytes,
@@ -100,7 +100,7 @@ def summary_table(summary: Summary) -> Table:
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    losses = (summary.first_eval_loss, summary.eval_loss)
+    losses = [loss for loss in (summary.first_eval_loss, summary.eval_loss) if loss is not None]
     table.add_row("evaluation loss (nats a token)", " to ".join(f"{loss:.3f}" for loss in losses))
     table.add_row("evaluation perplexity", " to ".join(f"{perplexity(loss):.2f}" for loss in losses))
     table.add_row("training tokens a second", f"{summary.tokens_per_second:,.0f}")

@@ -143,7 +143,7 @@ def test_a_model_whose_loss_is_not_finite_is_not_trained(command, tmp_path, caps
     build = run_module.build_program
     broken = lambda *args, **options: build(*args, **options)._replace(evaluate=lambda *_: np.float32("nan"))
     monkeypatch.setattr(run_module, "build_program", broken)
-    said = refused(capsys, command)
+    said = refused(capsys, [*command, "--evaluate-first"])
     assert "the evaluation loss before training is nan: the model's weights or sizes" in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 0, "eval_loss": None, "perplexity": None}]

@@ -70,10 +70,13 @@ def weights(folder):
 
 
 def test_a_run_goes_on_to_the_same_bits(killed, finished, command, capsys):
+    """With an evaluation before its first step, too, though the options need not say so again."""
+    path, first = killed / "metrics.jsonl", {"step": 0, "eval_loss": 5.5, "perplexity": 244.7}
+    path.write_text(json.dumps(first) + "\n" + path.read_text())
     main([*command, "--output", str(killed), "--resume"])
     assert "continuing after step 5\n" in capsys.readouterr().out
     assert weights(killed) == weights(finished)
-    assert rows(killed) == rows(finished) and len(rows(finished)) == 2 * STEPS + 1
+    assert rows(killed) == [first, *rows(finished)] and len(rows(finished)) == 2 * STEPS
     assert steps_in(killed) == steps_in(finished) == [4, 5, 6]
 
 

@@ -26,7 +26,7 @@ from adalomo_jax.training.schedule import peak_learning_rate, warmup_steps
 
 FREE = (
     *("fused", "attention", "mesh", "coordinator", "processes", "process"),
-    *("checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
+    *("evaluate_first", "checkpoint_every", "keep", "resume", "resume_step", "output", "find_lr"),
     *("model", "data", "split", "subset", "columns", "skip_bad"),
 )
 """Options that may differ when a run continues: they change only rounding, or `Origin` has what they led to."""
@@ -167,7 +167,8 @@ def earlier_rows(config: FinetuneConfig, folder: Path, start: Record | None) -> 
         rows = [row for row in read_rows(path) if row.step <= start.step]
     except ValueError as error:
         raise InputError(f"{one_line(error)}; remove what is broken there, and give the same command again") from None
-    found, due = [(type(row), row.step) for row in rows], Reports.of(config).until(start.step)
+    found, first = [(type(row), row.step) for row in rows], [(EvaluationRow, 0)]
+    due = (first if found[:1] == first else []) + Reports.of(config).until(start.step)
     if found != due:
         at = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, due)) if x != y)
         name = lambda row: f"the {'evaluation' if row[0] is EvaluationRow else 'row'} of step {row[1]}"
