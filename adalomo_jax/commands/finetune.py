@@ -242,6 +242,7 @@ def data_of(config: FinetuneConfig, model: Pretrained, output: Path | None) -> D
             skip_bad=config.skip_bad,
             output=output,
             reading=Reading(config.split, config.subset, columns_by_field(config)),
+            before_fetch=lambda download: print(download, file=sys.stderr),
         )
     except ValueError as error:
         raise InputError(f"--data with the tokenizer of {model.name}: {one_line(error)}") from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from adalomo_jax.inputs import InputError, batch_parts, check_preset, default, mesh_sizes, one_line
+from adalomo_jax.pretrained.hub import fetch_sizes, is_hub_name
 from adalomo_jax.rules import HELP, Optimizer
 from adalomo_jax.training.config import Weights
 from adalomo_jax.training.output_folder import check_picture
@@ -32,7 +33,7 @@ class MemoryConfig:
     llama-3.1-8b, llama-3.1-70b, llama-3.2-1b, llama-3.2-3b, mistral-7b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b,
     qwen3-14b, qwen3-32b, qwen3-30b-a3b, mixtral-8x7b, gemma-2-2b, gemma-2-9b, gemma-3-1b, gemma-3-4b, gemma-3-12b,
     gemma-3-27b, phi-4-mini, phi-4, olmo-2-7b or granite-3-8b.
-    Or a file: a config.json in Hugging Face's format."""
+    Or a file: a config.json in Hugging Face's format. Or a name on the hub: Qwen/Qwen3-0.6B."""
     device: Literal["tpu-v5e", "tpu-v5p", "tpu-v6e", "h100", "rtx-4090", "rtx-4070", "cpu"] = "tpu-v5e"
     """The chip to compile for; cpu is this machine's."""
     batch_size: int = 1
@@ -101,17 +102,18 @@ def check_memory_options(config: MemoryConfig) -> None:
 
 
 def model_sizes(name: str, presets: Mapping[str, DecoderConfig]) -> DecoderConfig:
-    """The sizes of a preset, or of a ``config.json``."""
+    """The sizes of a preset, of a ``config.json``, or of a model on the hub."""
     path = Path(name)
     if name in presets:
         return presets[name]
-    if path.suffix != ".json":
-        check_preset(name, list(presets), or_file="or the path of a config.json")
+    on_hub = is_hub_name(name)
+    if path.suffix != ".json" and not on_hub:
+        check_preset(name, list(presets), or_file="the path of a config.json, or owner/model on the hub")
     from adalomo_jax.models import from_hugging_face
     from adalomo_jax.pretrained.json_files import read_json
 
     try:
-        return from_hugging_face(read_json(path), name)
+        return from_hugging_face(fetch_sizes(name) if on_hub else read_json(path), name)
     except ValueError as error:
         raise InputError(f"--model {one_line(error)}") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,13 @@ class Download(NamedTuple):
     """What is about to be fetched. It prints in one line."""
 
     name: str
-    config: Mapping[str, Any]
-    """The contents of ``config.json``."""
     missing_bytes: int
     """Bytes of the files that the cache lacks."""
     total_bytes: int
     folder: Path
     """The cache."""
+    config: Mapping[str, Any] = {}
+    """The contents of ``config.json``, of a model."""
 
     def __str__(self) -> str:
         part = "" if self.missing_bytes == self.total_bytes else f" of {self.total_bytes / 1e9:.2f}"
@@ -86,8 +86,49 @@ def fetch_model(name: str, before: Callable[[Download], object] | None = None) -
         files: Any = _snapshot(name, everything, tqdm_class=_no_bar(), dry_run=True)
     except DryRunError:  # the hub cannot be reached
         return Path(_snapshot(name, everything, local_files_only=True))
-    _check(name, Path(folder), files, Path(constants.HF_HUB_CACHE), before)
+    _check(name, Path(folder), files, before)
     return Path(_snapshot(name, everything))
+
+
+def fetch_sizes(name: str) -> Mapping[str, Any]:
+    """The contents of ``config.json`` of a model on the hub. Nothing else is fetched.
+
+    Raises:
+        ValueError: as `fetch_model` does.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(_snapshot(name, [_SIZES], local_files_only=constants.HF_HUB_OFFLINE, tqdm_class=_no_bar()))
+    if not (folder / _SIZES).exists():
+        raise ValueError(f"{name} has no {_SIZES}: it is no model of transformers")
+    return read_json(folder / _SIZES)
+
+
+def check_data_set(
+    name: str, files: Sequence[str], written_bytes: int | None, before: Callable[[Download], object] | None = None
+) -> None:
+    """Raises ValueError if the disk has no room for a data set on the hub. Fetches nothing.
+
+    Args:
+        name: ``owner/data`` or ``owner/data@revision``.
+        files: the paths of its files there.
+        written_bytes: what `datasets` will make of them, beside them; None for as much again.
+        before: is called if files are missing; it may raise.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import DryRunError
+
+    if constants.HF_HUB_OFFLINE or not files:
+        return
+    try:
+        found: Any = _snapshot(name, list(files), repo_type="dataset", tqdm_class=_no_bar(), dry_run=True)
+    except DryRunError:  # the hub cannot be reached
+        return
+    download = _download(name, found)
+    if download.missing_bytes:
+        _check_room(download, download.missing_bytes if written_bytes is None else written_bytes)
+        if before is not None:
+            before(download)
 
 
 def _snapshot(name: str, patterns: list[str], **options: Any) -> Any:
@@ -115,24 +156,37 @@ def _no_bar() -> type:
     return NoBar
 
 
-def _check(name: str, folder: Path, files: list[Any], cache: Path, before: Callable[[Download], object] | None) -> None:
+def _check(name: str, folder: Path, files: list[Any], before: Callable[[Download], object] | None) -> None:
     """Refuses what cannot be used, or has no room, before its weights are fetched."""
     names = {file.filename for file in files}
     if _SIZES not in names:
         raise ValueError(f"{name} has no {_SIZES}: it is no model of transformers")
     if not any(file.endswith(".safetensors") for file in names):
         raise ValueError(f"{name} has no weights as safetensors; other formats are not read")
+    download = _download(name, files)
+    _check_room(download)
+    if download.missing_bytes and before is not None:
+        before(download._replace(config=read_json(folder / _SIZES)))
+
+
+def _download(name: str, files: list[Any]) -> Download:
+    """What these files of a dry run mean."""
+    from huggingface_hub import constants
+
     missing = sum(file.file_size or 0 for file in files if file.will_download)
+    return Download(name, missing, sum(file.file_size or 0 for file in files), Path(constants.HF_HUB_CACHE))
+
+
+def _check_room(download: Download, beside: int = 0) -> None:
+    """Raises ValueError if the disk has no room for what is missing, and for as many bytes beside it."""
+    needed, cache = download.missing_bytes + beside, download.folder
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if missing + _SPARE > free:
+    if needed + _SPARE > free:
         raise ValueError(
-            f"{name} takes {missing / 1e9:.2f} GB, and {cache} has {free / 1e9:.2f} GB free: make room, or name "
-            "another folder in HF_HUB_CACHE"
+            f"{download.name} takes {needed / 1e9:.2f} GB, and {cache} has {free / 1e9:.2f} GB free: make room, or "
+            "name another folder in HF_HUB_CACHE"
         )
-    if missing and before is not None:
-        total = sum(file.file_size or 0 for file in files)
-        before(Download(name, read_json(folder / _SIZES), missing, total, cache))
 
 
 def _reason(name: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from adalomo_jax.inputs import InputError
-from adalomo_jax.pretrained.hub import is_hub_name
+from adalomo_jax.pretrained.hub import Download, is_hub_name
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.run_files import is_of_run
 from adalomo_jax.text.data_sets import (
@@ -80,7 +80,11 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(
-    paths: Iterable[Path] | None, tokenizer: Tokenizer, output: Path | None = None, reading: Reading = AS_NAMED
+    paths: Iterable[Path] | None,
+    tokenizer: Tokenizer,
+    output: Path | None = None,
+    reading: Reading = AS_NAMED,
+    before_fetch: Callable[[Download], object] | None = None,
 ) -> Corpus:
     """All documents of the paths, each file once, in the order given, folders in the order of their names.
 
@@ -94,6 +98,7 @@ def read_corpus(
         tokenizer: its chat template is applied to conversations.
         output: the folder that is being written. It is passed over, whatever it holds.
         reading: which part of a data set is read, and which fields of a record.
+        before_fetch: is called before files of a data set are fetched, if any are missing; it may raise.
 
     Raises:
         InputError: a path is missing, unreadable, empty, compressed or not text in UTF-8.
@@ -102,7 +107,7 @@ def read_corpus(
         return Corpus(standard_library(), [], [], [])
     items: dict[tuple[str, str | None], tuple[Source, list[Document | Broken | PassedOver]]] = {}
     for path in paths:
-        sources = list_sources(path, output, reading)
+        sources = list_sources(path, output, reading, before_fetch)
         keys = [_key(source) for source in sources]
         for key, source in zip(keys, sources):
             if key not in items:
@@ -129,7 +134,12 @@ def standard_library() -> list[Document]:
     return documents
 
 
-def list_sources(path: Path, output: Path | None = None, reading: Reading = AS_NAMED) -> list[Source]:
+def list_sources(
+    path: Path,
+    output: Path | None = None,
+    reading: Reading = AS_NAMED,
+    before_fetch: Callable[[Download], object] | None = None,
+) -> list[Source]:
     """The sources that a path of ``--data`` stands for. Reads no documents. Raises InputError if it does not exist."""
     try:
         exists = path.exists()
@@ -137,7 +147,7 @@ def list_sources(path: Path, output: Path | None = None, reading: Reading = AS_N
         raise InputError(f"--data {path}: {error.strerror}") from None
     if not exists:
         if is_hub_name(str(path)):
-            return _of_splits(splits_on_hub(path, reading))
+            return _of_splits(splits_on_hub(path, reading, before_fetch))
         raise InputError(f"--data {path}: no such file or folder")
     if not path.is_dir():
         if not path.is_file():

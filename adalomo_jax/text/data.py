@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from adalomo_jax.inputs import InputError
+from adalomo_jax.pretrained.hub import Download
 from adalomo_jax.pretrained.tokenizer import Tokenizer
 from adalomo_jax.text.corpus import read_corpus
 from adalomo_jax.text.data_sets import AS_NAMED, Reading
@@ -98,6 +99,7 @@ def load_data(
     skip_bad: bool = False,
     output: Path | None = None,
     reading: Reading = AS_NAMED,
+    before_fetch: Callable[[Download], object] | None = None,
 ) -> Data:
     """Read, split, tokenize and pack the paths' documents, or the standard library's sources.
 
@@ -109,13 +111,14 @@ def load_data(
         skip_bad: leave out broken records; the report counts them and names the first.
         output: the run's own folder, which is passed over.
         reading: which part of a data set is read, and which fields of a record.
+        before_fetch: as ``read_corpus`` takes it.
 
     Raises:
         InputError: a path cannot be used; there are broken records, listed for all files at once, unless they are
             skipped; or the text is too short for one training sequence, or for one evaluation sequence per part.
         ValueError: the tokenizer has tokens that are not in its vocabulary.
     """
-    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output, reading)
+    documents, evaluation, broken, passed_over = read_corpus(paths, tokenizer, output, reading, before_fetch)
     if broken and not skip_bad:
         no_form = any(one.reason.startswith(NO_FORM) for one in broken)
         columns = " name their fields with --columns," if no_form else ""

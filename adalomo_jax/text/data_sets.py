@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adalomo_jax.inputs import InputError
-from adalomo_jax.pretrained.hub import repository_and_revision
+from adalomo_jax.pretrained.hub import Download, check_data_set, repository_and_revision
 from adalomo_jax.text.records import FIELDS, columns_of
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -68,10 +68,15 @@ def splits_in_folder(path: Path, reading: Reading) -> Splits:
     return _chosen(splits, of, str(path), reading, "give one of its folders, or --split")
 
 
-def splits_on_hub(path: Path, reading: Reading) -> Splits:
-    """The splits of a data set on the hub. Raises InputError if there is no such data set, or none to train on."""
+def splits_on_hub(path: Path, reading: Reading, before: Callable[[Download], object] | None = None) -> Splits:
+    """The splits of a data set on the hub; ``before`` is called if its files have to be fetched.
+
+    Raises:
+        InputError: there is no such data set, or none to train on, or the disk has no room for it.
+    """
     name = str(path)
     builder = _builder(name, reading)
+    _read(name, lambda: check_data_set(name, _files(name, builder), builder.info.dataset_size, before))
     splits = [str(split) for split in builder.info.splits or builder.config.data_files or [_to_train(reading)]]
     of = lambda split: Split(f"{name}/{split}", name, split, split != _to_train(reading))
     return _chosen(splits, of, name, reading, "name one with --split")
@@ -136,6 +141,13 @@ def _builder(name: str, reading: Reading) -> Any:
     if kind not in (*_BUILDERS, "cache"):  # its own cache has what was read before
         raise InputError(f"--data {name} is made of {kind} files; {', '.join(_BUILDERS)} are read")
     return builder
+
+
+def _files(name: str, builder: Any) -> list[str]:
+    """The paths of the files of a data set, within it."""
+    urls = [str(url) for of_split in (builder.config.data_files or {}).values() for url in of_split]
+    start = f"hf://datasets/{repository_and_revision(name)[0]}@"
+    return [url.removeprefix(start).partition("/")[2] for url in urls if url.startswith(start)]
 
 
 def _read(place: str, read: Any) -> Any:

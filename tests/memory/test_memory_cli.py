@@ -173,7 +173,7 @@ def test_a_hugging_face_config(capsys, tmp_path):
     ("options", "message"),
     [
         ("--model llama-2-7", "did you mean llama-2-7b? presets: tiny,"),
-        ("--model llama-2-7", "or the path of a config.json"),
+        ("--model llama-2-7", "the path of a config.json, or owner/model on the hub"),
         ("--model missing.json", "--model missing.json cannot be read: "),
         ("--model broken.json", "--model broken.json cannot be read: Expecting"),
         ("--model gpt2.json", "--model gpt2.json: model_type must be one of llama"),

@@ -67,6 +67,16 @@ def test_it_is_the_model_and_is_fetched_once(served):
     assert not fetched_files(served) and len(said) == 1
 
 
+def test_memory_is_told_of_a_model_whose_sizes_alone_are_fetched(served, capsys):
+    main(["memory", "--model", NAME, "--device", "cpu", "--estimate", "--json"])
+    weights = sum(w.size for w in jax.tree.leaves(PARAMS))
+    assert json.loads(capsys.readouterr().out)["params_bytes"] == 2 * weights
+    assert fetched_files(served) == {"config.json"}
+    with pytest.raises(SystemExit):
+        main(["memory", "--model", "some/typo"])
+    assert "no file or folder some/typo, and no model of that name on" in capsys.readouterr().err
+
+
 def test_a_revision_is_fetched_by_its_name(served):
     commit = served.hub.commit("models", NAME).hexdigest()
     assert hub.fetch_model(f"{NAME}@{commit}").name == commit

@@ -1,5 +1,6 @@
 """Data sets on a hub are read by their names: splits, subsets, columns, and errors on one line."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +53,26 @@ def served(tmp_path_factory):
         datasets.enable_progress_bars()
 
 
-def read(name, **reading):
-    return read_corpus([Path(name)], ToyTokenizer(), reading=Reading(**reading))
+def read(name, before_fetch=None, **reading):
+    return read_corpus([Path(name)], ToyTokenizer(), reading=Reading(**reading), before_fetch=before_fetch)
+
+
+def test_what_it_takes_is_said_before_it_is_fetched_and_needs_room(served, monkeypatch):
+    files = ["train.parquet", "test.parquet", "extra.parquet"]
+    sizes = [(served.hub.root / "datasets" / NAME / file).stat().st_size for file in files]
+    is_fetch = lambda line: line.startswith("GET") and "/resolve/" in line and line.endswith(".parquet")
+    fetched = lambda: any(map(is_fetch, served.hub.asked))
+    usage = shutil.disk_usage("/")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30 + sum(sizes)))
+        with pytest.raises(InputError, match=f"{NAME} takes 0.00 GB, and .* has 1.07 GB free: make room"):
+            read(NAME)
+    assert not fetched()
+    said = []
+    read(NAME, lambda download: said.append((download.name, download.missing_bytes, fetched())))
+    assert said == [(NAME, sum(sizes), False)] and fetched()
+    read(NAME, said.append)
+    assert len(said) == 1
 
 
 def test_splits_to_train_and_to_evaluate_on_are_read(served):
