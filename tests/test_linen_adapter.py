@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 from adalomo_jax.linen import TrainState
@@ -100,7 +101,7 @@ def test_equals_fuse_and_its_unfused_twin():
         )
 
 
-@pytest.mark.parametrize("skips_a_step", [False, True])
+@pytest.mark.parametrize("skips_a_step", [slow(False), True])
 def test_equals_an_optax_loop(skips_a_step):
     state, batch_stats, _ = run(*start("adamw"), 4)
     tx, (params, stats) = TRANSFORMATIONS["adamw"], variables()

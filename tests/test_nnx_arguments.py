@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiers import slow
 
 from adalomo_jax.nnx import FusedOptimizer
 
@@ -79,7 +80,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, nnx.jit(donate_argnums=(0, 1))], ids=["alone", "in nnx.jit"])
+@pytest.mark.parametrize("jit", [lambda f: f, slow(nnx.jit(donate_argnums=(0, 1)))], ids=["alone", "in nnx.jit"])
 def test_keys_metrics_batch_norms_and_attributes_go_on_as_in_nnx(jit):
     theirs, batch = make()
     expected = run(plain(loss_fn), theirs, nnx.Optimizer(theirs, TX, wrt=nnx.Param), batch)

@@ -137,6 +137,7 @@ def test_orbax_saves_no_layers_in_stacks(stacked, tmp_path):
         checkpointer.save(tmp_path / "model", nnx.state(stacked))
 
 
+@pytest.mark.slow
 def test_saved_and_restored_it_repeats_the_same_bits():
     model, optimizer = make()
     run = lambda model, optimizer: [float(optimizer.step(model, X).loss) for _ in range(2)]
@@ -196,7 +197,8 @@ def test_layers_are_copied_a_stack_at_a_time(monkeypatch):
     assert len(seen) == 2 * 4 and 0.9 * largest < max(seen) < 1.2 * largest
 
 
-@pytest.mark.parametrize("unplaced", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("unplaced", [False, True])
 def test_what_is_written_between_the_steps_counts(unplaced):
     """The next step uses the weights written to all layers or to one, whether the layers are stacked or not."""
     model, optimizer = make()
@@ -214,6 +216,7 @@ def test_what_is_written_between_the_steps_counts(unplaced):
     assert_equal(model, reference.model)
 
 
+@pytest.mark.slow
 def test_is_part_of_the_users_jit():
     """Arrays go in and come out."""
     train = nnx.jit(lambda model, optimizer, x: optimizer.step(model, x).loss)
@@ -309,6 +312,7 @@ def test_layers_are_spread_as_they_were(axis_type):
     assert_equal(model, reference.model)
 
 
+@pytest.mark.slow
 def test_a_tx_of_which_a_layer_is_treated_otherwise():
     """The layer stays out of the stacks and can be read."""
     labels = lambda tree: jax.tree_util.tree_map_with_path(

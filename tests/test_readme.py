@@ -23,9 +23,10 @@ def blocks(language, path=README):
 
 
 PYTHON = [(path, code) for path in DOCS for code in blocks("python", path)]
+CASES = [pytest.param(*x, id=x[0].name, marks=() if x[0] == README else pytest.mark.slow) for x in PYTHON]
 
 
-@pytest.mark.parametrize(("path", "code"), PYTHON, ids=[path.name for path, _ in PYTHON])
+@pytest.mark.parametrize(("path", "code"), CASES)
 def test_python_block_runs(path, code):
     exec(compile(code, path.name, "exec"), {"__name__": "readme"})
 

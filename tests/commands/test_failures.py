@@ -45,7 +45,7 @@ ERRORS = [errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno
 
 
 @pytest.mark.parametrize("number", [ERRORS[0], *map(slow, ERRORS[1:])], ids=lambda number: errno.errorcode[number])
-@pytest.mark.parametrize("of", ["append_row", "export_params", "write_whole"])
+@pytest.mark.parametrize("of", ["append_row", slow("export_params"), slow("write_whole")])
 def test_a_write_that_fails_is_one_line_and_the_run_goes_on(of, number, command, tmp_path, capsys, monkeypatch):
     """The first write fails: that of a row, of the weights, or of the summary."""
 

@@ -92,7 +92,7 @@ def differing(a, b):
 
 CASES = [
     ("bf16+8", {"loss": "cast"}),
-    ("int8 everywhere", {"microbatches": 2, "max_grad_norm": 0.1}),
+    slow("int8 everywhere", {"microbatches": 2, "max_grad_norm": 0.1}),
     slow("int8", {}),
     slow("int8", {"offload": ("params", "activations")}),
     slow("int8", {"loss": "second axis"}),
@@ -183,7 +183,8 @@ def test_frozen_weights_keep_every_bit():
     assert not np.allclose(results[0]["b"], 0)
 
 
-@pytest.mark.parametrize("first", ["encode", slow("place")])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["encode", "place"])
 def test_layers_in_a_list(first):
     found = MODELS["plain, remat layer"]()
     step = fuse_lists(found.loss_fn, adalomo(1e-2))
@@ -205,6 +206,7 @@ def test_layers_in_a_list(first):
     np.testing.assert_allclose(jax.jit(step.loss)(params, *data(0)), found.loss_fn(floats(list_of), *data(0)), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_in_another_form_stays_by_itself():
     found = MODELS["plain, remat layer"]()
     params = int8(found.params, block=4, where=lambda path: path.endswith("up") and "layers/3" not in path)
@@ -215,7 +217,7 @@ def test_a_layer_in_another_form_stays_by_itself():
 
 
 @pytest.mark.parametrize(
-    ("loss", "microbatches"), [("scan", 2), ("cast", None), slow("second axis", None), slow("second axis", 2)]
+    ("loss", "microbatches"), [("scan", 2), slow("cast", None), slow("second axis", None), slow("second axis", 2)]
 )
 def test_the_loss_alone(loss, microbatches):
     step = fuse(LOSSES[loss], adalomo(1e-2), microbatches=microbatches)
@@ -276,6 +278,7 @@ def test_no_floats_of_a_stack_exist(form):
     assert temporaries(24) - temporaries(4) < 20 * (saved + 0.05 * one_layer)
 
 
+@pytest.mark.slow
 def test_layers_after_blocks_on_the_first_axis():
     """The layer axis lies behind the axis of the blocks: a layer is then described anew."""
     loss = lambda params, x: jnp.mean(

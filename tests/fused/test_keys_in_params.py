@@ -37,7 +37,7 @@ PLAIN, TWO_PASSES = {}, {"microbatches": 2, "max_grad_norm": 0.5}
 
 @pytest.mark.parametrize(
     ("keys", "options"),
-    [("one", PLAIN), ("one a layer", TWO_PASSES), ("two a layer", PLAIN)]
+    [slow("one", PLAIN), ("one a layer", TWO_PASSES), slow("two a layer", PLAIN)]
     + [slow("one", TWO_PASSES), slow("one a layer", PLAIN), slow("two a layer", TWO_PASSES)],
     ids=lambda x: x if isinstance(x, str) else "two passes" if x else "plain",
 )

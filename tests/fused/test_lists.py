@@ -150,6 +150,7 @@ CASES = {
 
 
 SLOW = ["two left over", "another derivative", "another parameter of an operation", "another order in a checkpoint"]
+SLOW += ["two alike", "another operation", "tied"]
 SLOW += ["another value", "another constant", "a period with a remainder", "a list of arrays of several kinds"]
 """The other cases say why by the same comparisons."""
 

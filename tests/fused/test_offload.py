@@ -100,7 +100,7 @@ def test_is_updated_in_place():
     assert len(matrices) == 3 and copies_of_stacks(compiled, matrices) == []
 
 
-@pytest.mark.parametrize("microbatches", [None, 2])
+@pytest.mark.parametrize("microbatches", [slow(None), 2])
 def test_saved_layer_inputs_are_on_the_host(microbatches):
     saved = {}
     for offload in (None, "activations"):
@@ -111,6 +111,7 @@ def test_saved_layer_inputs_are_on_the_host(microbatches):
     assert saved == {None: False, "activations": True}
 
 
+@pytest.mark.slow
 def test_shapes_are_described():
     step = fuse(make_loss(), adalomo(1e-2), offload="params")
     params = init_params(3)
@@ -132,6 +133,7 @@ def test_place_moves_back_what_belongs_on_the_device():
     assert_equal(back, params)
 
 
+@pytest.mark.slow
 def test_stacks_stay_spread_over_devices():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     spread = lambda params: jax.tree.map(

@@ -68,8 +68,7 @@ ACCEPTED: dict[str, Callable[[], optax.GradientTransformation]] = {
     "centralize": lambda: optax.chain(optax.centralize(), optax.trace(0.9), optax.scale_by_learning_rate(LR)),
 }
 ALWAYS = [
-    *("adafactor", "adamw", "novograd", "sm3", "contrib.muon", "contrib.reduce_on_plateau"),
-    *("MultiSteps", "inject_hyperparams", "masked by path", "clips each tensor"),
+    *("adafactor", "adamw", "contrib.muon", "contrib.reduce_on_plateau", "MultiSteps", "inject_hyperparams"),
 ]
 """These differ in what they keep, what they ask for, and which parts of a tensor they look at."""
 MIXES = "tx mixes leaves: the update of 'a' depends on the gradient of"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from language_model import batch, init_params, make_loss
+from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -89,7 +90,7 @@ def test_planning_computes_nothing():
     assert plan_of(make_loss(), shapes, tokens) == plan_of(make_loss(), init_params(4), batch())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 def test_gradient_bytes(tied):
     """If tied, the embedding's gradient waits for the layers. If not, the head's is gone before the layers begin."""
     params = init_params(4, dim=16, hidden=24, vocab=32, tied=tied)

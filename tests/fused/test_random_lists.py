@@ -59,7 +59,7 @@ def rolled_at_least(loop):
 
 @seed(int(os.environ.get("RANDOM_SEED", "0")))
 @settings(
-    max_examples=int(EXAMPLES or 4),
+    max_examples=int(EXAMPLES or 2),
     derandomize=EXAMPLES is None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     deadline=None,

@@ -173,7 +173,7 @@ _TANH = Stack("matrix", "tanh")
 @found(Scan(1, (_TANH,), carry=frozenset({"accumulator"}), again=True), microbatches=2)
 @seed(SEED)
 @settings(
-    max_examples=int(EXAMPLES or 6),
+    max_examples=int(EXAMPLES or 3),
     phases=[phase for phase in Phase if EXAMPLES or phase != Phase.shrink],  # shrinking compiles for minutes
     derandomize=EXAMPLES is None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.lax import scan
+from tiers import always
 
 from adalomo_jax import fuse, lomo
 
@@ -69,7 +70,7 @@ def assert_gradients(found, expected):
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", BY_LAYER)
+@pytest.mark.parametrize("name", always(BY_LAYER, ["a sum of squares", "the norm of all", "of rows, on another axis"]))
 def test_layers_are_updated_one_by_one(name):
     loss = BY_LAYER[name]
     step = fuse(loss, lomo(1.0), strict=True)

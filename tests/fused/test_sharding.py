@@ -39,7 +39,7 @@ def on_mesh(spread, axis_type, rule, **options):
 
 PAIRS = [
     ("fsdp", "automatic", "adalomo"),
-    ("fsdp and tensor", "explicit", "adalomo"),
+    slow("fsdp and tensor", "explicit", "adalomo"),
     slow("data", "explicit", "lomo"),
     slow("tensor", "automatic", "lomo"),
     slow("data", "automatic", "adalomo"),

@@ -36,7 +36,7 @@ RULES = {
 
 @pytest.mark.parametrize(
     ("rule", "dtype"),
-    [("adalomo", "bfloat16"), ("adamw", "float16"), ("lomo", "bfloat16")]
+    [("adalomo", "bfloat16"), slow("adamw", "float16"), slow("lomo", "bfloat16")]
     + [slow("adalomo", "float16"), slow("adamw", "bfloat16"), slow("lomo", "float16")],
 )
 def test_the_mean_movement_is_the_intended_one(rule, dtype):

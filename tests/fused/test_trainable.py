@@ -46,7 +46,7 @@ def frozen_by_optax(tx, chosen):
     return optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)
 
 
-@pytest.mark.parametrize("choice", always(CHOICES, ["a tree", "a predicate"]))
+@pytest.mark.parametrize("choice", always(CHOICES, ["a predicate"]))
 def test_equals_optax_with_the_rest_set_to_zero(choice):
     params = init_params(3)
     trainable = CHOICES[choice](params)
@@ -147,6 +147,7 @@ def test_a_frozen_stack_is_neither_copied_nor_cast():
     assert many.alias_size_in_bytes >= tree_bytes(params)
 
 
+@pytest.mark.slow
 @pytest.mark.uncached
 def test_a_stack_that_the_loss_itself_casts_as_a_whole_is_seen():
     cast = lambda p: p | {"layers0": jax.tree.map(lambda x: x.astype(jnp.float32)[::-1], p["layers0"])}
@@ -164,6 +165,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trainable"),
     [("multi_transform", lambda path: path != "norm"), slow("masked", None), slow("multi_transform", None)]

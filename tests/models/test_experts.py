@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow
 
 from adalomo_jax.models.experts import Experts, _Rows, choose, mixture
 from adalomo_jax.models.mixture import Balance, balancing_loss
@@ -58,7 +59,7 @@ def test_an_experts_gradient_is_rounded_once():
     assert jnp.abs(found - exact).max() < 2**-8 * jnp.abs(exact).max()
 
 
-@pytest.mark.parametrize(("experts", "most"), [(128, 8), (8, 2), (60, 4)])
+@pytest.mark.parametrize(("experts", "most"), [slow(128, 8), slow(8, 2), (60, 4)])
 def test_few_rows_are_computed_in_vain(experts, most):
     logits_NE = jnp.asarray(np.random.default_rng(0).normal(size=(2048, experts)), jnp.float32)
     expert_NK, weight_NK, _ = choose(logits_NE, most, normalized=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow
 
 from adalomo_jax.models.head_loss import Head, head_loss, tile_width
 
@@ -48,7 +49,7 @@ def test_value_and_gradients_are_those_of_the_equations(vocabulary, options, axe
         np.testing.assert_allclose(ours, 2 * theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("vocabulary", [512, 700])
+@pytest.mark.parametrize("vocabulary", [slow(512), 700])
 def test_the_gradient_of_a_bfloat16_head_is_rounded_once(vocabulary):
     """Tiles change none of its bits, whatever their width. A sum over parts of the tokens would round each time."""
     x, head, targets, weights = inputs(vocabulary, "dv", jnp.bfloat16)

@@ -48,9 +48,9 @@ def value_and_gradient(loss, config, *args, **options):
     ("chunk_size", "mask", "tied"),
     [
         pytest.param(7, None, False, id="padded", marks=pytest.mark.slow),
-        pytest.param(7, MASK, False, id="padded, masked"),
+        pytest.param(7, MASK, False, id="padded, masked", marks=pytest.mark.slow),
         pytest.param(1, MASK.astype(bool), True, id="single positions, masked, tied"),
-        pytest.param(256, None, True, id="one chunk, tied"),
+        pytest.param(256, None, True, id="one chunk, tied", marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_direct_loss(chunk_size, mask, tied):

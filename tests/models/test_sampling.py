@@ -105,6 +105,7 @@ def test_after_the_end_token_there_is_nothing_else(model):
     assert not np.array_equal(ended, free)
 
 
+@pytest.mark.slow
 def test_each_of_several_tokens_ends_a_sequence(model):
     free = np.asarray(generate(model, PROMPT, 12, key=jax.random.key(0), temperature=2.0))
     eos = (int(free[0, 6]), int(free[1, 5]))

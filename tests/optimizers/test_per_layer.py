@@ -123,7 +123,7 @@ def test_a_layer_that_is_not_updated_breaks_it(name: str):
     assert_apart(skipped, updates_apart[-1]["mlp"])
 
 
-@pytest.mark.parametrize("name", MIXES_A_STACK)
+@pytest.mark.parametrize("name", always(MIXES_A_STACK, ["adafactor"]))
 def test_the_transformation_on_whole_stacks_breaks_it(name: str):
     _, _, apart, _ = run_both(name)
     whole, _ = run(TRANSFORMATIONS[name](), stacked(layers_apart(0)), [stacked(layers_apart(k)) for k in (1, 2, 3)])

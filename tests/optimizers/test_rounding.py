@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiers import slow
 
 from adalomo_jax.optimizers import apply_updates, stochastic_round
 from adalomo_jax.optimizers.rounding import _to_nearest, hashed_bits, rounds_stochastically
@@ -84,7 +85,7 @@ def test_a_sum_of_many_small_steps_arrives(dtype: str):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("units", [1, -3, 200, 1023])
+@pytest.mark.parametrize("units", [slow(1), -3, slow(200), slow(1023)])
 def test_updates_that_are_subnormal_in_float16_arrive(units: int, compiled: bool):
     """The steps of a small learning rate are such updates."""
     p, u, spacing = 2.0**-6, units * SUBNORMAL, 2.0**-16

@@ -19,6 +19,7 @@ from adalomo_jax.pretrained.export import export_config, export_params
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.pretrained.tokenizer_files import read_tokenizer
 
+pytestmark = pytest.mark.slow  # whole runs
 CONFIG = dataclasses.replace(LLAMA, vocab_size=byte_level().get_vocab_size())
 CHAT = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content": "the cat sat on the mat"}]
 
@@ -42,7 +43,7 @@ def command(folder, tmp_path_factory):
     return ["finetune", "--model", str(folder), "--data", str(chats), *sizes]
 
 
-@pytest.fixture(scope="module", params=["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def finished(request, command, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / request.param
     options = ["--dtype", request.param, "--max-grad-norm", "1", "--microbatches", "2"]

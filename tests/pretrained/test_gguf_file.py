@@ -24,6 +24,7 @@ from small_models import (
     tensors_in,
     write_gguf,
 )
+from tiers import always
 
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.rotary import frequency_divisors, rotary_frequencies
@@ -51,7 +52,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("family", always(FILES, ["llama", "gemma-3", "qwen3-moe"]))
 def test_a_file_has_the_weights_of_the_folder(tmp_path, family):
     architecture, config = FILES[family]
     path, params = tmp_path / "model.gguf", random_params(config)

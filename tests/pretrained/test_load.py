@@ -44,7 +44,7 @@ def bits(tree):
 
 
 ALWAYS = [
-    *(("llama", "float32"), ("mistral", "bfloat16"), ("phi-4-mini", "float32"), ("qwen3-moe", "bfloat16")),
+    *(("llama", "float32"), ("phi-4-mini", "bfloat16")),
 ]
 
 
@@ -63,7 +63,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, family, dtype):
     assert bits(load_params(found.config, found.source, dtype)) == bits(params)
 
 
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+@pytest.mark.parametrize("prefix", [slow("language_model.model."), "model.language_model."])
 def test_of_a_multimodal_checkpoint_the_text_part_is_read_and_written(tmp_path, prefix):
     config, params = FAMILIES["gemma-3"], random_params(FAMILIES["gemma-3"], "bfloat16")
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"

@@ -237,7 +237,7 @@ def test_batches_are_a_function_of_the_seed():
     assert first != other
 
 
-@pytest.mark.parametrize("batch_size", [4, 12, 20])
+@pytest.mark.parametrize("batch_size", [slow(4), 12, slow(20)])
 @pytest.mark.parametrize("processes", [slow(2), 4])
 def test_a_batch_has_the_same_sequences_however_many_processes_there_are(batch_size, processes):
     alone = take(iter(training_batches(DATA, batch_size=batch_size, seed=0)), 12)

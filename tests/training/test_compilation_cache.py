@@ -9,6 +9,7 @@ import pytest
 import tiny
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from one_program import draw_nothing
+from tiers import slow
 
 import adalomo_jax.commands.finetune as run_module
 import adalomo_jax.commands.generate as generate_module
@@ -66,7 +67,11 @@ def test_each_command_that_compiles_keeps_it(command, no_setting, monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "place"),
-    [({}, "cache"), ({"JAX_COMPILATION_CACHE_DIR": "mine"}, "mine"), ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None)],
+    [
+        slow({}, "cache"),
+        ({"JAX_COMPILATION_CACHE_DIR": "mine"}, "mine"),
+        slow({"JAX_ENABLE_COMPILATION_CACHE": "false"}, None),
+    ],
     ids=["none", "folder", "off"],
 )
 def test_jax_s_own_settings_hold(settings, place, tmp_path):

@@ -49,6 +49,7 @@ def finished(corpus, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
 def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, finished, corpus, tmp_path):
     folder, again = finished(weights), tmp_path / "again"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from tiers import slow
 
 import adalomo_jax.training.plots as plot_module
 from adalomo_jax.training.metrics import EvaluationRow, StepRow, append_row, layer_medians, read_rows
@@ -162,7 +163,7 @@ def test_runs_share_a_picture_and_each_has_a_colour(tmp_path, drawn):
 
 
 @pytest.mark.parametrize(
-    "rows", [[], [EvaluationRow.of(0, 3.0)], [StepRow(1, math.nan, 0.0, 0.0, 1.0, {"a/kernel": [0.0]})]]
+    "rows", [[], slow([EvaluationRow.of(0, 3.0)]), slow([StepRow(1, math.nan, 0.0, 0.0, 1.0, {"a/kernel": [0.0]})])]
 )
 def test_pictures_of_little_are_drawn_all_the_same(tmp_path, rows):
     plot_losses(tmp_path / "loss.png", rows, "little")

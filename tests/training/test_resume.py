@@ -241,7 +241,7 @@ def test_checkpoints_alone_say_what_to_copy_too(killed, command, capsys):
     assert "has checkpoints and no metrics.jsonl, whose rows the run continues: copy it there, too" in said
 
 
-@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("at", [slow(0), 1, slow(2)])
 def test_a_kill_while_a_run_goes_back_loses_no_rows(at, finished, command, tmp_path, monkeypatch):
     """The kill comes before one of the later checkpoints goes, the last first, or before the rows are cut."""
     folder, calls = shutil.copytree(finished, tmp_path / "run"), []

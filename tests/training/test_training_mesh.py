@@ -52,6 +52,7 @@ def on_one_device(of_one_device):
     return losses(of_one_device)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_eight_devices_and_from_there_to_one(corpus, tmp_path, on_one_device, capsys):
     command = ["finetune", "--data", str(corpus), "--output", str(tmp_path / "run"), *OPTIONS]
     main([*command, *MESH])
@@ -63,6 +64,7 @@ def test_a_mesh_of_eight_devices_and_from_there_to_one(corpus, tmp_path, on_one_
     assert f"continuing after step {STEPS // 2}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_one_device_goes_on_upon_a_mesh(corpus, tmp_path, of_one_device, on_one_device):
     shutil.copytree(of_one_device, tmp_path / "run")
     resuming = ["--output", str(tmp_path / "run"), "--resume", "--resume-step", str(STEPS // 2)]
