@@ -141,6 +141,7 @@ def vars_of(state):
     return {"params": state.params, "opt_state": state.opt_state}
 
 
+@pytest.mark.slow
 def test_weights_from_elsewhere_are_placed():
     state, theirs, stats = start()
     new = jax.tree.map(lambda x: x + 1, theirs.params)

@@ -238,6 +238,7 @@ class LoraLayer(nnx.Module):
         return x + jnp.tanh(self.lora(x))
 
 
+@pytest.mark.slow
 @pytest.mark.uncached
 def test_frozen_parameters_are_read_and_not_copied():
     layers = stack(LoraLayer, LAYERS, nnx.Rngs(0))

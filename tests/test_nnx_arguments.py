@@ -142,6 +142,7 @@ class Configured(nnx.Module):
         return self.linear(x) * self.config.scales[0]
 
 
+@pytest.mark.slow
 def test_an_attribute_without_a_hash_is_compared_by_its_value():
     square = lambda model, x: jnp.mean(jnp.square(model(x)))
     counted, traces = counting(square)

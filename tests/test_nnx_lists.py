@@ -67,6 +67,7 @@ def test_equals_an_nnx_optimizer(block, remat):
     assert min(jax.tree.leaves(moved)) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrt", slow("trainable")])
 def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
     """``wrt`` makes them further arguments of the loss, which each step would have to stack again."""
@@ -84,6 +85,7 @@ def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
     assert_equal(model, reference.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [slow(False), True])
 def test_an_unplaced_model_is_evaluated_as_any_other(jitted):
     model, optimizer = make()

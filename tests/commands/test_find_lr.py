@@ -105,6 +105,7 @@ def suggested(folder):
     return suggest([Rate._make(math.nan if v is None else v for v in row.values()) for row in rates_in(folder)]).rate
 
 
+@pytest.mark.slow
 def test_it_leaves_its_rows_and_a_picture_and_no_weights(tested):
     assert sorted(path.name for path in tested.iterdir()) == ["lr.jsonl", "lr.png"]
     assert (tested / "lr.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -113,6 +114,7 @@ def test_it_leaves_its_rows_and_a_picture_and_no_weights(tested):
     assert rows[0]["learning_rate"] == pytest.approx(BELOW * RULES["adalomo"].random_rate)
 
 
+@pytest.mark.slow
 def test_it_stops_where_the_loss_diverges(tested):
     rows = rates_in(tested)
     finite = [row["smoothed"] for row in rows if row["smoothed"] is not None]
@@ -126,6 +128,7 @@ def check_printed(folder, printed):
     assert "the loss falls fastest at" in printed and "learning-rate range test" in printed
 
 
+@pytest.mark.slow
 def test_it_prints_the_rate_that_it_suggests(tested_and_printed):
     check_printed(*tested_and_printed)
 
@@ -155,6 +158,7 @@ def test_its_suggestion_trains_as_well_as_the_built_in_rate(small, tested, tmp_p
     assert found < built_in + 0.2
 
 
+@pytest.mark.slow
 def test_a_second_test_in_the_same_folder_is_refused(small, tested, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "--find-lr", *small, "--output", str(tested)])

@@ -152,6 +152,7 @@ def test_what_is_not_finite_is_not_written():
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(result.params))
 
 
+@pytest.mark.slow
 def test_frozen_weights_keep_every_bit():
     """Adapters are trained beside frozen int8 weights, with the numbers that they have beside the floats of these."""
 
@@ -226,6 +227,7 @@ def test_the_loss_alone(loss, microbatches):
     np.testing.assert_allclose(jax.jit(step.loss)(params, BATCHES[0]), LOSSES[loss](floats(params), BATCHES[0]), rtol)
 
 
+@pytest.mark.slow
 def test_the_loss_alone_returns_aux():
     step = fuse(make_loss(aux=True), adalomo(1e-2), has_aux=True)
     params = ENCODE["int8"](init_params(3))
@@ -252,6 +254,7 @@ def test_blocks_across_layers_are_refused():
         step.init(ENCODE["int8"](params), BATCHES[0])
 
 
+@pytest.mark.slow
 def test_weights_that_a_step_has_used_are_named():
     step = fuse(make_loss(), adalomo(1e-2))
     params = copied(ENCODE["int8"](init_params(3)))
@@ -295,6 +298,7 @@ def test_layers_after_blocks_on_the_first_axis():
     np.testing.assert_allclose(jax.jit(step.loss)(params, x), loss(floats(params), x), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.uncached
 def test_layers_in_a_list_are_decoded_one_at_a_time():
     """Under checkpoints in the step, and in any case for the loss alone."""

@@ -102,6 +102,7 @@ def test_matrix_multiplications_are_those_of_the_unfused_step(remat):
     assert flops.count(step, *args) == flops.count(step.unfused, *args) > 0
 
 
+@pytest.mark.slow
 def test_recomputation_is_counted():
     params, tokens = init_params(4), batch()
     counts = []

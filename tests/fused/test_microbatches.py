@@ -220,6 +220,7 @@ DEPTHS = {False: (4, 16), True: (2, 8)}
 """The depths, by whether the layers are unrolled: unrolled layers take long to compile."""
 
 
+@pytest.mark.slow
 @pytest.mark.uncached
 @pytest.mark.parametrize(("unrolled", "most"), [(False, 1.0), slow(True, None), slow(False, None), slow(True, 1.0)])
 def test_no_gradient_tree(unrolled, most):
@@ -232,6 +233,7 @@ def test_no_gradient_tree(unrolled, most):
     assert many - alone <= 1.1 * 3 * deep * LAYER_INPUT + one_layer_and_ends < (deep - shallow) * LAYER_WEIGHTS
 
 
+@pytest.mark.slow
 @pytest.mark.uncached
 @pytest.mark.parametrize("unrolled", [False, slow(True)])
 def test_the_unfused_step_does_have_a_gradient_tree(unrolled):

@@ -78,6 +78,7 @@ def test_equals_the_step_without(offload, case):
         assert_equal(result.params, before)
 
 
+@pytest.mark.slow
 def test_equals_the_unfused_step_from_the_same_memory():
     step = fuse(make_loss(), adalomo(1e-2), offload=BOTH)
     params = step.place(init_params(3), BATCHES[0])
@@ -171,6 +172,7 @@ def on_axis_1(params, x):
     return jnp.mean(jax.lax.scan(layer, x, (one, two))[0])
 
 
+@pytest.mark.slow
 def test_layers_on_axis_1():
     normal = lambda *shape: jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     params, x, results = {"one": normal(8, 3, 8), "two": normal(2, 3, 8, 8)}, jnp.ones((4, 8)), []

@@ -22,7 +22,7 @@ def stacks_in(plan):
     return {leaf.path: len(leaf.layer_paths) for leaf in plan.leaves if leaf.layer_paths}
 
 
-ALWAYS = ["plain, remat layer", "local and global, one over"]
+ALWAYS = ["plain, remat layer"]
 
 
 @pytest.mark.parametrize("name", always(MODELS, ALWAYS))

@@ -52,6 +52,7 @@ def test_what_layers_make_of_a_shared_matrix_is_not_saved():
     assert saved - without == products
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_twice", [slow(False), True])
 def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
     """A checkpoint saves its inputs. The step casts again, and computes the layer no more often than without stacks."""

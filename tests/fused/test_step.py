@@ -173,6 +173,7 @@ def test_the_state_moves_between_fused_and_unfused():
     assert relative_error(*ends) < RELATIVE_ERROR
 
 
+@pytest.mark.slow
 def test_counts_and_hyperparameters_stay_scalars():
     params = small_params()
     step = fuse(small_loss, OTHER_RULES["inject_hyperparams"])

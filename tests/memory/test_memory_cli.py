@@ -88,6 +88,7 @@ def test_json_is_an_object_for_each_row_and_nothing_else(how, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_it_is_the_step_that_finetune_runs(capsys):
     """The figure in finetune's report comes from the same program."""
     (row,) = json_rows(capsys, "--dtype", "float32", "--batch-size", "4", "--optimizer", "lomo", "--microbatches", "2")

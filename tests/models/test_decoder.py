@@ -131,6 +131,7 @@ def test_presets_have_the_published_sizes(name):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == WEIGHT_COUNTS[name]
 
 
+@pytest.mark.slow
 def test_weights_are_a_function_of_the_seed():
     weights = jax.jit(lambda key: jax.tree.leaves(nnx.state(Decoder(SMALL, rngs=nnx.Rngs(key)))))
     first, second, other = (weights(jax.random.key(seed)) for seed in (3, 3, 4))

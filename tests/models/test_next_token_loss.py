@@ -104,6 +104,7 @@ def test_an_embedding_that_is_the_head_is_not_transposed(tied):
     assert (f"f32[{config.hidden_size},{config.vocab_size}]" in compiled) != tied
 
 
+@pytest.mark.slow
 def test_bfloat16_loss_is_float32():
     loss = jax.jit(lambda: next_token_loss(Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), TOKENS))()
     assert loss.dtype == jnp.float32

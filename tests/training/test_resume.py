@@ -149,6 +149,7 @@ def test_a_model_is_no_run_to_go_on_with(name, command, capsys, monkeypatch, tmp
     assert f"{tmp_path} is no folder of a run, it holds {name} and no metrics.jsonl; name another --output" in said
 
 
+@pytest.mark.slow
 def test_a_new_run_may_lie_beside_other_files(finished, command, tmp_path):
     (tmp_path / "notes.bin").write_text("of somebody")
     main([*command, "--output", str(tmp_path)])
