@@ -67,10 +67,8 @@ def main(target="cpu"):
         start = time.perf_counter()
         compiled[way] = jax.jit(jax.grad(f, (0, 1))).lower(of(1, T, N * H), of(LAYERS)).compile()
         seconds, letters = time.perf_counter() - start, len(compiled[way].as_text())
-        memory = compiled[way].memory_analysis().temp_size_in_bytes / 1e6
-        print(
-            f"{target}, {kind}, {way}: {memory:.1f} MB of temporaries, {seconds:.1f} s to compile, {letters:,} letters"
-        )
+        temporaries = compiled[way].memory_analysis().temp_size_in_bytes / 1e6
+        print(f"{target}, {kind}, {way}: {temporaries:.1f} MB, compiled in {seconds:.1f} s, {letters:,} letters")
     if target != "cpu":
         return
     random = np.random.default_rng(0)
