@@ -67,12 +67,12 @@ class Training(NamedTuple):
     weights: Weights | None
     """The form in which the step takes the matrices of layers."""
     graphdef: Any
-    loss_fn: Callable[[Any, Batch, jax.Array], jax.Array]
-    """``loss_fn(params, batch, count)``: the sum over a batch, or a part of one, in nats, divided by ``count``. What
-    the step computes has the routers' loss besides."""
     step: FusedStep
     args: tuple[Batch, jax.ShapeDtypeStruct]
     """The arguments of ``step`` after parameters and state: a batch, and how many tokens it predicts."""
+    evaluate: Callable[[Any, Batch], jax.Array]
+    """``evaluate(params, batches)``: the mean loss in nats a token of batches stacked on a new first axis. What the
+    step computes has the routers' loss besides."""
     schedule: optax.Schedule
 
 
@@ -108,6 +108,13 @@ def make_training(
         return next_token_loss(decoder, *of_text, count=count, router_loss=router_loss)
 
     router_loss = model.router_aux_loss_coef if config.router_loss is None else config.router_loss
+    rule = RULES[config.optimizer].make(schedule, config.weight_decay)
+    # The loss itself would have XLA lay out stacks of kept weights anew, which takes as much memory again on a TPU.
+    loss_of_kept = loss_fn if config.weights is None else fuse(loss_fn, rule).loss
+
+    def evaluate(params, batches: Batch):
+        total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
+        return jnp.sum(jax.lax.map(lambda batch: loss_of_kept(params, batch, total), batches))
 
     # The mean is over the tokens of the whole batch. Its parts have more or fewer tokens, so they are summed.
     parts = config.microbatches if config.microbatches > 1 else None
@@ -115,10 +122,9 @@ def make_training(
         make_params=lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param)),
         weights=config.weights,
         graphdef=graphdef,
-        loss_fn=loss_fn,
         step=fuse(
             partial(loss_fn, router_loss=router_loss),
-            RULES[config.optimizer].make(schedule, config.weight_decay),
+            rule,
             max_grad_norm=config.max_grad_norm,
             microbatches=parts,
             reduction="sum",
@@ -129,6 +135,7 @@ def make_training(
             rms_metrics=platform != "tpu" if config.update_rms is None else config.update_rms,
         ),
         args=_abstract_args(config, batch_sharding),
+        evaluate=evaluate,
         schedule=schedule,
     )
 
@@ -179,7 +186,7 @@ def build_program(
     platform = jax.default_backend()
     of_batch = None if mesh is None else batch_sharding(mesh)
     training = make_training(config, model.config, of_batch, platform=platform, schedule=schedule)
-    step, args, loss_fn = training.step, training.args, training.loss_fn
+    step, args = training.step, training.args
     if restore is None:
         params = _first_params(config, model, training, mesh)
         state = step.init(params, *args)
@@ -190,16 +197,11 @@ def build_program(
     release_freed_memory()
     count, schedule = jax.jit(_count, out_shardings=args[1].sharding), jax.jit(training.schedule)
 
-    @jax.jit
-    def evaluate(params, batches: Batch):
-        total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
-        return jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch, total), batches))
-
     return Program(
         params=params,
         state=state,
         step=lambda params, state, batch: compiled(params, state, batch, count(batch)),
-        evaluate=evaluate,
+        evaluate=jax.jit(training.evaluate),
         batch_sharding=of_batch,
         learning_rate=lambda step: float(schedule(step - 1)),
         attention=attention_of(config, model.config, platform),

@@ -1,6 +1,6 @@
-"""Compiles a decoder with int8 weights for absent chips, and prints what its step needs, one JSON line per chip.
+"""Compiles a decoder with kept weights for an absent chip, and prints what its step and its evaluation need, as JSON.
 
-python tests/fused/kept_on_chips.py tpu-v5e h100
+python tests/fused/kept_on_chips.py tpu-v5e int8    # or h100, bf16+8
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from adalomo_jax.memory.targets import devices_of, prepare
 from adalomo_jax.models import PRESETS
 from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.training.config import FinetuneConfig
-from adalomo_jax.training.program import abstract_params, make_training
+from adalomo_jax.training.program import abstract_params, make_training, tree_bytes
 
 LAYERS = 48
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 1024}
@@ -25,35 +25,33 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "m
 
 
 def main():
-    targets = [TARGETS[name] for name in sys.argv[1:]]
-    prepare(targets[0])
+    target, weights = TARGETS[sys.argv[1]], sys.argv[2]
+    prepare(target)
     model = dataclasses.replace(PRESETS["llama-2-7b"], **SIZES, **HEADS)
-    options = FinetuneConfig(batch_size=1, seq_len=256, dtype="bfloat16", weights="int8")
-    for target in targets:
-        training = make_training(options, model, platform=target.platform)
-        on = SingleDeviceSharding(devices_of(target)[0])
-        params, args = place((abstract_params(training, None), training.args), on)
-        state = place(training.step.abstract_state(params, *args), on)
-        compiled = training.step.jit.lower(params, state, *args).compile()
-        sizes, stacks = compiled.memory_analysis(), [x for x in jax.tree.leaves(params) if x.dtype == "int8"]
-        kept = [x for x in jax.tree.leaves(params, is_leaf=is_kept) if is_kept(x)]
-        shapes = {",".join(map(str, shape)) for x in kept for shape in (x.shape, x.values.shape)}
-        floats = re.findall(rf"(?:f32|bf16)\[(?:{'|'.join(shapes)})\]", compiled.as_text() or "")
-        print(
-            json.dumps(
-                {
-                    "target": target.name,
-                    "stacks": sum(x.size for x in stacks),
-                    "one_stack": max(x.size for x in stacks),
-                    "params_and_state": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state))),
-                    "in_place": sizes.alias_size_in_bytes,
-                    "temporaries": sizes.temp_size_in_bytes,
-                    "saved": training.step.saved_bytes(params, *args),
-                    "floats_of_stacks": sorted(set(floats)),
-                }
-            ),
-            flush=True,
-        )
+    options = FinetuneConfig(batch_size=1, seq_len=256, dtype="bfloat16", weights=weights)
+    training = make_training(options, model, platform=target.platform)
+    on = SingleDeviceSharding(devices_of(target)[0])
+    params, args = place((abstract_params(training, None), training.args), on)
+    state = place(training.step.abstract_state(params, *args), on)
+    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype, sharding=on), args[0])
+    step = training.step.jit.lower(params, state, *args).compile()
+    evaluation = jax.jit(training.evaluate).lower(params, batches).compile()
+    kept = [x for x in jax.tree.leaves(params, is_leaf=is_kept) if is_kept(x)]
+    shapes = {",".join(map(str, shape)) for x in kept for shape in (x.shape, jax.tree.leaves(x)[0].shape)}
+    wide = "f32|f16|s32|u32" + ("|bf16" if weights == "int8" else "")
+    floats = re.compile(rf"(?:{wide})\[(?:{'|'.join(shapes)})\]")
+    found = {
+        "least_stack": min(tree_bytes(x) for x in kept),
+        "params_and_state": tree_bytes((params, state)),
+        "in_place": step.memory_analysis().alias_size_in_bytes,
+        "saved": training.step.saved_bytes(params, *args),
+    }
+    for name, compiled in (("step", step), ("evaluation", evaluation)):
+        found[name] = {
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "floats_of_stacks": sorted(set(floats.findall(compiled.as_text() or ""))),
+        }
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
