@@ -58,7 +58,7 @@ class Float24(Kept):
     def add(self, update: jax.Array, key: jax.Array | None) -> Self:
         new = self._in_float32() + update.astype(jnp.float32)
         rounded = _cut(new, key, self.dtype)
-        ok = jnp.isfinite(new) & jnp.isfinite(rounded._in_float32())
+        ok = jnp.isfinite(new) & jnp.isfinite(rounded.floats())
         return jax.tree.map(partial(jnp.where, ok), rounded, self)
 
 

@@ -22,8 +22,6 @@ _MOST = 127
 _LARGEST = 120
 """A new scale gives this value to the largest weight of its block. So it can grow by 6% before the block needs another
 scale, which rounds all weights of the block once more."""
-_HUGE = 2.0**121
-"""The largest scale: 127 times it is still finite."""
 _TINY = 2.0**-126
 """The smallest scale: a block of zeros has it, and float32 has no smaller normal number."""
 
@@ -89,11 +87,11 @@ class Int8(Kept):
         old, at = self.values.astype(jnp.float32), self.ndim + 1 + self.axis
         old_scales = jnp.expand_dims(self.scales.astype(jnp.float32), at)
         update = _cut(update.astype(jnp.float32), self.values.shape[self.axis], self.axis)
-        update = jnp.where(jnp.isfinite(old * old_scales + update), update, 0)
+        update = jnp.where(jnp.isfinite((old * old_scales + update).astype(self.dtype)), update, 0)
         new = old * old_scales + update
         # A scale stays until its block outgrows it: a new one moves the grid under all weights of the block.
         largest = jnp.max(jnp.abs(new), axis=self.axis, keepdims=True)
-        scales = jnp.where(largest > _MOST * old_scales, _scale(largest), old_scales)
+        scales = jnp.where(largest > _MOST * old_scales, _scale(largest, self.dtype), old_scales)
         # Old values are whole: what is added to them alone is rounded, so that float32 loses nothing of it.
         start = jnp.where(scales > old_scales, 0, old)
         added = jnp.where(scales > old_scales, new / scales, update / old_scales)
@@ -163,15 +161,18 @@ def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
     if not -x.ndim <= axis < 0:
         raise ValueError(f"axis must be from {-x.ndim} to -1 for an array of the shape {list(x.shape)}, got {axis}.")
     blocks = _cut(x.astype(jnp.float32), _block_of(x.shape[axis], block), axis)
-    scales = _scale(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True))
+    scales = _scale(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True), x.dtype)
     narrow = jnp.squeeze(scales, axis).astype(jnp.bfloat16)
     return Int8(_as_int8(_rounded(blocks / scales, None)), narrow, axis, x.shape[axis], jnp.dtype(x.dtype))
 
 
-def _scale(largest: jax.Array) -> jax.Array:
-    """The scale of a block with this largest magnitude, float32 with the precision of bfloat16."""
-    info = jnp.finfo(jnp.bfloat16)
-    return jnp.clip(lax.reduce_precision(largest / _LARGEST, info.nexp, info.nmant), _TINY, _HUGE)
+def _scale(largest: jax.Array, dtype: Any) -> jax.Array:
+    """The scale of a block with this largest magnitude, float32 with the precision of bfloat16.
+
+    It is never so large that 127 times it is infinite in the dtype of the floats.
+    """
+    info, most = jnp.finfo(jnp.bfloat16), 2.0 ** (jnp.finfo(dtype).maxexp - 7)
+    return jnp.clip(lax.reduce_precision(largest / _LARGEST, info.nexp, info.nmant), _TINY, most)
 
 
 def _block_of(size: int, most: int) -> int:

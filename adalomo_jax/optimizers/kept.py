@@ -171,9 +171,16 @@ def encoded(x: Any, encode: Callable[[Any], Kept]) -> Any:
     spread = shapes.spread(sharding) if named else jax.tree.map(lambda _: sharding, shapes)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.tree.map(lambda part, sharding: part.update(sharding=sharding), shapes, spread)
-    value, is_finite = jax.jit(lambda x: (encode(x), jnp.isfinite(x).all()), out_shardings=(spread, None))(x)
+
+    def checked(x: jax.Array) -> tuple[Kept, jax.Array]:
+        value = encode(x)
+        return value, jnp.isfinite(x).all() & jnp.isfinite(value.floats()).all()
+
+    value, is_finite = jax.jit(checked, out_shardings=(spread, None))(x)
     if not isinstance(is_finite, Tracer) and not is_finite:
-        raise ValueError("it has NaN or infinities, which this form cannot hold. Mend the weights first.")
+        raise ValueError(
+            "it has NaN, infinities or numbers that become infinite, which this form cannot hold. Mend them first."
+        )
     return value
 
 

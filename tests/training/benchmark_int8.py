@@ -41,7 +41,7 @@ def with_scales_that_follow() -> None:
         old_scales = jnp.expand_dims(self.scales.astype(jnp.float32), at)
         update = int8._cut(update.astype(jnp.float32), self.values.shape[self.axis], self.axis)
         new = old * old_scales + jnp.where(jnp.isfinite(update), update, 0)
-        scales = int8._scale(jnp.max(jnp.abs(new), axis=self.axis, keepdims=True))
+        scales = int8._scale(jnp.max(jnp.abs(new), axis=self.axis, keepdims=True), self.dtype)
         stays = scales == old_scales
         added = jnp.where(stays, update / old_scales, new / scales)
         values = int8._as_int8(jnp.where(stays, old, 0) + int8._rounded(added, key))
