@@ -16,7 +16,7 @@ from adalomo_jax.bench.contestants import Contestant
 from adalomo_jax.memory.usage import peak_of
 from adalomo_jax.models import Decoder, DecoderConfig, next_token_loss
 from adalomo_jax.models.attention import kind_for
-from adalomo_jax.models.weights import kept
+from adalomo_jax.models.weights import kept, make_kept
 from adalomo_jax.rules import RULES
 from adalomo_jax.training.memory_use import release_freed_memory
 
@@ -53,7 +53,7 @@ def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, 
     compiled = jitted.lower(*jax.eval_shape(make_first, shapes), tokens).compile()
     seconds = time.perf_counter() - began
     release_freed_memory()
-    now = [make_first(_make_leaf_by_leaf(make_params, jax.tree.structure(shapes)))]
+    now = [make_first(make_kept(make_params, contestant.weights))]
     release_freed_memory()
 
     def step() -> float:
@@ -64,12 +64,6 @@ def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, 
         return seconds
 
     return Compiled(step, seconds, _memory_of(compiled), count)
-
-
-def _make_leaf_by_leaf(make_params: Callable[[], Any], structure: Any) -> Any:
-    """The random weights, one leaf after the other: to make all at once takes more memory than a step."""
-    make_leaf = jax.jit(lambda i: jax.tree.leaves(make_params())[i], static_argnums=0)
-    return structure.unflatten([jax.block_until_ready(make_leaf(i)) for i in range(structure.num_leaves)])
 
 
 def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tuple[Any, Callable, Callable]:

@@ -20,8 +20,8 @@ from adalomo_jax.optimizers.rounding import hashed_bits
 _MOST = 127
 """The largest value. The grid is symmetric: -128 is not used."""
 _LARGEST = 120
-"""A new scale gives this value to the largest weight of its block. So it can grow by 6% before the block needs another
-scale, which rounds all weights of the block once more."""
+"""A new scale gives this value to the largest weight of its block. So that can grow by 5.8% before the block needs
+another scale, which rounds all weights of the block once more."""
 _TINY = 2.0**-126
 """The smallest scale: a block of zeros has it, and float32 has no smaller normal number."""
 
@@ -125,17 +125,19 @@ def int8(params: Any, *, block: int = 128, axis: int = -2, where: Any | Callable
     Args:
       params: a tree of arrays or ``jax.ShapeDtypeStruct``s.
       block: the most neighbours that share a scale. If a number from half of it on divides the axis, that is taken.
-      axis: the axis to cut into blocks, counted from the end. It must not be the layer axis of a stack.
+      axis: the axis to cut into blocks, counted from the end. It must not be the layer axis of a stack. A block is no
+        longer than its axis, and a scale takes two bytes: if kernels have few heads before the last axis, take -1.
       where: which to encode: a function of a path such as ``"layers/up"``, or a tree of bools like ``params`` or a
-        prefix of it. None chooses the floats with three axes or more: stacks of matrices. Vectors, embeddings and heads
-        stay as they are, and so do layers in a list: name their matrices, or encode what `FusedStep.place` returns.
+        prefix of it. None chooses the floats with three axes or more: stacks of matrices, and kernels with an axis of
+        heads. Vectors, embeddings and heads stay as they are, and so do matrices of layers in a list: name them, or
+        encode what `FusedStep.place` returns.
 
     Returns:
       A tree like ``params``. `floats` is the way back.
 
     Raises:
       ValueError: ``block`` is less than 2, nothing is chosen, or ``where`` selects an array that holds no floats, or
-        that has no such axis.
+        that has no such axis, or whose blocks would be so short that it takes as many bytes as before.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -160,7 +162,13 @@ def encode(x: jax.Array, *, block: int = 128, axis: int = -2) -> Int8:
     axis = axis if x.ndim >= 2 else -1
     if not -x.ndim <= axis < 0:
         raise ValueError(f"axis must be from {-x.ndim} to -1 for an array of the shape {list(x.shape)}, got {axis}.")
-    blocks = _cut(x.astype(jnp.float32), _block_of(x.shape[axis], block), axis)
+    block = _block_of(x.shape[axis], block)
+    if 1 + 2 / block >= x.dtype.itemsize:
+        raise ValueError(
+            f"blocks of {block} along axis {axis} take {1 + 2 / block:.2f} bytes a weight, and {x.dtype} takes "
+            f"{x.dtype.itemsize}. Name a longer axis, such as axis=-1, or leave it out by where."
+        )
+    blocks = _cut(x.astype(jnp.float32), block, axis)
     scales = _scale(jnp.max(jnp.abs(blocks), axis=axis, keepdims=True), x.dtype)
     narrow = jnp.squeeze(scales, axis).astype(jnp.bfloat16)
     return Int8(_as_int8(_rounded(blocks / scales, None)), narrow, axis, x.shape[axis], jnp.dtype(x.dtype))

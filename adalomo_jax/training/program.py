@@ -26,7 +26,7 @@ from adalomo_jax.models import (
 )
 from adalomo_jax.models.attention import Kind, kind_for, splash_takes
 from adalomo_jax.models.sharding import everywhere
-from adalomo_jax.models.weights import Weights, kept
+from adalomo_jax.models.weights import Weights, kept, make_kept
 from adalomo_jax.pretrained.by_name import Pretrained
 from adalomo_jax.pretrained.load import load_params
 from adalomo_jax.rules import RULES
@@ -213,9 +213,10 @@ def build_program(
 def _first_params(config: FinetuneConfig, model: Pretrained, training: Training, mesh: Mesh | None) -> Any:
     shardings = None if mesh is None else param_shardings(jax.eval_shape(training.make_params), mesh)
     if model.checkpoint is None:
+        if config.weights is not None:
+            return make_kept(training.make_params, config.weights, shardings)
         # If there is no memory for them, this raises. To ask for the address of such an array would wait for ever.
-        params = jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
-        return kept(params, config.weights)
+        return jax.block_until_ready(jax.jit(training.make_params, out_shardings=shardings)())
     try:
         return load_params(model.config, model.checkpoint.source, config.dtype, shardings, config.weights)
     except ValueError as error:

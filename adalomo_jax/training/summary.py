@@ -48,6 +48,8 @@ class Summary(NamedTuple):
     optimizer: str
     fused: bool
     dtype: str
+    weights: str | None
+    """The form that keeps the matrices of the layers; None for floats."""
     mesh: str | None
     attention: str
     steps: int
@@ -77,6 +79,7 @@ def summarize(config: FinetuneConfig, name: str, program: Program, trained: Trai
         optimizer=config.optimizer,
         fused=config.fused,
         dtype=config.dtype,
+        weights=config.weights,
         mesh=config.mesh,
         attention=program.attention,
         steps=config.steps,
@@ -96,7 +99,8 @@ def summary_table(summary: Summary) -> Table:
     """The figures on one screen."""
     how = "fused" if summary.fused else "unfused"
     where = f", {summary.mesh}: bytes a device" if summary.mesh else ""
-    title = Text(f"{summary.model}, {summary.optimizer}, {how}, {summary.dtype}{where}")  # as it is: no markup
+    kept = f", weights in {summary.weights}" if summary.weights else ""
+    title = Text(f"{summary.model}, {summary.optimizer}, {how}, {summary.dtype}{kept}{where}")  # as it is: no markup
     table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")

@@ -206,6 +206,10 @@ REFUSED = {
     ),
     "block": (lambda p: int8(p, block=1), "block must be an integer of at least 2, got 1"),
     "axis": (lambda p: int8(p, axis=-4), r"axis must be from -3 to -1 for an array of the shape \[2, 3, 4\], got -4"),
+    "short blocks": (
+        lambda p: int8({"w": p["w"].astype(jnp.bfloat16)[:, :1]}),
+        r"'w' cannot be kept .* blocks of 1 along axis -2 take 3.00 bytes a weight, and bfloat16 takes 2.* axis=-1",
+    ),
     "nothing": (lambda p: int8({"w": p["v"]}), "None of the 1 leaves of params is chosen"),
     "none": (lambda p: int8(p, where=lambda path: False), "None of the 3 leaves of params is selected by where"),
     "integers": (lambda p: int8(p, where=lambda path: path == "n"), r"'n' is int32\[3\]"),

@@ -17,7 +17,7 @@ from tiers import slow
 from adalomo_jax import Float24, Int8, floats
 from adalomo_jax.cli import main
 from adalomo_jax.models import PRESETS, decoder_of, generate
-from adalomo_jax.models.weights import kept
+from adalomo_jax.models.weights import kept, make_kept
 from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.pretrained.checkpoint import open_checkpoint
 from adalomo_jax.pretrained.load import load_params
@@ -49,8 +49,13 @@ def finished(corpus, tmp_path_factory):
     return folder
 
 
+def numbered(tree):
+    """The tree with the number of each leaf in its place."""
+    return jax.tree.unflatten(jax.tree.structure(tree), range(len(jax.tree.leaves(tree))))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
+@pytest.mark.parametrize("weights", ["int8", "bf16+8"])
 def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, finished, corpus, tmp_path):
     folder, again = finished(weights), tmp_path / "again"
     losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -68,6 +73,17 @@ def test_a_run_resumes_to_the_same_bits_and_writes_floats(weights, finished, cor
     assert isinstance(up, FORMS[weights]) and config == PRESETS["tiny"]
     exported = load_params(config, open_checkpoint(folder).source, "float32")
     chex.assert_trees_all_equal(floats(params), exported)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights"] == weights
+    assert summary["params_bytes"] == sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16+8"])
+def test_a_preset_is_made_leaf_by_leaf(weights):
+    """The same weights as those of all leaves at once, and meanwhile the floats of one leaf alone."""
+    shapes = param_shapes(PRESETS["tiny"])
+    make = lambda: jax.tree.map(lambda i, x: jax.random.normal(jax.random.key(i), x.shape), numbered(shapes), shapes)
+    chex.assert_trees_all_equal(make_kept(make, weights), kept(jax.jit(make)(), weights))
 
 
 @pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
