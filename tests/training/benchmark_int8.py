@@ -7,6 +7,7 @@ quarter of an hour or more on a core. The text is fetched into FOLDER.
 """
 
 import dataclasses
+import importlib
 import json
 import runpy
 import sys
@@ -16,9 +17,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from adalomo_jax.commands.finetune import run
-from adalomo_jax.optimizers import int8
 from adalomo_jax.training.config import FinetuneConfig
 
+int8 = importlib.import_module("adalomo_jax.optimizers.int8")  # the package has a function of this name
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "further_pretraining.py"))
 
 
