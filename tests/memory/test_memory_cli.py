@@ -5,10 +5,12 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 from typing import get_args, get_type_hints
 
+import jax
 import pytest
 from tiers import slow
 
@@ -20,6 +22,7 @@ from adalomo_jax.memory import TARGETS, Usage
 from adalomo_jax.models import PRESETS
 from adalomo_jax.models.sharding import AXES as MESH_AXES
 from adalomo_jax.pretrained.by_name import find_model
+from adalomo_jax.pretrained.names import param_shapes
 from adalomo_jax.rules import HELP
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.program import build_program
@@ -126,6 +129,14 @@ def test_a_narrow_terminal_has_room_for_all_figures(capsys, monkeypatch):
     monkeypatch.setattr(fit, "usage_of", made_up)
     main(["memory", "--compare"])
     assert "…" not in capsys.readouterr().out
+
+
+def test_weights_in_one_byte(capsys):
+    """A byte for each weight of the layers' matrices, and two for the scale of each of their columns."""
+    (row,) = json_rows(capsys, "--weights", "int8", "--estimate")
+    shapes = [x.shape for x in jax.tree.leaves(param_shapes(PRESETS["tiny"]))]
+    of_shape = lambda s: s[0] * s[2] * (s[1] + 2) if len(s) == 3 else 2 * math.prod(s)  # all are shorter than a block
+    assert row["params_bytes"] == sum(map(of_shape, shapes))
 
 
 def test_what_was_refused_is_null_in_json(capsys, monkeypatch):
