@@ -165,6 +165,7 @@ class FusedOptimizer(nnx.Pytree):
             self.wrt = wrt
             self._microbatched = options.get("microbatches") is not None
             self._fused = fuse(functional_loss, tx, has_aux=True, roll=roll, **options)
+            self._loss = jax.jit(self._fused.loss)
             self._expected = tuple(expected.items())
             # It places shapes: the model stays as it is.
             if roll and any(map(is_kept, jax.tree.leaves(params, is_leaf=is_kept))):
@@ -189,11 +190,7 @@ class FusedOptimizer(nnx.Pytree):
         go to ``tx.update``. With ``roll`` the step stacks the layers of the model that are not stacked yet.
         """
         stacking = self._stacking
-        if stacking is not None:
-            check_params(dict(self._expected), leaf_shapes(shapes_of(nnx.as_pure(nnx.state(model, self.wrt)))))
-            stack_in(model, self.wrt, stacking)
-        params, args = split_call(model, batch, self.wrt)
-        placed = params if stacking is None else placed_tree(params, stacking)
+        params, placed, args = self._split(model, batch)
         result = self._fused.jit(placed, nnx.as_pure(self.opt_state), *args, **extra_args)
         left, aux = result.aux
         left = completed(of_one_batch(left) if self._microbatched else left, args[-1])
@@ -203,6 +200,27 @@ class FusedOptimizer(nnx.Pytree):
         if stacking is not None and is_traced(model, self.wrt):
             unstack_in(model, self.wrt)  # only arrays can go into a function under nnx.jit, and come out of it
         return result._replace(params=None, state=None, aux=aux)
+
+    @nnx.update_context(TAG)
+    def loss(self, model: Any, *batch: Any) -> jax.Array:
+        """The loss of a batch, without a step: the model's weights, counters and keys stay as they are.
+
+        Of weights that are kept in another form, such as `Int8`, one layer of a stack exists as floats at a time. With
+        ``roll`` it stacks the layers of the model that are not stacked yet.
+        """
+        _, placed, args = self._split(model, batch)
+        loss, _ = self._loss(placed, *args)
+        if self._stacking is not None and is_traced(model, self.wrt):
+            unstack_in(model, self.wrt)
+        return loss
+
+    def _split(self, model: Any, batch: Any) -> tuple[Any, Any, Any]:
+        """The model's parameters, the tree of them that the step takes, and the step's other arguments."""
+        if self._stacking is not None:
+            check_params(dict(self._expected), leaf_shapes(shapes_of(nnx.as_pure(nnx.state(model, self.wrt)))))
+            stack_in(model, self.wrt, self._stacking)
+        params, args = split_call(model, batch, self.wrt)
+        return params, params if self._stacking is None else placed_tree(params, self._stacking), args
 
     def unplace(self, model: Any) -> None:
         """Gives the model the weights of stacked layers, so that you can read it, save it, or pass it to ``nnx.jit``.

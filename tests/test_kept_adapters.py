@@ -91,5 +91,9 @@ def test_nnx(form):
     assert losses[-1][0] < 0.9 * losses[0][0]  # it has moved by more than that
     assert isinstance(nnx.as_pure(nnx.state(model, nnx.Param))["layers"]["up"]["kernel"], kind)
     assert f"in {form}" in str(optimizer.plan(model, X))
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state(model)))
+    chex.assert_trees_all_close(optimizer.loss(model, X), of_floats.loss(reference, X), rtol=2e-2)
+    chex.assert_trees_all_close(of_floats.loss(reference, X), loss_fn(reference, X), rtol=1e-5)
+    chex.assert_trees_all_equal(nnx.as_pure(nnx.state(model)), before)
     nnx.update(model, floats(nnx.as_pure(nnx.state(model, nnx.Param))))
     chex.assert_trees_all_close(loss_fn(model, X), loss_fn(reference, X), rtol=2e-2)
