@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+from typing import Any, cast
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -15,6 +16,7 @@ from adalomo_jax.memory import TARGETS
 from adalomo_jax.memory.compile import place
 from adalomo_jax.memory.targets import devices_of, prepare
 from adalomo_jax.models import PRESETS
+from adalomo_jax.models.weights import Weights
 from adalomo_jax.optimizers.kept import is_kept
 from adalomo_jax.training.config import FinetuneConfig
 from adalomo_jax.training.program import abstract_params, make_training, tree_bytes
@@ -24,8 +26,14 @@ SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 1024, "intermediate_size": 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 256}
 
 
+def sizes_of(compiled: Any) -> Any:
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    return sizes
+
+
 def main():
-    target, weights = TARGETS[sys.argv[1]], sys.argv[2]
+    target, weights = TARGETS[sys.argv[1]], cast(Weights, sys.argv[2])
     prepare(target)
     model = dataclasses.replace(PRESETS["llama-2-7b"], **SIZES, **HEADS)
     options = FinetuneConfig(batch_size=1, seq_len=256, dtype="bfloat16", weights=weights)
@@ -43,12 +51,12 @@ def main():
     found = {
         "least_stack": min(tree_bytes(x) for x in kept),
         "params_and_state": tree_bytes((params, state)),
-        "in_place": step.memory_analysis().alias_size_in_bytes,
+        "in_place": sizes_of(step).alias_size_in_bytes,
         "saved": training.step.saved_bytes(params, *args),
     }
     for name, compiled in (("step", step), ("evaluation", evaluation)):
         found[name] = {
-            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "temporaries": sizes_of(compiled).temp_size_in_bytes,
             "floats_of_stacks": sorted(set(floats.findall(compiled.as_text() or ""))),
         }
     print(json.dumps(found), flush=True)
