@@ -26,6 +26,7 @@ ROWS = {
     "adalomo, float32": ({}, [5e-4, 1e-3, 2e-3]),
     "adalomo, bfloat16, stochastic": ({"dtype": "bfloat16"}, [5e-4, 1e-3, 2e-3]),
     "adalomo, bfloat16, to nearest": ({"dtype": "bfloat16", "stochastic_rounding": False}, [1e-3, 2e-3, 4e-3]),
+    "adalomo, 24 bits": ({"weights": "bf16+8"}, [5e-4, 1e-3, 2e-3]),
     "adalomo, int8": ({"weights": "int8"}, [5e-4, 1e-3, 2e-3]),
     "lomo, clipped, float32": ({"optimizer": "lomo", "max_grad_norm": 1.0}, [1e-1, 3e-1, 1.0]),
     "adafactor, unfused, float32": ({"optimizer": "adafactor", "fused": False}, [5e-4, 1e-3, 2e-3]),
