@@ -278,6 +278,7 @@ def test_unusable_input_is_one_line_and_status_2(arguments, message, places, cap
     assert sorted(places["tmp"].rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_sample_that_fails_costs_no_weights(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "sample", lambda *_: 1 / 0)

@@ -86,7 +86,8 @@ def test_a_preset_is_made_leaf_by_leaf(weights):
     chex.assert_trees_all_equal(make_kept(make, weights), kept(jax.jit(make)(), weights))
 
 
-@pytest.mark.parametrize("weights", ["int8", slow("bf16+8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "bf16+8"])
 def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, finished):
     source = open_checkpoint(finished("int8")).source
     of_floats = load_params(PRESETS["tiny"], source, "float32")
@@ -98,7 +99,8 @@ def test_a_checkpoint_is_encoded_as_it_is_loaded(weights, finished):
         assert float(jnp.max(jnp.abs(a - b))) <= most / (230 if weights == "int8" else 2**16)
 
 
-@pytest.mark.parametrize("weights", [slow("int8"), slow("bf16+8")])
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "bf16+8"])
 def test_a_checkpoint_continues_a_prompt_as_the_floats_that_the_run_wrote(weights, finished, capsys):
     folder, said = finished(weights), []
     capsys.readouterr()
@@ -124,6 +126,7 @@ def test_a_model_that_reads_and_generates_decodes_one_layer_at_a_time(weights):
         assert sizes is not None and sizes.temp_size_in_bytes < stacks / 4
 
 
+@pytest.mark.slow
 def test_weights_of_another_form_are_not_resumed(finished, corpus, tmp_path, capsys):
     folder = shutil.copytree(finished("int8"), tmp_path / "run")
     error = refused(capsys, command(corpus, folder, "bf16+8", "--resume"))
