@@ -69,7 +69,7 @@ def test_equals_an_nnx_optimizer(block, remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["wrt", slow("trainable")])
+@pytest.mark.parametrize("how", ["wrt", "trainable"])
 def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
     """``wrt`` makes them further arguments of the loss, which each step would have to stack again."""
     is_trained = lambda path: "lora_" in path
@@ -87,7 +87,7 @@ def test_frozen_weights_are_stacked_where_trainable_leaves_them_out(how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jitted", [slow(False), True])
+@pytest.mark.parametrize("jitted", [False, True])
 def test_an_unplaced_model_is_evaluated_as_any_other(jitted):
     model, optimizer = make()
     reference = Reference(Model())

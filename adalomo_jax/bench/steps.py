@@ -45,9 +45,10 @@ def compile_step(contestant: Contestant, model: DecoderConfig, batch_size: int, 
     tokens = jax.random.randint(jax.random.key(1), (batch_size, seq_len), 0, model.vocab_size)
     loss_fn = lambda params, tokens: next_token_loss(nnx.merge(graphdef, params), tokens)
     make_params = lambda: nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
-    shapes = jax.eval_shape(make_params)
+    floats = jax.eval_shape(make_params)
+    shapes = kept(floats, contestant.weights)
     jitted, make_first, is_next = _step_of(contestant, loss_fn, tokens)
-    count = sum(x.size for x in jax.tree.leaves(shapes))
+    count = sum(x.size for x in jax.tree.leaves(floats))
     # Compile before the weights exist, so that the compiler's memory does not come on top of theirs.
     began = time.perf_counter()
     compiled = jitted.lower(*jax.eval_shape(make_first, shapes), tokens).compile()
@@ -96,12 +97,8 @@ def _step_of(contestant: Contestant, loss_fn: Callable, tokens: jax.Array) -> tu
         stochastic_rounding=contestant.stochastic_rounding,
     )
     jitted = fused.jit if contestant.how == "fused" else jax.jit(fused.unfused, donate_argnums=(0, 1))
-
-    def encoded_with_state(params):
-        params = kept(params, contestant.weights)
-        return params, fused.init(params, tokens)
-
-    return jitted, encoded_with_state, lambda now, result: (result.params, result.state)
+    with_state = lambda params: (params, fused.init(params, tokens))
+    return jitted, with_state, lambda now, result: (result.params, result.state)
 
 
 def _memory_of(compiled: Any) -> dict[str, int] | None:

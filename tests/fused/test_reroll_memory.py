@@ -8,7 +8,6 @@ import pytest
 from comparison import relative_error
 from list_training import by_fuse, by_optax
 from lists_of_layers import DIM, MODELS, apply, data, error, fuse_lists, loop, matrix, model
-from tiers import slow
 
 from adalomo_jax import adalomo, fuse
 
@@ -53,7 +52,7 @@ def test_what_layers_make_of_a_shared_matrix_is_not_saved():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read_twice", [slow(False), True])
+@pytest.mark.parametrize("read_twice", [False, True])
 def test_weights_that_are_cast_before_a_checkpoint_are_not_saved(read_twice):
     """A checkpoint saves its inputs. The step casts again, and computes the layer no more often than without stacks."""
 

@@ -13,7 +13,7 @@ from apart import run_fused, train
 from comparison import RELATIVE_ERROR, RULES, relative_error, run_both
 from compiled import memory_of, tree_bytes
 from language_model import batch, init_params, layer, make_loss
-from tiers import always, slow
+from tiers import always
 
 from adalomo_jax import fuse, lomo
 
@@ -168,8 +168,7 @@ PATHS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trainable"),
-    [("multi_transform", lambda path: path != "norm"), slow("masked", None), slow("multi_transform", None)]
-    + [slow("masked", lambda path: path != "norm")],
+    [(name, trainable) for name in ("multi_transform", "masked") for trainable in (None, lambda path: path != "norm")],
 )
 def test_transformations_by_path_are_as_in_plain_optax(name, trainable):
     """The labels use the names in a path, which are the same for a separate layer and for its stack."""

@@ -150,8 +150,6 @@ def test_what_the_floats_dtype_cannot_hold_is_not_written(form, dtype):
         w = add(w, jax.random.key(i))
     found = np.asarray(w.floats(), np.float64)
     assert np.all(np.isfinite(found)) and np.all(found > 0.98 * most)
-    with pytest.raises(ValueError, match="NaN, infinities or numbers that become infinite"):
-        float24({"w": jnp.full((2, 2), jnp.finfo(jnp.float32).max)})
 
 
 @pytest.mark.slow
@@ -203,6 +201,10 @@ REFUSED = {
     "not finite": (
         lambda p: int8({"w": p["w"].at[0, 1, 2].set(jnp.nan)}),
         "'w' cannot be kept in another form: it has NaN",
+    ),
+    "becomes infinite": (
+        lambda p: float24({"w": jnp.full((2, 2), jnp.finfo(jnp.float32).max)}),
+        "'w' cannot be kept .* NaN, infinities or numbers that become infinite",
     ),
     "block": (lambda p: int8(p, block=1), "block must be an integer of at least 2, got 1"),
     "axis": (lambda p: int8(p, axis=-4), r"axis must be from -3 to -1 for an array of the shape \[2, 3, 4\], got -4"),
