@@ -21,7 +21,7 @@ from adalomo_jax.training.output_folder import claimed
 STEPS = 20
 """Enough steps to stop a run on its way."""
 OPTIONS = ["--steps", str(STEPS), "--evaluate-every", str(STEPS // 2), "--learning-rate", "1e-2", "--warmup-steps", "0"]
-OPTIONS += ["--batch-size", "8", "--microbatches", "2", "--seq-len", "32"]
+OPTIONS += ["--batch-size", "8", "--microbatches", "2", "--seq-len", "32", "--evaluate-first"]
 MESH = ["--mesh", "fsdp=4,tensor=2"]
 
 
