@@ -110,11 +110,11 @@ def make_training(
     router_loss = model.router_aux_loss_coef if config.router_loss is None else config.router_loss
     rule = RULES[config.optimizer].make(schedule, config.weight_decay)
     # The loss itself would have XLA lay out stacks of kept weights anew, which takes as much memory again on a TPU.
-    loss_of_kept = loss_fn if config.weights is None else fuse(loss_fn, rule).loss
+    forward_loss = loss_fn if config.weights is None else fuse(loss_fn, rule).loss
 
     def evaluate(params, batches: Batch):
         total = _count(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batches))
-        return jnp.sum(jax.lax.map(lambda batch: loss_of_kept(params, batch, total), batches))
+        return jnp.sum(jax.lax.map(lambda batch: forward_loss(params, batch, total), batches))
 
     # The mean is over the tokens of the whole batch. Its parts have more or fewer tokens, so they are summed.
     parts = config.microbatches if config.microbatches > 1 else None

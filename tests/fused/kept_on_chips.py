@@ -7,9 +7,10 @@ import dataclasses
 import json
 import re
 import sys
-from typing import Any, cast
+from typing import cast
 
 import jax
+from compiled import memory_of
 from jax.sharding import SingleDeviceSharding
 
 from adalomo_jax.memory import TARGETS
@@ -24,12 +25,6 @@ from adalomo_jax.training.program import abstract_params, make_training, tree_by
 LAYERS = 48
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 1024}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 256}
-
-
-def sizes_of(compiled: Any) -> Any:
-    sizes = compiled.memory_analysis()
-    assert sizes is not None
-    return sizes
 
 
 def main():
@@ -51,12 +46,12 @@ def main():
     found = {
         "least_stack": min(tree_bytes(x) for x in kept),
         "params_and_state": tree_bytes((params, state)),
-        "in_place": sizes_of(step).alias_size_in_bytes,
+        "in_place": memory_of(step).alias_size_in_bytes,
         "saved": training.step.saved_bytes(params, *args),
     }
     for name, compiled in (("step", step), ("evaluation", evaluation)):
         found[name] = {
-            "temporaries": sizes_of(compiled).temp_size_in_bytes,
+            "temporaries": memory_of(compiled).temp_size_in_bytes,
             "floats_of_stacks": sorted(set(floats.findall(compiled.as_text() or ""))),
         }
     print(json.dumps(found), flush=True)
