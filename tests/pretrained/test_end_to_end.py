@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def command(folder, tmp_path_factory):
     chats = tmp_path_factory.mktemp("data") / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": CHAT}) + "\n" for _ in range(20)))
-    sizes = ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--evaluate-every", "2"]
+    sizes = ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--evaluate-every", "2", "--evaluate-first"]
     return ["finetune", "--model", str(folder), "--data", str(chats), *sizes]
 
 
